@@ -1,0 +1,1 @@
+"""Losses: numbers from log-probabilities or from hidden states and the head."""

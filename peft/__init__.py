@@ -1,0 +1,1 @@
+"""What changes a layer's weight: adapters, stores and profiles."""

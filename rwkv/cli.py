@@ -1,0 +1,27 @@
+"""What every command shares: names checked, errors on one line, exit statuses."""
+
+import sys
+from collections.abc import Callable
+
+from rwkv.errors import InputError
+from rwkv.names import check_names
+
+
+def run(main: Callable[[], int]) -> int:
+    """Run a command's `main` and return its exit status.
+
+    0 or what main returns; 2 for an InputError, printed as one line; 130 for Ctrl-C, 141 when the
+    reader of a pipe went away.
+    """
+    try:
+        check_names()
+        return main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)  # noqa: T201
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141

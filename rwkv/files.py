@@ -1,0 +1,73 @@
+"""Write files so that a kill, a full disk or an error never leaves half of one."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from rwkv.errors import InputError
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Yield a path beside `path`; what is written there takes its name when the block ends well.
+
+    A file or a folder may be written. If the block fails, what it wrote is removed and whatever
+    stood at `path` before is untouched.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(beside)
+        yield beside
+        sync(beside)
+        if path.is_dir():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(old)
+            beside.rename(path)
+            shutil.rmtree(old)
+        else:
+            beside.replace(path)
+    except BaseException as error:
+        remove(beside)
+        if out_of_space(error):
+            raise InputError(
+                f"{path}: no space left on the device; free some or choose another folder"
+            ) from error
+        if isinstance(error, PermissionError):
+            raise InputError(
+                f"{path}: cannot be written ({error.strerror}); choose another folder"
+            ) from error
+        raise
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether a full disk caused `error`; torch.save reports it as a RuntimeError."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "No space left" in text or "file write failed" in text or "unexpected pos" in text
+    )
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or every file of a folder, to the disk before it is renamed."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())

@@ -1,0 +1,1 @@
+"""Operators: one signature each, several backends."""

@@ -1,0 +1,1 @@
+"""Training: the Lightning module, optimizers, schedules and callbacks."""

@@ -1,0 +1,32 @@
+"""The option that says where real data and models lie, and what runs without a GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--assets",
+        default=str(ROOT.parent / "shared"),
+        help="folder with data/, models/ and upstream/; tests on real files skip without it",
+    )
+
+
+@pytest.fixture(scope="session")
+def assets(request) -> Path:
+    """The folder of real data and models."""
+    folder = Path(request.config.getoption("--assets"))
+    if not (folder / "models").is_dir():
+        pytest.skip(f"no real data and models in {folder}; name their folder with --assets")
+    return folder
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
