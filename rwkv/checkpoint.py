@@ -1,0 +1,299 @@
+"""Read and write model, adapter and state files.
+
+A file is a flat table of tensors under BlinkDL's names: `.pth` (torch.save), `.safetensors`, or a
+folder of safetensors shards. Ours have a `.json` beside them that says what they are.
+"""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rwkv.config import LowRanks, RWKVConfig
+from rwkv.errors import InputError
+from rwkv.files import replacing
+from rwkv.model import RWKV
+
+PREFIX = "_forward_module."  # DeepSpeed's, in front of every key of some files
+UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # written by some trainers
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a file or a folder of shards, read one by one as they are asked for.
+
+    `shapes` is known without reading a tensor. Keys come without DeepSpeed's prefix.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._where: dict[str, tuple[Any, str]] = {}
+        for shard in _shards(self.path):
+            opened = _open_safetensors(shard) if shard.suffix == ".safetensors" else _open_pth(shard)
+            for key in opened.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                name = key.removeprefix(PREFIX)
+                self._where[name] = (opened, key)
+                if isinstance(opened, dict):
+                    self.shapes[name] = tuple(opened[key].shape)
+                else:
+                    self.shapes[name] = tuple(opened.get_slice(key).get_shape())
+        if not self.shapes:
+            raise InputError(f"{self.path}: holds no tensors; is it the right file?")
+
+    def __getitem__(self, name: str) -> Tensor:
+        opened, key = self._where[name]
+        return opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def read_tensors(path: Path | str) -> TensorFile:
+    """Open a `.pth` or `.safetensors` file, or a folder of safetensors shards.
+
+    Raises:
+        InputError: it is missing, cut off, holds pickled code, or is no table of tensors.
+    """
+    return TensorFile(path)
+
+
+def _shards(path: Path) -> list[Path]:
+    if path.is_dir():
+        shards = sorted(path.glob("*.safetensors"))
+        if not shards:
+            raise InputError(f"{path}: the folder holds no .safetensors file; name a .pth file")
+        return shards
+    if not path.exists():
+        raise InputError(f"{path}: no such file; check the path")
+    if path.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
+        raise InputError(f"{path}: is no .pth or .safetensors file; name a checkpoint")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: is empty; copy or download it again")
+    return [path]
+
+
+def _open_safetensors(path: Path) -> Any:
+    import safetensors
+
+    try:
+        return safetensors.safe_open(str(path), framework="pt")
+    except safetensors.SafetensorError as error:
+        raise InputError(
+            f"{path}: cannot be read as safetensors ({error}); copy or download it again"
+        ) from None
+
+
+def _open_pth(path: Path) -> dict[str, Tensor]:
+    try:
+        try:
+            table = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            table = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error) and "nsupported" in str(error):
+            raise InputError(
+                f"{path}: holds pickled code, which is never run here; "
+                "ask its author for a file of tensors alone"
+            ) from None
+        raise InputError(
+            f"{path}: is no checkpoint of torch; copy or download it again"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path}: is cut off or damaged ({reason}); copy or download it again"
+        ) from None
+    if not isinstance(table, dict) or not all(isinstance(t, Tensor) for t in table.values()):
+        raise InputError(f"{path}: is no table of tensors; name a model, adapter or state file")
+    return table
+
+
+def config_of(tensors: TensorFile) -> RWKVConfig:
+    """Read every size of a model from the shapes of its tensors.
+
+    Raises:
+        InputError: the file is not an RWKV-6 or RWKV-7 model.
+    """
+    path, shapes = tensors.path, tensors.shapes
+    if "blocks.0.att.r_k" in shapes:
+        version = 7
+    elif "blocks.0.att.time_maa_w1" in shapes:
+        version = 6
+    elif any(name.endswith(("lora_A", "lora_B", ".bone", "time_state")) for name in shapes):
+        raise InputError(f"{path}: is an adapter or state file; name the base model's file here")
+    else:
+        kind = "an older RWKV" if "blocks.0.att.key.weight" in shapes else "no RWKV model"
+        first = ", ".join(list(shapes)[:3])
+        raise InputError(
+            f"{path}: is {kind} (its tensors are {first}, ...); name an RWKV-6 or RWKV-7 file"
+        )
+    try:
+        vocab_size, n_embd = shapes["emb.weight"]
+        head = shapes["blocks.0.att.r_k" if version == 7 else "blocks.0.att.time_faaaa"]
+        if version == 7:
+            second = "blocks.1.att.v1"
+            ranks = LowRanks(
+                decay=shapes["blocks.0.att.w1"][1],
+                iclr=shapes["blocks.0.att.a1"][1],
+                value=shapes[second][1] if second in shapes else 0,
+                gate=shapes["blocks.0.att.g1"][1],
+            )
+        else:
+            ranks = LowRanks(
+                decay=shapes["blocks.0.att.time_decay_w1"][1],
+                mix=shapes["blocks.0.att.time_maa_w2"][1],
+            )
+        return RWKVConfig(
+            version=version,
+            n_layer=1 + max(int(n.split(".")[1]) for n in shapes if n.startswith("blocks.")),
+            n_embd=n_embd,
+            dim_att=shapes["blocks.0.att.key.weight"][0],
+            dim_ffn=shapes["blocks.0.ffn.key.weight"][0],
+            vocab_size=vocab_size,
+            head_size=head[1],
+            ranks=ranks,
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        raise InputError(
+            f"{path}: an RWKV-{version} file with missing or odd tensors ({error}); "
+            "copy or download it again"
+        ) from None
+
+
+def load_model(
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> RWKV:
+    """Build the model of a file and fill it, tensor by tensor.
+
+    Args:
+        path: a BlinkDL-layout RWKV-6 or RWKV-7 file; see `read_tensors`.
+        device: where the parameters go; nothing larger than one tensor waits elsewhere.
+        dtype: of the parameters; None keeps the file's.
+        backend: of the wkv operator; see rwkv.ops.
+
+    Raises:
+        InputError: the file cannot be read, is no RWKV model, or lacks tensors.
+    """
+    tensors = read_tensors(path)
+    with torch.device("meta"):
+        model = RWKV(config_of(tensors), backend)
+    fill(model, tensors, device=device, dtype=dtype)
+    return model
+
+
+def fill(
+    model: nn.Module,
+    tensors: TensorFile,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    unused: Iterable[str] = UNUSED,
+) -> None:
+    """Give every parameter of a model on the meta device its tensor from the file.
+
+    Raises:
+        InputError: a tensor is missing, unexpected or of another shape.
+    """
+    names = dict(model.named_parameters())
+    missing = sorted(names.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - names.keys() - set(unused))
+    if missing or unexpected:
+        problems = [
+            f"{word} {', '.join(some[:3])}{' and more' if len(some) > 3 else ''}"
+            for word, some in (("lacks", missing), ("has unexpected", unexpected))
+            if some
+        ]
+        raise InputError(f"{tensors.path}: {' and '.join(problems)}; is it a whole model file?")
+    for name, parameter in names.items():
+        tensor = tensors[name]
+        if tensor.squeeze().shape != parameter.squeeze().shape:
+            raise InputError(
+                f"{tensors.path}: {name} is {list(tensor.shape)}, the other tensors ask for "
+                f"{list(parameter.shape)}; is it a whole model file?"
+            )
+        set_parameter(model, name, tensor.reshape(parameter.shape).to(device, dtype, copy=True))
+
+
+def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace the parameter `name` of the model by a new one that holds `value`."""
+    module_name, _, attribute = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    trains = getattr(module, attribute).requires_grad
+    setattr(module, attribute, nn.Parameter(value, requires_grad=trains))
+
+
+def write_tensors(
+    path: Path | str, tensors: Mapping[str, Tensor], metadata: dict[str, Any] | None = None
+) -> None:
+    """Write tensors to a `.pth` or `.safetensors` file, whole or not at all.
+
+    Args:
+        path: its ending chooses the format.
+        tensors: on any device; written from the CPU, without history, each with its own storage.
+        metadata: what the file is; goes into a `.json` beside it, readable by `read_metadata`.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    plain = {name: _plain(tensor) for name, tensor in tensors.items()}
+    with replacing(path) as part:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file(plain, part)
+        else:
+            with part.open("wb") as handle:
+                torch.save(plain, handle)
+    if metadata is not None:
+        with replacing(path.with_suffix(".json")) as part:
+            part.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
+
+
+def read_metadata(path: Path | str) -> dict[str, Any]:
+    """What the `.json` beside a tensor file says of it; empty if there is none."""
+    beside = Path(path).with_suffix(".json")
+    if not beside.exists():
+        return {}
+    try:
+        metadata = json.loads(beside.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{beside}: not JSON ({error}); remove it or restore it") from None
+    if not isinstance(metadata, dict):
+        raise InputError(f"{beside}: is no JSON object; remove it or restore it")
+    return metadata
+
+
+def fingerprint(tensors: TensorFile) -> str:
+    """A short hash that tells one model from another.
+
+    It covers names, shapes, dtypes and 64 values of each tensor, so that it takes milliseconds
+    and is the same for a .pth and its .safetensors twin.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sample = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64].contiguous()
+        digest.update(f"{name} {tuple(tensor.squeeze().shape)} {tensor.dtype}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,107 @@
+"""The model: embedding, blocks, final norm and head, with state in and state out."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rwkv.channel_mix import ChannelMix6, ChannelMix7
+from rwkv.config import RWKVConfig
+from rwkv.linear import Linear
+from rwkv.state import LayerState, State, zero_state
+from rwkv.time_mix6 import TimeMix6
+from rwkv.time_mix7 import TimeMix7
+
+LAYERS = {6: (TimeMix6, ChannelMix6), 7: (TimeMix7, ChannelMix7)}
+
+
+class Block(nn.Module):
+    """Time mix and channel mix, each behind a layer norm and added to the stream.
+
+    The first block also norms the embedding (`ln0`), as in BlinkDL's files.
+    """
+
+    def __init__(self, config: RWKVConfig, layer: int, backend: str = "auto"):
+        super().__init__()
+        time_mix, channel_mix = LAYERS[config.version]
+        self.ln0 = nn.LayerNorm(config.n_embd) if layer == 0 else None
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.att = time_mix(config, layer, backend)
+        self.ffn = channel_mix(config)
+
+    def forward(
+        self, x: Tensor, v_first: Tensor | None, state: LayerState, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, LayerState]:
+        """x [B, T, C] and this layer's state in; x, v_first and the state after T tokens out."""
+        if self.ln0 is not None:
+            x = self.ln0(x)
+        out, v_first, att_shift, wkv = self.att(
+            self.ln1(x), v_first, state.att_shift, state.wkv, cu_seqlens
+        )
+        x = x + out
+        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, cu_seqlens)
+        return x + out, v_first, LayerState(att_shift, wkv, ffn_shift)
+
+
+class RWKV(nn.Module):
+    """A language model of version 6 or 7. Its state_dict has the keys of BlinkDL's files.
+
+    Parameters are uninitialized: `rwkv.checkpoint.load_model` fills them from a file,
+    `rwkv.init.initialize` for training from scratch.
+
+    Attributes:
+        config: the sizes.
+        grad_cp: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: RWKVConfig, backend: str = "auto"):
+        super().__init__()
+        self.config = config
+        self.grad_cp = False
+        self.emb = nn.Embedding(
+            config.vocab_size, config.n_embd, _weight=torch.empty(config.vocab_size, config.n_embd)
+        )
+        self.blocks = nn.ModuleList(
+            Block(config, layer, backend) for layer in range(config.n_layer)
+        )
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.head = Linear(config.n_embd, config.vocab_size)
+
+    def forward(
+        self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Read T tokens of each sequence.
+
+        Args:
+            tokens: ids, [B, T]; for packed texts B = 1.
+            state: one LayerState a layer, of Q sequences; None for new texts.
+            cu_seqlens: where packed texts start, and T, [Q + 1], int64; None for plain rows.
+
+        Returns:
+            hidden: what the head reads, [B, T, C].
+            state: each sequence's state after its tokens.
+        """
+        return self.run_blocks(self.emb(tokens), state, cu_seqlens)
+
+    def run_blocks(
+        self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """As `forward`, from embedded tokens [B, T, C]."""
+        if state is None:
+            Q = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            state = zero_state(self.config, Q, like=x)
+        v_first: Tensor | None = None
+        after = []
+        for block, before in zip(self.blocks, state, strict=True):
+            if self.grad_cp and torch.is_grad_enabled():
+                x, v_first, new = checkpoint(
+                    block, x, v_first, before, cu_seqlens, use_reentrant=False
+                )
+            else:
+                x, v_first, new = block(x, v_first, before, cu_seqlens)
+            after.append(new)
+        return self.ln_out(x), after
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., C] -> [..., V]."""
+        return self.head(hidden)

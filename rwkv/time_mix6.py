@@ -1,0 +1,93 @@
+"""RWKV-6's time mix, with the parameter names of BlinkDL's .pth files.
+
+Source: "Eagle and Finch: RWKV with matrix-valued states and dynamic recurrence",
+arXiv:2404.05892.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rwkv.config import RWKVConfig
+from rwkv.linear import Linear
+from rwkv.ops.wkv6 import wkv6
+from rwkv.token_shift import last_token, token_shift
+
+MIXES = 5  # w, k, v, r, g, in the order of time_maa_w2
+
+
+class TimeMix6(nn.Module):
+    """Reads and writes the wkv state, one head at a time.
+
+    C channels = H heads of N. What each parameter makes:
+        time_maa_x, time_maa_w1, time_maa_w2    how far each of the five mixes follows the data
+        time_maa_w .. time_maa_g                inputs of w, k, v, r, g
+        time_decay, time_decay_w1, time_decay_w2    decay
+        time_faaaa                              bonus u of the current token
+    """
+
+    def __init__(self, config: RWKVConfig, layer: int, backend: str = "auto"):
+        super().__init__()
+        C, A, N, ranks = config.n_embd, config.dim_att, config.head_size, config.ranks
+        self.layer, self.N, self.backend = layer, N, backend
+
+        def channels(width: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(1, 1, width))
+
+        self.time_maa_x = channels(C)
+        self.time_maa_w, self.time_maa_k, self.time_maa_v = channels(C), channels(C), channels(C)
+        self.time_maa_r, self.time_maa_g = channels(C), channels(C)
+        self.time_maa_w1 = nn.Parameter(torch.empty(C, MIXES * ranks.mix))
+        self.time_maa_w2 = nn.Parameter(torch.empty(MIXES, ranks.mix, C))
+        self.time_decay = channels(A)
+        self.time_decay_w1 = nn.Parameter(torch.empty(C, ranks.decay))
+        self.time_decay_w2 = nn.Parameter(torch.empty(ranks.decay, A))
+        self.time_faaaa = nn.Parameter(torch.empty(A // N, N))
+        self.receptance, self.key, self.value = Linear(C, A), Linear(C, A), Linear(C, A)
+        self.gate, self.output = Linear(C, A), Linear(A, C)
+        self.ln_x = nn.GroupNorm(A // N, A, eps=64e-5)  # 1e-5 times 8 squared, as in the files
+
+    def forward(
+        self,
+        x: Tensor,
+        v_first: Tensor | None,
+        shift: Tensor,
+        wkv: Tensor,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Mix T tokens; arguments and results as in TimeMix7.forward, v_first handed on as it is."""
+        B, T, _ = x.shape
+        before = token_shift(x, shift, cu_seqlens) - x
+        mixed = torch.tanh(torch.addcmul(x, before, self.time_maa_x) @ self.time_maa_w1)
+        mixed = mixed.view(B * T, MIXES, -1).transpose(0, 1)  # [5, B T, rank]
+        deltas = torch.bmm(mixed, self.time_maa_w2).view(MIXES, B, T, -1)
+        x_w, x_k, x_v, x_r, x_g = (
+            torch.addcmul(x, before, mix + delta)
+            for mix, delta in zip(
+                (
+                    self.time_maa_w,
+                    self.time_maa_k,
+                    self.time_maa_v,
+                    self.time_maa_r,
+                    self.time_maa_g,
+                ),
+                deltas,
+                strict=True,
+            )
+        )
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
+        gate = F.silu(self.gate(x_g))
+        w = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
+        r, w, k, v = (t.unflatten(-1, (-1, self.N)) for t in (r, w, k, v))
+        y, wkv = wkv6(
+            r=r,
+            w=w,
+            k=k,
+            v=v,
+            u=self.time_faaaa,
+            state=wkv,
+            cu_seqlens=cu_seqlens,
+            backend=self.backend,
+        )
+        y = self.ln_x(y.reshape(B * T, -1)).view(B, T, -1)
+        return self.output(y * gate), v_first, last_token(x, cu_seqlens), wkv
