@@ -1,0 +1,112 @@
+"""Choose the implementation that runs an operator.
+
+An operator owns a table {backend name: module path}, best first. A backend module offers
+
+    why_not(sample, packed) -> str | None    why it cannot run this call
+    why_slow(sample, packed) -> str | None   optional: why another backend should run it
+    run(...)                                 the operator's own tensors, checked and of one dtype
+
+where `sample` is one input, [B, T, H, N], of which only device, dtype and shape are read, and
+`packed` says whether the call has cu_seqlens. `auto` takes the first backend that neither function
+refuses, else the first that can run; a backend named by the caller is only asked `why_not`. A
+module is imported when its turn comes, once, so what is listed behind the chosen one may be
+missing from the machine.
+"""
+
+import importlib
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv.errors import InputError
+
+
+class Choice(NamedTuple):
+    """The backend of one call, and the reasons against those listed before it."""
+
+    name: str
+    module: ModuleType
+    passed_over: dict[str, str]
+
+
+def choose_backend(
+    op: str, table: dict[str, str], wanted: str, sample: Tensor, packed: bool
+) -> Choice:
+    """Find the backend that runs this call of `op`.
+
+    Args:
+        op: the operator's name, for messages only.
+        table: backend name -> module path, best first.
+        wanted: a name from `table`, or "auto".
+        sample: one input, [B, T, H, N].
+        packed: whether the call has cu_seqlens.
+
+    Raises:
+        InputError: `wanted` is not in `table`.
+        RuntimeError: the wanted backend (or, under "auto", every one) cannot run this call;
+            the message gives each backend's own reason.
+    """
+    if wanted != "auto" and wanted not in table:
+        raise InputError(f"{op}: no backend {wanted!r}; choose one of auto, {', '.join(table)}")
+    refusals: dict[str, str] = {}
+    slow: Choice | None = None
+    for name in table if wanted == "auto" else (wanted,):
+        module = _load(table[name])
+        if isinstance(module, str):
+            refusals[name] = module
+            continue
+        reason = module.why_not(sample, packed)
+        if reason is None and wanted == "auto" and hasattr(module, "why_slow"):
+            reason = module.why_slow(sample, packed)
+            if reason is not None and slow is None:
+                slow = Choice(name, module, dict(refusals))
+        if reason is None:
+            return Choice(name, module, refusals)
+        refusals[name] = reason
+    if slow is not None:
+        return slow
+    reasons = "".join(f"\n  {name}: {reason}" for name, reason in refusals.items())
+    raise RuntimeError(f"{op}: backend {wanted!r} cannot run this call{reasons}")
+
+
+def describe_choice(
+    op: str,
+    shape: tuple[int, int, int, int],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    packed: bool = False,
+    backend: str = "auto",
+) -> str:
+    """Say in one line which backend runs `op`, and why each better one does not.
+
+    Args:
+        op: "wkv7" or "wkv6".
+        shape: B, T, H and N of the calls to come.
+        device, dtype: of the tensors to come.
+        packed: whether the calls will have cu_seqlens.
+        backend: as the operator's argument.
+
+    Returns:
+        such as "wkv7: torch (cuda: needs a GPU, the tensors are on cpu; triton: ...)".
+
+    Raises:
+        InputError, RuntimeError: as `choose_backend`.
+    """
+    table = importlib.import_module(f"rwkv.ops.{op}").BACKENDS
+    sample = torch.empty((), device=device, dtype=dtype).expand(shape)
+    choice = choose_backend(op, table, backend, sample, packed)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over.items())
+    return f"{op}: {choice.name}" + (f" ({reasons})" if reasons else "")
+
+
+@cache
+def _load(path: str) -> ModuleType | str:
+    """The module, or the reason why it cannot be imported; a failed search is not repeated."""
+    try:
+        return importlib.import_module(path)
+    except ImportError as error:
+        return f"cannot be imported ({error})"
