@@ -15,9 +15,9 @@ class TokenBatch(NamedTuple):
     inputs, targets: token ids, int64; targets[:, t] follows inputs[:, t].
     mask: bool, true where the loss counts the target: answers, not prompts or padding.
     cu_seqlens: for texts packed into B = 1, where each starts, and T, [Q + 1], int64; else None.
-    count: scored targets of the whole optimizer step, over all its micro-batches and ranks, a
-        float32 scalar. Every loss is a sum divided by it, so that no way of cutting a step changes
-        the number.
+    count: scored targets of the whole optimizer step, over all its micro-batches and ranks, an
+        int64 scalar (an integer, because trainers cast the floats of a batch). Every loss is a sum
+        divided by it, so that no way of cutting a step changes the number.
     """
 
     inputs: Tensor

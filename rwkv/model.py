@@ -88,8 +88,7 @@ class RWKV(nn.Module):
     ) -> tuple[Tensor, State]:
         """As `forward`, from embedded tokens [B, T, C]."""
         if state is None:
-            Q = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            state = zero_state(self.config, Q, like=x)
+            state = self.initial_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         v_first: Tensor | None = None
         after = []
         for block, before in zip(self.blocks, state, strict=True):
@@ -101,6 +100,15 @@ class RWKV(nn.Module):
                 x, v_first, new = block(x, v_first, before, cu_seqlens)
             after.append(new)
         return self.ln_out(x), after
+
+    def initial_state(self, Q: int) -> State:
+        """The state of Q new texts: zeros, and each layer's tuned wkv state where it has one."""
+        state = zero_state(self.config, Q, like=self.ln_out.weight)
+        for layer, block in enumerate(self.blocks):
+            if block.att.time_state is not None:
+                wkv = block.att.time_state.to(state[layer].wkv.dtype).expand_as(state[layer].wkv)
+                state[layer] = state[layer]._replace(wkv=wkv)
+        return state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., C] -> [..., V]."""

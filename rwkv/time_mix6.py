@@ -24,6 +24,7 @@ class TimeMix6(nn.Module):
         time_maa_w .. time_maa_g                inputs of w, k, v, r, g
         time_decay, time_decay_w1, time_decay_w2    decay
         time_faaaa                              bonus u of the current token
+        time_state    initial wkv state [H, N, N], only where one is tuned; values on rows
     """
 
     def __init__(self, config: RWKVConfig, layer: int, backend: str = "auto"):
@@ -46,6 +47,7 @@ class TimeMix6(nn.Module):
         self.receptance, self.key, self.value = Linear(C, A), Linear(C, A), Linear(C, A)
         self.gate, self.output = Linear(C, A), Linear(A, C)
         self.ln_x = nn.GroupNorm(A // N, A, eps=64e-5)  # 1e-5 times 8 squared, as in the files
+        self.time_state: nn.Parameter | None = None
 
     def forward(
         self,

@@ -24,6 +24,7 @@ class TimeMix7(nn.Module):
         g1, g2        output gate
         k_k, k_a      removal key kk from k, and how far iclr shrinks k
         r_k           bonus: what the current token adds to its own output
+        time_state    initial wkv state [H, N, N], only where one is tuned; values on rows
     """
 
     def __init__(self, config: RWKVConfig, layer: int, backend: str = "auto"):
@@ -49,6 +50,7 @@ class TimeMix7(nn.Module):
         self.receptance, self.key, self.value = Linear(C, A), Linear(C, A), Linear(C, A)
         self.output = Linear(A, C)
         self.ln_x = nn.GroupNorm(A // N, A, eps=64e-5)  # 1e-5 times 8 squared, as in the files
+        self.time_state: nn.Parameter | None = None
 
     def forward(
         self,

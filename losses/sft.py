@@ -1,0 +1,69 @@
+"""Supervised fine-tuning: cross-entropy with label smoothing, and BlinkDL's L2Wrap."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losses.logprobs import LanguageModel, TokenScores, score_tokens
+from rwkv.batch import TokenBatch
+from rwkv.chunks import ChunkPlan, walk
+
+
+def smoothed_nll(scores: TokenScores, smoothing: float) -> Tensor:
+    """(1 - e) (-log p_target) + e (-mean over the vocabulary of log p), each token, [n], nats.
+
+    Source: Szegedy et al., arXiv:1512.00567, section 7; as torch's cross_entropy has it.
+    """
+    return -(1 - smoothing) * scores.log_prob - smoothing * scores.mean_log_prob
+
+
+def l2wrap(scores: TokenScores, factor: float) -> Tensor:
+    """A term of value 0 whose gradient pulls each token's largest logit towards 0, a scalar.
+
+    The gradient to the largest logit z is factor * z, summed over tokens; the caller divides by
+    its count of tokens, as for the loss. Source: RWKV-LM, RWKV-v7/train_temp/src/model.py.
+    """
+    penalty = 0.5 * factor * scores.max_logit.square().sum()
+    return penalty - penalty.detach()
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Cross-entropy of the scored tokens, divided by the count of the whole optimizer step.
+
+    smoothing: label smoothing, in [0, 1).
+    l2wrap: factor of L2Wrap; 1e-4 in RWKV-LM, 0 for none.
+    chunks: how a long batch is walked in pieces; None for one piece.
+    """
+
+    smoothing: float = 0.0
+    l2wrap: float = 1e-4
+    chunks: ChunkPlan | None = None
+
+    def __call__(
+        self, model: LanguageModel, batch: TokenBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one micro-batch and metrics; both add up over the step's micro-batches."""
+
+        def sums(hidden: Tensor, piece: TokenBatch) -> Tensor:
+            scores = score_tokens(model, hidden[piece.mask], piece.targets[piece.mask])
+            loss = smoothed_nll(scores, self.smoothing).sum() + l2wrap(scores, self.l2wrap)
+            nll = -scores.log_prob.detach().sum()
+            return torch.stack([loss, nll, scores.hit.sum()])
+
+        loss, nll, hits = walk(model, batch, sums, self.chunks) / batch.count.clamp_min(1)
+        return loss, {"nll": nll.detach(), "accuracy": hits.detach()}
+
+
+def evaluate_nll(model: Any, batch: TokenBatch, chunks: ChunkPlan | None = None) -> Tensor:
+    """(summed nll, correct tokens, scored tokens) of a batch, [3], float64, without gradient."""
+
+    def sums(hidden: Tensor, piece: TokenBatch) -> Tensor:
+        scores = score_tokens(model, hidden[piece.mask], piece.targets[piece.mask])
+        count = piece.mask.sum().to(scores.log_prob.dtype)
+        return torch.stack([-scores.log_prob.sum(), scores.hit.sum(), count])
+
+    with torch.no_grad():
+        return walk(model, batch, sums, chunks).double()

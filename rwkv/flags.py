@@ -1,0 +1,156 @@
+"""From frozen dataclasses to command-line flags and back to typed objects.
+
+A folder declares its flags as a frozen dataclass of `flag` fields beside the code that reads
+them. `parse` makes one parser of such classes and returns one object of each, so that nobody
+passes a namespace around.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from rwkv.errors import InputError
+
+T = TypeVar("T")
+
+
+def flag(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> Any:
+    """A dataclass field that becomes the flag `--<field name>`.
+
+    Args:
+        default: its value when the flag is absent.
+        help: one sentence for --help.
+        choices: the values allowed; None for any of the field's type.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def on_off(text: object) -> bool:
+    """Read 1, 0, true, false, yes, no, on or off."""
+    words = {"1": True, "true": True, "yes": True, "on": True}
+    words |= {"0": False, "false": False, "no": False, "off": False}
+    value = words.get(str(text).lower())
+    if value is None:
+        raise ValueError(f"{text!r} is neither 1 nor 0")
+    return value
+
+
+class Settings(dict[type, Any]):
+    """One object of each class of flags, found by its class: `settings[DataFlags]`."""
+
+    def __getitem__(self, key: type[T]) -> T:
+        return super().__getitem__(key)
+
+    def as_flags(self) -> dict[str, Any]:
+        """Every flag and its value, flat, in the order of --help."""
+        return {k: v for group in self.values() for k, v in dataclasses.asdict(group).items()}
+
+
+def parse(
+    argv: Sequence[str],
+    classes: Sequence[type],
+    *,
+    program: str,
+    description: str,
+    ignored: dict[str, str] | None = None,
+) -> tuple[Settings, list[str]]:
+    """Read the command line into one object a class.
+
+    Args:
+        argv: the words after the program's name.
+        classes: frozen dataclasses of `flag` fields.
+        program, description: for --help.
+        ignored: flags that are accepted and do nothing, with the reason.
+
+    Returns:
+        the settings, and the ignored flags that were given, as `--flag: reason`.
+
+    Raises:
+        InputError: a flag is unknown, or its value is not of its type.
+    """
+    ignored = ignored or {}
+    known = [field.name for group in classes for field in dataclasses.fields(group)]
+    argv, noted = _drop_ignored(list(argv), known, ignored)
+    parser = _parser(classes, program, description)
+    try:
+        values = parser.parse_args(argv)
+    except Exception as error:
+        if type(error).__name__ != "ArgumentError":
+            raise
+        raise InputError(" ".join(str(error).split())) from None
+    objects = Settings()
+    for group in classes:
+        fields = dataclasses.fields(group)
+        objects[group] = group(**{field.name: values[field.name] for field in fields})
+    return objects, noted
+
+
+def _parser(classes: Sequence[type], program: str, description: str) -> Any:
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(
+        prog=program, description=description, exit_on_error=False, default_env=False
+    )
+    parser.add_argument("--config", action="config", help="read flags from a YAML file")
+    for group in classes:
+        arguments = parser.add_argument_group((group.__doc__ or group.__name__).splitlines()[0])
+        hints = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            kind, choices = hints[field.name], field.metadata["choices"]
+            text = field.metadata["help"].replace("%", "%%")
+            if kind is bool:
+                arguments.add_argument(
+                    f"--{field.name}",
+                    type=on_off,
+                    nargs="?",
+                    const=True,
+                    metavar="0|1",
+                    default=field.default,
+                    help=text,
+                )
+            elif choices:
+                arguments.add_argument(
+                    f"--{field.name}",
+                    type=kind,
+                    choices=list(choices),
+                    default=field.default,
+                    help=text,
+                )
+            else:
+                metavar = "TEXT" if kind is str else getattr(kind, "__name__", str(kind)).upper()
+                arguments.add_argument(
+                    f"--{field.name}",
+                    type=kind,
+                    metavar=metavar if "|" not in metavar else None,
+                    default=field.default,
+                    help=text,
+                )
+    return parser
+
+
+def _drop_ignored(
+    argv: list[str], known: list[str], ignored: dict[str, str]
+) -> tuple[list[str], list[str]]:
+    """Take ignored flags and their values out of argv; stop at an unknown flag."""
+    kept: list[str] = []
+    noted: list[str] = []
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        name, equals, _ = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name in known or name in ("help", "config"):
+            kept.append(word)
+        elif name.startswith("print_config"):
+            kept.append(word)
+        elif name in ignored:
+            noted.append(f"--{name}: {ignored[name]}")
+            if not equals and position < len(argv) and not argv[position].startswith("--"):
+                position += 1
+        else:
+            near = difflib.get_close_matches(name, [*known, "config", "print_config"], n=1)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists the known ones"
+            raise InputError(f"--{name}: no such flag; {hint}")
+    return kept, noted
