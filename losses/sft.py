@@ -42,9 +42,7 @@ class SFT:
     l2wrap: float = 1e-4
     chunks: ChunkPlan | None = None
 
-    def __call__(
-        self, model: LanguageModel, batch: TokenBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: LanguageModel, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one micro-batch and metrics; both add up over the step's micro-batches."""
 
         def sums(hidden: Tensor, piece: TokenBatch) -> Tensor:

@@ -25,3 +25,7 @@ class TokenBatch(NamedTuple):
     mask: Tensor
     cu_seqlens: Tensor | None
     count: Tensor
+
+    def tokens(self) -> int:
+        """Input tokens that the model reads, padding included."""
+        return self.inputs.numel()

@@ -34,7 +34,9 @@ class TensorFile(Mapping[str, Tensor]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._where: dict[str, tuple[Any, str]] = {}
         for shard in _shards(self.path):
-            opened = _open_safetensors(shard) if shard.suffix == ".safetensors" else _open_pth(shard)
+            opened = (
+                _open_safetensors(shard) if shard.suffix == ".safetensors" else _open_pth(shard)
+            )
             for key in opened.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                 name = key.removeprefix(PREFIX)
                 self._where[name] = (opened, key)
@@ -105,9 +107,7 @@ def _open_pth(path: Path) -> dict[str, Tensor]:
                 f"{path}: holds pickled code, which is never run here; "
                 "ask its author for a file of tensors alone"
             ) from None
-        raise InputError(
-            f"{path}: is no checkpoint of torch; copy or download it again"
-        ) from None
+        raise InputError(f"{path}: is no checkpoint of torch; copy or download it again") from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(

@@ -54,25 +54,19 @@ def parse(
     *,
     program: str,
     description: str,
-    ignored: dict[str, str] | None = None,
-) -> tuple[Settings, list[str]]:
+) -> Settings:
     """Read the command line into one object a class.
 
     Args:
         argv: the words after the program's name.
         classes: frozen dataclasses of `flag` fields.
         program, description: for --help.
-        ignored: flags that are accepted and do nothing, with the reason.
-
-    Returns:
-        the settings, and the ignored flags that were given, as `--flag: reason`.
 
     Raises:
         InputError: a flag is unknown, or its value is not of its type.
     """
-    ignored = ignored or {}
     known = [field.name for group in classes for field in dataclasses.fields(group)]
-    argv, noted = _drop_ignored(list(argv), known, ignored)
+    _check_names(argv, known)
     parser = _parser(classes, program, description)
     try:
         values = parser.parse_args(argv)
@@ -84,7 +78,7 @@ def parse(
     for group in classes:
         fields = dataclasses.fields(group)
         objects[group] = group(**{field.name: values[field.name] for field in fields})
-    return objects, noted
+    return objects
 
 
 def _parser(classes: Sequence[type], program: str, description: str) -> Any:
@@ -130,27 +124,12 @@ def _parser(classes: Sequence[type], program: str, description: str) -> Any:
     return parser
 
 
-def _drop_ignored(
-    argv: list[str], known: list[str], ignored: dict[str, str]
-) -> tuple[list[str], list[str]]:
-    """Take ignored flags and their values out of argv; stop at an unknown flag."""
-    kept: list[str] = []
-    noted: list[str] = []
-    position = 0
-    while position < len(argv):
-        word = argv[position]
-        position += 1
-        name, equals, _ = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name in known or name in ("help", "config"):
-            kept.append(word)
-        elif name.startswith("print_config"):
-            kept.append(word)
-        elif name in ignored:
-            noted.append(f"--{name}: {ignored[name]}")
-            if not equals and position < len(argv) and not argv[position].startswith("--"):
-                position += 1
-        else:
-            near = difflib.get_close_matches(name, [*known, "config", "print_config"], n=1)
-            hint = f"did you mean --{near[0]}?" if near else "--help lists the known ones"
-            raise InputError(f"--{name}: no such flag; {hint}")
-    return kept, noted
+def _check_names(argv: Sequence[str], known: list[str]) -> None:
+    """Stop at a flag that nobody declared, with the nearest one that somebody did."""
+    for word in argv:
+        name = word.removeprefix("--").partition("=")[0]
+        if not word.startswith("--") or name in (*known, "help", "config", "print_config"):
+            continue
+        near = difflib.get_close_matches(name, [*known, "config", "print_config"], n=1)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists the known ones"
+        raise InputError(f"--{name}: no such flag; {hint}")

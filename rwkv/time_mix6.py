@@ -57,7 +57,7 @@ class TimeMix6(nn.Module):
         wkv: Tensor,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Mix T tokens; arguments and results as in TimeMix7.forward, v_first handed on as it is."""
+        """Mix T tokens; as TimeMix7.forward, with v_first handed on as it is."""
         B, T, _ = x.shape
         before = token_shift(x, shift, cu_seqlens) - x
         mixed = torch.tanh(torch.addcmul(x, before, self.time_maa_x) @ self.time_maa_w1)

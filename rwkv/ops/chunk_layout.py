@@ -1,0 +1,112 @@
+"""Rows or packed texts cut into chunks of one size, ordered for a scan over time.
+
+The torch backends compute what is local to a chunk for many chunks at once and then walk the
+chunks of each sequence. With the sequences sorted by length, longest first, and the chunks
+ordered by time, step c of the walk touches the first n_c sequences, and their c-th chunks lie side
+by side; short texts simply leave the walk early.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv.ops.packing import text_lengths
+
+
+class Part(NamedTuple):
+    """Neighbouring steps of the walk that are worked on at once.
+
+    rows: which chunk-heads (a chunk of one head) they cover.
+    steps: the number of chunk-heads of each step.
+    """
+
+    rows: slice
+    steps: list[int]
+
+
+class ChunkLayout:
+    """Where each token lies among the chunks, and back.
+
+    Attributes:
+        source: for each of the P C rows of the chunks, the row of [B T H, N] that it shows.
+        place: for each row of [B T H, N], its row among the chunks.
+        real: false for the rows that only fill up a text's last chunk, [P, C, 1]; None if there
+            are none. Such rows show their text's last token, so that they can be computed, and
+            never reach into another text.
+        parts: the walk, in order.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], H: int, C: int, limit: int, device: torch.device):
+        length = torch.tensor(lengths)
+        first = length.cumsum(0) - length  # of each sequence's tokens
+        length, order = length.sort(descending=True, stable=True)
+        first, chunks = first[order], (length + C - 1) // C
+        alive = chunks > torch.arange(int(chunks[0])).unsqueeze(1)  # [steps, Q]
+        step, rank = alive.nonzero(as_tuple=True)  # of each chunk, by time
+        position = step.unsqueeze(1) * C + torch.arange(C)  # [chunks, C], within the sequence
+        real = position < length[rank].unsqueeze(1)
+        token = first[rank].unsqueeze(1) + position.minimum(length[rank].unsqueeze(1) - 1)
+        place = torch.empty(int(length.sum()), dtype=torch.long)
+        place[token[real]] = (torch.arange(len(step)).unsqueeze(1) * H * C + torch.arange(C))[real]
+
+        heads = torch.arange(H)
+        self.H, self.C = H, C
+        self.source = (token.unsqueeze(1) * H + heads.view(H, 1)).flatten().to(device)
+        self.place = (place.unsqueeze(1) + heads * C).flatten().to(device)
+        self.real = None if real.all() else real.repeat_interleave(H, 0).unsqueeze(-1).to(device)
+        self._order = order.to(device)
+        self._rank = order.argsort().to(device)
+        self.parts = _parts([n * H for n in alive.sum(1).tolist()], limit)
+
+    def chunks(self, x: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
+        """A part's rows of x [B, T, H, N] as [P, C, N]."""
+        source = self.source[part.rows.start * self.C : part.rows.stop * self.C]
+        return x.reshape(-1, x.shape[-1])[source].to(dtype).unflatten(0, (-1, self.C))
+
+    def tokens(self, x: Tensor, like: Tensor) -> Tensor:
+        """All chunks [P, C, N] as [B, T, H, N], in the dtype of `like`."""
+        return x.flatten(0, 1)[self.place].to(like.dtype).view(like.shape)
+
+    def sorted(self, state: Tensor) -> Tensor:
+        """States [Q, H, N, N] in the order of the walk, a new [Q H, N, N]."""
+        return state[self._order].flatten(0, 1)
+
+    def unsorted(self, state: Tensor) -> Tensor:
+        """[Q H, N, N] in the order of the walk as [Q, H, N, N]."""
+        return state.unflatten(0, (-1, self.H))[self._rank]
+
+
+@lru_cache(maxsize=8)
+def _layout(
+    lengths: tuple[int, ...], H: int, C: int, limit: int, device: torch.device
+) -> ChunkLayout:
+    with torch.inference_mode(False):
+        return ChunkLayout(lengths, H, C, limit, device)
+
+
+def chunk_layout(x: Tensor, cu_seqlens: Tensor | None, C: int, limit: int) -> ChunkLayout:
+    """The layout of x [B, T, H, N] in chunks of C, kept for the layers that ask again.
+
+    Args:
+        x: any input of the operator.
+        cu_seqlens: as in the operators.
+        C: tokens in a chunk.
+        limit: chunk-heads in a part, about; a part is never less than one step.
+    """
+    B, T, H, _ = x.shape
+    lengths = [T] * B if cu_seqlens is None else text_lengths(cu_seqlens)
+    return _layout(tuple(lengths), H, C, limit, x.device)
+
+
+def _parts(steps: list[int], limit: int) -> list[Part]:
+    parts, begin, taken, total = [], 0, [], 0
+    for n in steps:
+        if taken and total + n > limit:
+            parts.append(Part(slice(begin, begin + total), taken))
+            begin, taken, total = begin + total, [], 0
+        taken.append(n)
+        total += n
+    parts.append(Part(slice(begin, begin + total), taken))
+    return parts

@@ -1,0 +1,100 @@
+"""What the Triton operators share: which tokens a chunk holds, and matrix products of its tiles.
+
+A sequence is cut into chunks of C tokens; every chunk of every sequence has a slot, a number by
+which its state and its other intermediates are stored. Unpacked, sequence q has the slots
+q * ceil(T / C) and following. Packed, text q starts at slot cu_seqlens[q] // C + q: floor(x / C) of
+two neighbours differ by at least ceil(length / C) - 1, so the ranges never overlap, and
+T // C + Q slots suffice for any lengths, known to the host without reading cu_seqlens. The few
+slots this leaves empty have a length of zero or less.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def count_slots(B: int, T: int, cu_seqlens: Tensor | None, C: int) -> int:
+    """The number of slots of B rows of T tokens, or of one row that is packed."""
+    if cu_seqlens is None:
+        return B * triton.cdiv(T, C)
+    return T // C + cu_seqlens.shape[0] - 1
+
+
+def slot_owners(cu_seqlens: Tensor | None, slots: int, C: int) -> Tensor | None:
+    """The text of every slot, [slots], int32, made on the device; None unless packed."""
+    if cu_seqlens is None:
+        return None
+    owners = torch.empty(slots, dtype=torch.int32, device=cu_seqlens.device)
+    _slot_owners_kernel[(cu_seqlens.shape[0] - 1,)](cu_seqlens, owners, C=C, BLOCK=128)
+    return owners
+
+
+@triton.jit
+def _slot_owners_kernel(cu_seqlens, owners, C: tl.constexpr, BLOCK: tl.constexpr):
+    q = tl.program_id(0)
+    first = tl.load(cu_seqlens + q).to(tl.int64) // C + q
+    after = tl.load(cu_seqlens + q + 1).to(tl.int64) // C + q + 1
+    for start in range(0, after - first, BLOCK):
+        slot = first + start + tl.arange(0, BLOCK)
+        tl.store(owners + slot, q, mask=slot < after)
+
+
+@triton.jit
+def slot_tokens(slot, owners, cu_seqlens, T, C: tl.constexpr):
+    """The first token of a slot, counted over all rows, and how many follow in its sequence."""
+    if cu_seqlens is None:
+        chunks = tl.cdiv(T, C)
+        row = slot // chunks
+        chunk = slot % chunks
+        start = row.to(tl.int64) * T + chunk * C
+        left = T - chunk * C
+    else:
+        q = tl.load(owners + slot)
+        begin = tl.load(cu_seqlens + q).to(tl.int64)
+        chunk = slot - (begin // C + q)
+        start = begin + chunk * C
+        left = (tl.load(cu_seqlens + q + 1) - start).to(tl.int32)
+    return start, left
+
+
+@triton.jit
+def sequence_slots(q, cu_seqlens, T, C: tl.constexpr):
+    """The first token, the number of tokens and the first slot of sequence q."""
+    if cu_seqlens is None:
+        begin = q.to(tl.int64) * T
+        length = T
+        slot = q.to(tl.int64) * tl.cdiv(T, C)
+    else:
+        begin = tl.load(cu_seqlens + q).to(tl.int64)
+        length = (tl.load(cu_seqlens + q + 1) - begin).to(tl.int32)
+        slot = begin // C + q
+    return begin, length, slot
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """x rounded to `dtype`, as an operand of `product` or for a store.
+
+    Triton's interpreter (3.7) truncates where it should round to bfloat16 and multiplies bfloat16
+    as integers; there the value is rounded by hand and stays float32.
+    """
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def product(x, y, precision: tl.constexpr = "tf32x3"):
+    """x @ y, float32; `precision` matters for float32 operands only."""
+    return tl.dot(x, y, input_precision=precision)
+
+
+@triton.jit
+def add_product(total, x, y, precision: tl.constexpr = "tf32x3"):
+    """total + x @ y."""
+    return tl.dot(x, y, total, input_precision=precision)

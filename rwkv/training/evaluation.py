@@ -1,0 +1,85 @@
+"""Held-out loss and samples while training."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from rwkv.training.distributed import sum_over_ranks
+from rwkv.training.lit import LitModel
+from rwkv.training.step_log import StepLog
+
+
+class Evaluation(pl.Callback):
+    """Evaluates before the first step, every N steps and at saved models.
+
+    Args:
+        batches: this rank's held-out batches, made anew for each evaluation.
+        measure: (model, batch) -> quantities that add up over batches and ranks, [K].
+        summarize: the added-up quantities -> numbers for the log, their names without `val_`.
+        sample: the model -> texts to show; None for none.
+        steps: at which steps to evaluate.
+        log: of the run.
+    """
+
+    def __init__(
+        self,
+        *,
+        batches: Callable[[], Iterable[Any]],
+        measure: Callable[[nn.Module, Any], Tensor],
+        summarize: Callable[[list[float]], dict[str, float]],
+        sample: Callable[[nn.Module], list[str]] | None,
+        steps: Callable[[int], bool],
+        log: StepLog,
+    ):
+        self.batches, self.measure, self.summarize = batches, measure, summarize
+        self.sample, self.steps, self.log = sample, steps, log
+        self._done = -1
+
+    def on_train_start(self, trainer: pl.Trainer, lit: LitModel) -> None:  # type: ignore[override]
+        if lit.steps_done == 0:
+            self.evaluate(trainer, lit)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: pl.Trainer, lit: LitModel, outputs: Any, batch: Any, index: int
+    ) -> None:
+        if lit.steps_done != self._done and self.steps(lit.steps_done):
+            self.evaluate(trainer, lit)
+
+    def evaluate(self, trainer: pl.Trainer, lit: LitModel) -> dict[str, float]:
+        """Run the held-out batches and the samples; returns the numbers that were logged."""
+        self._done = lit.steps_done
+        training = lit.training
+        lit.eval()
+        with torch.no_grad(), torch.random.fork_rng():
+            total: Tensor | None = None
+            for held in self.batches():
+                moved = trainer.strategy.batch_to_device(held, lit.device)
+                part = self.measure(lit.model, moved)
+                total = part if total is None else total + part
+            assert total is not None
+            numbers = self.summarize(sum_over_ranks(total).tolist())
+            texts = self.sample(lit.model) if self.sample else []
+        lit.train(training)
+        line = {f"val_{name}": value for name, value in numbers.items()}
+        self.log.log.add({"step": self._done, **line})
+        for logger in self.log.loggers:
+            logger.log_metrics(line, step=self._done)
+        if trainer.is_global_zero:
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in line.items())
+            self.log.say(f"step {self._done}: {shown}")
+            for text in texts:
+                self.log.say(text)
+        self.log.restart_clock()
+        return line
+
+
+def summarize_nll(total: list[float]) -> dict[str, float]:
+    """(summed nll, correct, scored) -> loss in nats a token, perplexity, share correct."""
+    nll, correct, scored = total
+    loss = nll / max(scored, 1)
+    perplexity = math.exp(min(loss, 700.0))
+    return {"loss": loss, "perplexity": perplexity, "accuracy": correct / max(scored, 1)}

@@ -1,0 +1,103 @@
+"""Flags of the model, the trainer, the optimizer, evaluation and logs."""
+
+from dataclasses import dataclass
+
+from rwkv.flags import flag
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Model"""
+
+    load_model: str = flag(
+        "", "an RWKV-6 or RWKV-7 .pth or .safetensors file; absent: train from scratch"
+    )
+    my_testing: str = flag(
+        "", "version: x060 or x070; read from --load_model, needed from scratch (default x070)"
+    )
+    n_layer: int = flag(0, "blocks; read from --load_model")
+    n_embd: int = flag(0, "channels; read from --load_model")
+    dim_att: int = flag(0, "channels inside the time mix; default n_embd")
+    dim_ffn: int = flag(0, "width of the channel mix; default 4 (v7) or 3.5 (v6) times n_embd")
+    vocab_size: int = flag(0, "tokens; read from --load_model")
+    head_size_a: int = flag(0, "channels of a head; read from --load_model, default 64")
+    kernel: str = flag(
+        "auto",
+        "wkv implementation; auto takes the best that can run",
+        choices=("auto", "cuda", "triton", "fla", "torch", "reference"),
+    )
+    fla: bool = flag(False, "same as --kernel fla")
+
+
+@dataclass(frozen=True)
+class TrainerFlags:
+    """Trainer"""
+
+    proj_dir: str = flag("out", "folder for checkpoints, logs and pictures")
+    accelerator: str = flag("auto", "cpu, gpu or auto", choices=("auto", "cpu", "gpu"))
+    devices: int = flag(1, "GPUs (or CPU processes) a node")
+    num_nodes: int = flag(1, "nodes")
+    strategy: str = flag(
+        "auto",
+        "how to spread the work",
+        choices=(
+            "auto",
+            "ddp",
+            "deepspeed_stage_1",
+            "deepspeed_stage_2",
+            "deepspeed_stage_2_offload",
+            "deepspeed_stage_3",
+            "deepspeed_stage_3_offload",
+        ),
+    )
+    precision: str = flag(
+        "", "bf16 or fp32; default bf16 on a GPU, fp32 on a CPU", choices=("", "bf16", "fp32")
+    )
+    micro_bsz: int = flag(1, "rows of ctx_len tokens that one device takes at once")
+    accumulate_grad_batches: int = flag(1, "micro-batches a device sums up before a step")
+    grad_cp: bool = flag(True, "recompute each block in the backward pass: less memory")
+    epoch_steps: int = flag(0, "micro-batches of an epoch; 0: one pass over the data")
+    epoch_count: int = flag(1, "epochs to train")
+    epoch_begin: int = flag(0, "number of the first epoch, for file names")
+    epoch_save: int = flag(1, "epochs between saved models")
+    resume: bool = flag(False, "continue the run in --proj_dir from its last resume point")
+    resume_every: int = flag(0, "steps between resume points; 0: at each saved model")
+    random_seed: int = flag(42, "of the data order, new weights and dropout")
+    dry_run: bool = flag(False, "print the plan and stop")
+
+
+@dataclass(frozen=True)
+class OptimizerFlags:
+    """Optimizer"""
+
+    optim: str = flag(
+        "",
+        "AdamW (default), AdamW8bit or Lion (bitsandbytes)",
+        choices=("", "adamw", "AdamW8bit", "Adam8bit", "adam8bit", "lion"),
+    )
+    lr_init: float = flag(1e-4, "learning rate after the warm-up")
+    lr_final: float = flag(1e-5, "learning rate at the end")
+    lr_advanced: bool = flag(True, "take learning rates from the layer profile where it has them")
+    lr_schedule: str = flag(
+        "exponential",
+        "from lr_init to lr_final",
+        choices=("exponential", "cosine", "linear", "wsd", "constant"),
+    )
+    warmup_steps: int = flag(0, "steps from 0.2 lr_init up to lr_init")
+    beta1: float = flag(0.9, "Adam's decay of the mean")
+    beta2: float = flag(0.99, "Adam's decay of the square")
+    adam_eps: float = flag(1e-8, "Adam's epsilon")
+    weight_decay: float = flag(0.0, "decoupled weight decay of matrices")
+    gradient_clip_val: float = flag(1.0, "largest gradient norm; 0 for no clipping")
+
+
+@dataclass(frozen=True)
+class EvaluationFlags:
+    """Evaluation and logs"""
+
+    val_every: int = flag(0, "steps between evaluations; 0: at each saved model")
+    val_prompts: str = flag("", "a text file, one prompt a line: sampled at each evaluation")
+    val_tokens: int = flag(60, "longest sample, in tokens")
+    log_every: int = flag(1, "steps between lines of train_log.jsonl")
+    tensorboard: bool = flag(False, "write TensorBoard files to --proj_dir")
+    wandb: str = flag("", "name of a Weights & Biases project; empty for none")

@@ -1,0 +1,85 @@
+"""Hand a model and an objective to Lightning. No math lives here."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rwkv.training.flags import OptimizerFlags
+from rwkv.training.optimizer import make_optimizer
+
+Objective = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class RateGroup:
+    """Parameters that share learning rates and weight decay."""
+
+    params: Sequence[nn.Parameter]
+    lr_init: float
+    lr_final: float
+    weight_decay: float
+
+
+class LitModel(pl.LightningModule):
+    """Trains `model` on `objective(model, batch) -> (loss, metrics)`.
+
+    A batch's loss is already divided by the count of the whole optimizer step, so what Lightning
+    and DeepSpeed divide by (micro-batches, ranks) is multiplied back here.
+
+    Attributes:
+        step_sums: loss and metrics of the step so far on this rank; a callback reads and clears.
+        first_step: steps done before this process started (--resume).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        groups: Sequence[RateGroup],
+        flags: OptimizerFlags,
+        *,
+        strategy: str,
+    ):
+        super().__init__()
+        self.model, self.objective = model, objective
+        self.groups, self.flags, self.strategy = groups, flags, strategy
+        self.step_sums: dict[str, Tensor] = {}
+        self.first_step = 0
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps of the whole run, those before --resume included."""
+        return self.first_step + self.trainer.global_step
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        loss, metrics = self.objective(self.model, batch)
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            held = self.step_sums.get(name)
+            self.step_sums[name] = value if held is None else held + value
+        return loss * self._divided_by()
+
+    def _divided_by(self) -> int:
+        """What the trainer divides a gradient by between here and the optimizer."""
+        accumulate = self.trainer.accumulate_grad_batches
+        if self.strategy.startswith("deepspeed"):  # both Lightning and DeepSpeed divide
+            accumulate *= accumulate
+        return accumulate * self.trainer.world_size
+
+    def configure_optimizers(self) -> Optimizer:
+        groups = [
+            {
+                "params": list(group.params),
+                "lr": group.lr_init,
+                "weight_decay": group.weight_decay,
+                "lr_init": group.lr_init,
+                "lr_final": group.lr_final,
+            }
+            for group in self.groups
+        ]
+        on_gpu = torch.device(self.trainer.strategy.root_device).type == "cuda"
+        return make_optimizer(groups, self.flags, strategy=self.strategy, on_gpu=on_gpu)

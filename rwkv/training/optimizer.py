@@ -1,0 +1,134 @@
+"""The optimizer of a run, and float32 masters for parameters of fewer bits."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rwkv.training.flags import OptimizerFlags
+
+
+class MasterWeights(Optimizer):
+    """Runs an optimizer on float32 copies of bfloat16 parameters.
+
+    A bfloat16 weight has 8 bits of mantissa, so that an update below 1/256 of it is lost; the
+    copy keeps it. Float32 parameters are handed to the optimizer as they are.
+
+    Args:
+        groups: parameter groups, as for any torch optimizer.
+        make: builds the inner optimizer from groups of float32 tensors.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], make: Callable[[list[dict[str, Any]]], Optimizer]
+    ):
+        groups = [dict(group, params=list(group["params"])) for group in groups]
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        inner_groups = []
+        for group in groups:
+            copies = [self._master(parameter) for parameter in group["params"]]
+            inner_groups.append(dict(group, params=copies))
+        self.inner = make(inner_groups)
+        super().__init__(groups, {})
+        # one object, so that a rate set here is the rate used there
+        for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            for key, value in inner.items():
+                if key != "params":
+                    outer.setdefault(key, value)
+
+    def _master(self, parameter: Tensor) -> Tensor:
+        if parameter.dtype == torch.float32:
+            return parameter
+        copy = parameter.detach().float().requires_grad_()
+        self._pairs.append((parameter, copy))
+        return copy
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner["lr"] = outer["lr"]
+        for parameter, copy in self._pairs:
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+        self.inner.step()
+        for parameter, copy in self._pairs:
+            parameter.copy_(copy)
+            copy.grad = None
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "inner": self.inner.state_dict(),
+            "masters": [copy.detach() for _, copy in self._pairs],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state["inner"])
+        for (parameter, copy), saved in zip(self._pairs, state["masters"], strict=True):
+            copy.copy_(saved)
+            parameter.copy_(copy)
+
+
+def make_optimizer(
+    groups: Sequence[dict[str, Any]], flags: OptimizerFlags, *, strategy: str, on_gpu: bool
+) -> Optimizer:
+    """Build the optimizer that the flags and the strategy ask for.
+
+    Args:
+        groups: dicts with `params`, `lr`, `weight_decay` and what callbacks add.
+        flags: --optim and its numbers.
+        strategy: under DeepSpeed its own Adam is used: fused, or on the CPU with offload.
+        on_gpu: whether the parameters lie on a GPU.
+
+    Raises:
+        RuntimeError: the package that the optimizer needs is missing.
+    """
+    make = _maker(flags, strategy=strategy, on_gpu=on_gpu)
+    if strategy.startswith("deepspeed"):  # keeps float32 masters itself
+        return make(list(groups))
+    return MasterWeights(groups, make)
+
+
+def _maker(
+    flags: OptimizerFlags, *, strategy: str, on_gpu: bool
+) -> Callable[[list[dict[str, Any]]], Optimizer]:
+    betas, eps = (flags.beta1, flags.beta2), flags.adam_eps
+    kind = flags.optim.lower()
+    if kind in ("adamw8bit", "adam8bit", "lion"):
+        try:
+            import bitsandbytes.optim as bnb
+        except ImportError as error:
+            raise RuntimeError(
+                f"--optim {flags.optim}: needs bitsandbytes ({error}); pip install bitsandbytes"
+            ) from None
+        if kind == "lion":
+            return lambda groups: bnb.Lion(groups, lr=flags.lr_init, betas=betas)
+        cls = bnb.AdamW8bit if kind == "adamw8bit" else bnb.Adam8bit
+        return lambda groups: cls(groups, lr=flags.lr_init, betas=betas, eps=eps)
+    if strategy.endswith("offload"):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return lambda groups: DeepSpeedCPUAdam(
+            groups, lr=flags.lr_init, betas=betas, eps=eps, adamw_mode=True
+        )
+    if strategy.startswith("deepspeed") and on_gpu and kind == "":
+        from deepspeed.ops.adam import FusedAdam
+
+        return lambda groups: FusedAdam(
+            groups, lr=flags.lr_init, betas=betas, eps=eps, adam_w_mode=True
+        )
+    return lambda groups: torch.optim.AdamW(
+        groups, lr=flags.lr_init, betas=betas, eps=eps, fused=on_gpu or None
+    )
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The Euclidean norm of all gradients together, a float32 scalar."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).float() if gradients else torch.zeros(())

@@ -1,0 +1,90 @@
+"""Save models and resume points on time, and when the run is told to stop."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from rwkv.checkpoint import write_tensors
+from rwkv.training import resume
+from rwkv.training.distributed import whole_parameters
+from rwkv.training.lit import LitModel
+from rwkv.training.step_log import StepLog
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Saving(pl.Callback):
+    """Writes `rwkv-EPOCH.pth` at the end of epochs, resume points, and both when stopped.
+
+    Args:
+        folder: of the run.
+        epochs: step -> number of the epoch that ends there and is saved.
+        every: steps between resume points besides; 0 for none.
+        tensors: what a saved model holds; called on every rank.
+        metadata: what the file is; goes beside it.
+        run: settings that a resumed run must share.
+        log: is told when a signal asks to stop.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        epochs: dict[int, int],
+        every: int,
+        tensors: Callable[[], dict[str, Tensor]],
+        metadata: dict[str, Any],
+        run: dict[str, Any],
+        log: StepLog,
+    ):
+        self.folder, self.epochs, self.every = folder, epochs, every
+        self.tensors, self.metadata, self.run, self.log = tensors, metadata, run, log
+        self.stopped_by: int | None = None
+        self.written: list[Path] = []
+        self._before: dict[int, Any] = {}
+        self._saved_step = -1
+
+    def on_train_start(self, trainer: pl.Trainer, lit: LitModel) -> None:  # type: ignore[override]
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._ask_to_stop)
+
+    def _ask_to_stop(self, number: int, frame: Any) -> None:
+        """Finish the step and save; a second signal takes its usual course."""
+        self.stopped_by = number
+        self.log.stop_requested = True
+        signal.signal(number, self._before[number])
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: pl.Trainer, lit: LitModel, outputs: Any, batch: Any, index: int
+    ) -> None:
+        done = lit.steps_done
+        if done == self._saved_step or done == lit.first_step:
+            return
+        epoch = self.epochs.get(done)
+        if epoch is not None:
+            self.save_model(trainer, lit, f"rwkv-{epoch}.pth", epoch)
+        if epoch is not None or trainer.should_stop or (self.every and done % self.every == 0):
+            resume.save(trainer, lit, self.folder, self.run)
+            self._saved_step = done
+            self.log.restart_clock()
+
+    def save_model(self, trainer: pl.Trainer, lit: LitModel, name: str, epoch: int) -> None:
+        """Write the trained tensors under `name`, once, from rank 0."""
+        trained = [p for p in lit.model.parameters() if p.requires_grad]
+        with whole_parameters(trainer, trained):
+            tensors = self.tensors()
+            if trainer.is_global_zero:
+                path = self.folder / name
+                metadata = self.metadata | {"step": lit.steps_done, "epoch": epoch}
+                write_tensors(path, tensors, metadata)
+                self.written.append(path)
+        trainer.strategy.barrier()
+
+    def teardown(self, trainer: pl.Trainer, lit: Any, stage: str) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

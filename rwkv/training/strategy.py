@@ -1,0 +1,104 @@
+"""From --strategy, --devices and --precision to what Lightning's Trainer takes."""
+
+import os
+from typing import Any
+
+import torch
+
+from rwkv.errors import InputError
+from rwkv.training.flags import TrainerFlags
+
+BUCKET = 200_000_000  # elements that ZeRO reduces or gathers at once
+
+
+def chosen_device(flags: TrainerFlags) -> str:
+    """`cuda` or `cpu`, as --accelerator says and the machine has.
+
+    Raises:
+        RuntimeError: a GPU is asked for and there is none, or fewer than --devices.
+    """
+    if flags.accelerator == "cpu":
+        return "cpu"
+    count = torch.cuda.device_count()
+    if count == 0:
+        if flags.accelerator == "gpu":
+            raise RuntimeError(
+                "--accelerator gpu: torch finds no GPU here; use --accelerator cpu, "
+                "or install torch's build for your GPU"
+            )
+        return "cpu"
+    if flags.devices > count:
+        raise RuntimeError(f"--devices {flags.devices}: this machine has {count} GPU(s)")
+    return "cuda"
+
+
+def chosen_dtype(flags: TrainerFlags, device: str) -> torch.dtype:
+    """The dtype of the model's weights."""
+    precision = flags.precision or ("bf16" if device == "cuda" else "fp32")
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str) -> Any:
+    """Lightning's strategy object or name.
+
+    Our model already has the dtype it trains in, so Lightning runs at "32-true" throughout and
+    casts nothing; DeepSpeed is told of bfloat16 in its own configuration and keeps float32
+    masters.
+
+    Raises:
+        InputError: DeepSpeed on a CPU.
+        RuntimeError: DeepSpeed is not installed.
+    """
+    if not flags.strategy.startswith("deepspeed"):
+        return (
+            "ddp"
+            if flags.strategy == "auto" and flags.devices * flags.num_nodes > 1
+            else (flags.strategy)
+        )
+    if device != "cuda":
+        raise InputError(
+            f"--strategy {flags.strategy}: DeepSpeed needs a GPU; use --strategy auto or ddp"
+        )
+    try:
+        import deepspeed  # noqa: F401
+        from pytorch_lightning.strategies import DeepSpeedStrategy
+    except ImportError as error:
+        raise RuntimeError(
+            f"--strategy {flags.strategy}: needs DeepSpeed ({error}); pip install deepspeed"
+        ) from None
+    _name_plain_architecture()
+    return DeepSpeedStrategy(config=deepspeed_config(flags, dtype), exclude_frozen_parameters=True)
+
+
+def deepspeed_config(flags: TrainerFlags, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's configuration for a strategy name such as deepspeed_stage_2_offload."""
+    stage = int(flags.strategy.split("_")[2])
+    offload = flags.strategy.endswith("offload")
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+    }
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": flags.micro_bsz,
+    }
+
+
+def _name_plain_architecture() -> None:
+    """Give DeepSpeed's compiler an architecture that it can parse.
+
+    DeepSpeed 0.19 stops at names such as "9.0a" in TORCH_CUDA_ARCH_LIST.
+    """
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if any(word.rstrip().endswith("a") for word in wanted.replace(";", " ").split()):
+        major, minor = torch.cuda.get_device_capability()
+        os.environ["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
