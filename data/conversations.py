@@ -1,0 +1,254 @@
+"""The spellings of training records, brought to two forms: a plain text, or a list of messages.
+
+A record is a string or has `text`; or a prompt and its answer under any of the usual names; or
+`messages` (OpenAI) or `conversations` (ShareGPT), in as many turns as there are.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from data.records import DataError
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+PROMPTS = ("instruction", "prompt", "question")
+CONTEXTS = ("input", "context")
+ANSWERS = ("completion", "response", "output", "answer", "chosen")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+SHAPES = (
+    "'text'; a prompt ('prompt', 'instruction' or 'question') with its answer ('completion', "
+    "'response', 'output', 'answer' or 'chosen'); 'messages'; or 'conversations'"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn.
+
+    role: "system", "user", "assistant" or "tool".
+    text: what is said; empty only where an assistant does no more than call tools or think.
+    thought: reasoning before the text, without its marks.
+    scored: whether the loss counts it, if it is the assistant's.
+    """
+
+    role: str
+    text: str
+    thought: str = ""
+    scored: bool = True
+
+
+def read_conversations(record: Any, where: str) -> Iterator[str | list[Message]]:
+    """The texts and dialogues of one record: usually one, or one for each of its `instances`.
+
+    Args:
+        record: a parsed line of a file.
+        where: `path:line`, for messages.
+
+    Raises:
+        DataError: the record has none of the known shapes, a value of a wrong type, an empty
+            text, or no answer.
+    """
+    if isinstance(record, str):
+        yield _filled(record, where, "the text")
+        return
+    if not isinstance(record, dict):
+        _stop(where, f"is {_kind(record)}, not an object; needs {SHAPES}")
+    record = {key: value for key, value in record.items() if value is not None}
+    if isinstance(record.get("instances"), list):
+        rest = {key: value for key, value in record.items() if key != "instances"}
+        for number, instance in enumerate(record["instances"], start=1):
+            if not isinstance(instance, dict):
+                _stop(where, f"instance {number} is {_kind(instance)}, not an object")
+            yield _dialogue({**rest, **instance}, where)
+    elif "text" in record and _answer_key(record) is None and not _turns_key(record):
+        yield _filled(record["text"], where, "'text'")
+    else:
+        yield _dialogue(record, where)
+
+
+def parse_messages(turns: Any, where: str) -> list[Message]:
+    """Messages in OpenAI's or ShareGPT's spelling.
+
+    Raises:
+        DataError: a turn has no known role, or content that is no text.
+    """
+    if isinstance(turns, dict):
+        turns = [turns]
+    if not isinstance(turns, list) or not turns:
+        _stop(where, f"the messages are {_kind(turns)}, not a list of objects")
+    return [_message(turn, f"{where}: message {n}") for n, turn in enumerate(turns, start=1)]
+
+
+def _dialogue(record: dict[str, Any], where: str) -> list[Message]:
+    messages = _system(record, where)
+    turns_key, prompt_key = _turns_key(record), _first(record, PROMPTS)
+    answer_key, context_key = _answer_key(record), _first(record, CONTEXTS)
+    if prompt_key is None:
+        prompt_key, context_key = context_key, None
+    if turns_key:
+        messages += parse_messages(record[turns_key], where)
+        if messages[-1].role != "assistant" and "chosen" in record:
+            messages += _side(record, "chosen", "assistant", where)
+    elif prompt_key is None or answer_key is None:
+        found = ", ".join(repr(key) for key in record) or "nothing"
+        _stop(where, f"has {found}; needs {SHAPES}")
+    else:
+        messages += _history(record, where)
+        messages += _side(record, prompt_key, "user", where)
+        context = record.get(context_key, "") if context_key else ""
+        if not isinstance(context, str):
+            _stop(where, f"{context_key!r} is {_kind(context)}, not a string")
+        if context.strip():
+            prompt = messages.pop()
+            messages.append(Message(prompt.role, f"{prompt.text}\n{context}"))
+        messages += _side(record, answer_key, "assistant", where)
+    while messages and messages[-1].role != "assistant":
+        messages.pop()  # nothing follows that could be scored
+    if not messages:
+        _stop(where, "has no message of the assistant, so there is nothing to learn from it")
+    return messages
+
+
+def _system(record: dict[str, Any], where: str) -> list[Message]:
+    parts = []
+    if record.get("system"):
+        parts.append(_filled(record["system"], where, "'system'"))
+    if record.get("tools"):
+        tools = record["tools"]
+        parts.append("Tools: " + (tools if isinstance(tools, str) else _compact(tools)))
+    return [Message("system", "\n".join(parts))] if parts else []
+
+
+def _history(record: dict[str, Any], where: str) -> list[Message]:
+    """Earlier turns, [[question, answer], ...]."""
+    messages = []
+    for pair in record.get("history") or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            _stop(where, "'history' is no list of [question, answer] pairs")
+        messages.append(Message("user", _filled(pair[0], where, "a question in 'history'")))
+        messages.append(Message("assistant", _filled(pair[1], where, "an answer in 'history'")))
+    return messages
+
+
+def _side(record: dict[str, Any], key: str, role: str, where: str) -> list[Message]:
+    """A prompt or an answer, which is a string or a list of messages."""
+    value = record[key]
+    if isinstance(value, (list, dict)):
+        return parse_messages(value, where)
+    thought = record.get(_first(record, THOUGHTS) or "", "") if role == "assistant" else ""
+    if not isinstance(thought, str):
+        _stop(where, f"the reasoning is {_kind(thought)}, not a string")
+    return [Message(role, _filled(value, where, repr(key)), thought)]
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        _stop(where, f"is {_kind(turn)}, not an object")
+    name = turn.get("role", turn.get("from"))
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        _stop(where, f"its role is {name!r}; known are {', '.join(ROLES)}")
+    content = turn.get("content", turn.get("value"))
+    text, thought = _content(content, where)
+    thought += next((turn[key] for key in THOUGHTS if isinstance(turn.get(key), str)), "")
+    calls = turn.get("tool_calls") or []
+    if not isinstance(calls, list):
+        _stop(where, f"'tool_calls' is {_kind(calls)}, not a list")
+    text = "\n".join([*([text] if text.strip() else []), *(_call(c, where) for c in calls)])
+    if role == "assistant" and not (text or thought):
+        _stop(where, "the assistant says nothing; remove the message or the record")
+    return Message(role, text, thought, scored=turn.get("weight", 1) != 0)
+
+
+def _content(content: Any, where: str) -> tuple[str, str]:
+    """Text and thought of a message's content: a string, None, or a list of parts."""
+    if content is None:
+        return "", ""
+    if isinstance(content, str):
+        return content, ""
+    if not isinstance(content, list):
+        _stop(where, f"its content is {_kind(content)}, not a string")
+    text: list[str] = []
+    thought: list[str] = []
+    for part in content:
+        if isinstance(part, str):
+            text.append(part)
+            continue
+        kind = part.get("type") if isinstance(part, dict) else _kind(part)
+        value = (
+            next(
+                (part[key] for key in (kind, "text", "content") if isinstance(part.get(key), str)),
+                None,
+            )
+            if isinstance(part, dict)
+            else None
+        )
+        if value is None or kind not in ("text", "think", *THOUGHTS):
+            _stop(where, f"a part of its content is {kind!r}; only text and thinking can be read")
+        (text if kind == "text" else thought).append(value)
+    return "".join(text), "".join(thought)
+
+
+def _call(call: Any, where: str) -> str:
+    """A tool call as the assistant writes it: its name and arguments in JSON, marked."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        _stop(where, "a tool call has no name")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError:
+            _stop(where, f"the arguments of {function['name']!r} are not JSON")
+    body = _compact({"name": function["name"], "arguments": arguments})
+    return f"<tool_call>{body}</tool_call>"
+
+
+def _filled(value: Any, where: str, name: str) -> str:
+    if not isinstance(value, str):
+        _stop(where, f"{name} is {_kind(value)}, not a string")
+    if not value.strip():
+        _stop(where, f"{name} is empty; remove the record")
+    return value
+
+
+def _first(record: dict[str, Any], keys: tuple[str, ...]) -> str | None:
+    return next((key for key in keys if key in record), None)
+
+
+def _answer_key(record: dict[str, Any]) -> str | None:
+    return _first(record, ANSWERS)
+
+
+def _turns_key(record: dict[str, Any]) -> str | None:
+    return _first(record, ("messages", "conversations"))
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a string"}
+    names |= {list: "a list", dict: "an object", type(None): "null"}
+    shown = f" ({value!r})" if isinstance(value, (bool, int, float)) else ""
+    return names.get(type(value), type(value).__name__) + shown
+
+
+def _stop(where: str, what: str) -> NoReturn:
+    raise DataError(f"{where}: {what}")

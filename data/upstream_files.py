@@ -1,0 +1,93 @@
+"""Files in the formats of RWKV-LM-RLHF.
+
+SFT and distillation .h5: `tokens`, one array of token ids a record. They carry no mask, so every
+token is scored, and no name of the tokenizer that made them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.records import DataError, check_file
+from data.tokenizing import Encoded
+from rwkv.tokenizer import Tokenizer
+
+RECORDS_A_READ = 1024
+
+
+def read_sft_h5(
+    path: Path, tokenizer: Tokenizer, progress: Callable[[int, int, int], None]
+) -> Iterator[Encoded]:
+    """Yield the records of an SFT .h5 file; one that lacks an end of text gets it.
+
+    Args:
+        path: the file.
+        tokenizer: its vocabulary bounds the ids.
+        progress: called now and then with records read, records in all, and records read.
+
+    Raises:
+        DataError: the file is no HDF5, has no `tokens` as described above, or a record is empty
+            or has ids outside the vocabulary.
+    """
+    with _open(path) as file:
+        tokens = _dataset(path, file, "tokens")
+        for first in range(0, len(tokens), RECORDS_A_READ):
+            rows = [np.asarray(row) for row in tokens[first : first + RECORDS_A_READ]]
+            for number, row in enumerate(rows, start=first):
+                _check_ids(f"{path}: tokens[{number}]", row, tokenizer)
+            progress(first + len(rows), len(tokens), first + len(rows))
+            yield _encoded(rows, tokenizer.end_of_text)
+
+
+def _open(path: Path) -> Any:
+    check_file(path)
+    try:
+        import h5py
+    except ImportError:
+        raise RuntimeError(f"{path}: .h5 files need the package h5py; pip install h5py") from None
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise DataError(f"{path}: not a whole HDF5 file ({error})") from None
+
+
+def _dataset(path: Path, file: Any, name: str) -> Any:
+    import h5py
+
+    data = file.get(name)
+    if not isinstance(data, h5py.Dataset):
+        found = ", ".join(file) or "nothing"
+        raise DataError(f"{path}: has no array {name!r}, only {found}; is it an SFT file?")
+    kind = h5py.check_vlen_dtype(data.dtype)
+    if len(data.shape) != 1 or kind is None or np.dtype(kind).kind not in "iu":
+        raise DataError(
+            f"{path}: {name!r} has shape {list(data.shape)} and type {data.dtype}; needed is one "
+            "array of whole numbers a record"
+        )
+    return data
+
+
+def _check_ids(where: str, row: np.ndarray, tokenizer: Tokenizer) -> None:
+    if not len(row):
+        raise DataError(f"{where}: the record is empty")
+    worst = row.min() if row.min() < 0 else row.max()
+    if not 0 <= worst < tokenizer.vocab_size:
+        raise DataError(
+            f"{where}: has the token {worst}, tokenizer {tokenizer.name} has 0 to "
+            f"{tokenizer.vocab_size - 1}; was the file made with another tokenizer?"
+        )
+
+
+def _encoded(rows: list[np.ndarray], end_of_text: int | None) -> Encoded:
+    notes = Counter[str]()
+    if end_of_text is not None:
+        notes["ends of text added"] = sum(int(row[-1] != end_of_text) for row in rows)
+        rows = [row if row[-1] == end_of_text else np.append(row, end_of_text) for row in rows]
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    tokens = np.concatenate(rows).astype(np.uint16)
+    mask = np.ones(len(tokens), dtype=np.bool_)
+    mask[np.cumsum(lengths) - lengths] = False
+    return Encoded(tokens, mask, lengths, np.zeros(len(rows), dtype=np.bool_), notes)
