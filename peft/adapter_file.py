@@ -1,0 +1,238 @@
+"""Adapter files: the tensors that trained, under RWKV-LM-RLHF's names, and what they are.
+
+The tensors alone do not say alpha, so a `.json` beside the file holds the kind, rank and alpha of
+each layer and which base the adapter belongs to. Files of RWKV-LM-RLHF lack it: their kind and
+rank are read from the shapes, alpha has to be given.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.adapter import AdapterLinear
+from peft.layer_profile import LayerPlan
+from peft.lora import LoraLinear, lora_scale
+from peft.plan import STATE, Plan
+from peft.registry import ADAPTERS
+from rwkv.checkpoint import TensorFile, read_metadata, read_tensors
+from rwkv.errors import InputError
+from rwkv.names import ROOT
+
+PARTS = frozenset(part for cls in ADAPTERS.values() for part in cls.PARTS)
+FOREIGN = {  # fragments of RWKV-LM-RLHF's names that this project does not train
+    "expert": "mixture-of-experts adapters",
+    "router": "mixture-of-experts adapters",
+    "moe_info": "mixture-of-experts adapters",
+    "init_lora": "the first values of PiSSA in a file of their own",
+    "time_offset": "offsets behind the wkv operator",
+}
+
+
+@dataclass(frozen=True)
+class AdapterKind:
+    """The adapter of one layer in a file: `scale` is alpha / rank, 1 where there is none."""
+
+    mode: str
+    rank: int
+    scale: float = 1.0
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All that trains, as an adapter file holds it: `blocks.0.att.key.lora_A`, `blocks.0.ln1.bias`.
+
+    Trained layers are whole tensors under their own names, and so is a tuned state.
+    """
+    adapters = {n: m for n, m in model.named_modules() if isinstance(m, AdapterLinear)}
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        owner, _, part = name.rpartition(".")
+        if owner in adapters and part in adapters[owner].PARTS:
+            tensors[name] = adapters[owner].exported()[part].detach()
+        else:
+            tensors[name] = parameter.detach()
+    return tensors
+
+
+def adapter_metadata(
+    model: nn.Module, plan: Plan, *, base: str, flags: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What the `.json` beside an adapter file says.
+
+    Args:
+        model: with its adapters.
+        plan: as `apply_profile` gave it.
+        base: fingerprint of the base model's file.
+        flags: every flag of the run.
+    """
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterLinear):
+            exported = {part: list(t.shape) for part, t in module.exported().items()}
+            layers[name] = _layer_metadata(module, exported, plan.plans[name])
+    return {
+        "kind": "adapter",
+        "project": project_version(),
+        "base": base,
+        "profile": plan.flags.layer_profile,
+        "layers": layers,
+        "flags": dict(flags or {}),
+    }
+
+
+def _layer_metadata(
+    module: AdapterLinear, shapes: dict[str, list[int]], plan: LayerPlan
+) -> dict[str, Any]:
+    mode = "lora" if module.MODE == "pissa" else module.MODE
+    entry: dict[str, Any] = {"mode": mode, "trained_as": module.MODE}
+    if isinstance(module, LoraLinear):
+        entry["rank"] = shapes["lora_A"][0]
+        entry["alpha"] = module.scale * entry["rank"]
+    else:
+        entry["rank"] = plan.rank
+    if module.MODE == "bone":
+        entry["variant"] = "row"
+    return entry | {"storage": plan.quant}
+
+
+def project_version() -> str:
+    """The version that pyproject.toml states."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        return str(tomllib.load(file)["project"]["version"])
+
+
+def read_adapter(
+    path: Path | str, *, alpha: float | None = None
+) -> tuple[TensorFile, dict[str, AdapterKind], dict[str, Any]]:
+    """Open an adapter file.
+
+    Args:
+        path: a .pth or .safetensors file, ours or RWKV-LM-RLHF's.
+        alpha: for files that do not state it; ours do.
+
+    Returns:
+        its tensors, the adapter of each adapted layer by the layer's name, and its metadata,
+        empty for a file of RWKV-LM-RLHF.
+
+    Raises:
+        InputError: it is no adapter file, holds what this project lacks, or alpha is missing.
+    """
+    tensors, metadata = read_tensors(path), read_metadata(path)
+    for name in tensors:
+        for fragment, meaning in FOREIGN.items():
+            if fragment in name:
+                raise InputError(f"{path}: {name}: {meaning} are not supported; merge it upstream")
+    if metadata and metadata.get("kind") != "adapter":
+        raise InputError(
+            f"{path}: its .json says it is {metadata.get('kind')!r}, not an adapter; "
+            "name the adapter's file"
+        )
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in tensors.shapes.items():
+        layer, _, part = name.rpartition(".")
+        if part in PARTS:
+            shapes.setdefault(layer, {})[part] = shape
+    stated = metadata.get("layers", {})
+    kinds = {
+        layer: _kind(f"{path}: {layer}", parts, stated.get(layer), alpha)
+        for layer, parts in shapes.items()
+    }
+    return tensors, kinds, metadata
+
+
+def _kind(
+    where: str,
+    shapes: dict[str, tuple[int, ...]],
+    stated: dict[str, Any] | None,
+    alpha: float | None,
+) -> AdapterKind:
+    """Kind and rank from the shapes, alpha from the metadata or the caller."""
+    found = {
+        frozenset({"lora_A", "lora_B"}): "lora",
+        frozenset({"lora_A", "lora_B", "lora_M"}): "dora",
+        frozenset({"bone"}): "bone",
+        frozenset({"miss"}): "miss",
+    }
+    mode = found.get(frozenset(shapes))
+    if mode is None:
+        raise InputError(f"{where}: holds {', '.join(sorted(shapes))} alone; copy the file again")
+    if mode in ("bone", "miss"):
+        return AdapterKind(mode, shapes[mode][1 if mode == "bone" else 0])
+    if mode == "dora" and shapes["lora_M"][0] == 1:
+        mode = "dora_column"
+    rank = shapes["lora_A"][0]
+    if stated is not None:
+        alpha = float(stated["alpha"])
+    if alpha is None:
+        raise InputError(
+            f"{where}: the file does not say its alpha; give it with --alpha, as in the profile "
+            "it was trained with"
+        )
+    return AdapterKind(mode, rank, lora_scale(rank, alpha, rslora=False))
+
+
+def load_adapter(model: nn.Module, path: Path | str, *, base: str | None = None) -> None:
+    """Put an adapter file into a model whose profile made the same adapters.
+
+    Args:
+        model: after `apply_profile`.
+        path: the adapter's file.
+        base: fingerprint of the base model's file; None to skip the comparison.
+
+    Raises:
+        InputError: names, shapes, alpha or base differ. Nothing is changed then.
+    """
+    adapters = {n: m for n, m in model.named_modules() if isinstance(m, AdapterLinear)}
+    scales = {n: m.scale for n, m in adapters.items() if isinstance(m, LoraLinear)}
+    tensors = read_tensors(path)
+    wanted = trained_tensors(model)
+    _check_names(path, tensors, wanted)
+    for name, tensor in wanted.items():
+        if tensors.shapes[name] != tuple(tensor.shape):
+            raise InputError(
+                f"{path}: {name} is {list(tensors.shapes[name])}, the profile makes it "
+                f"{list(tensor.shape)}; set the rank (or mode) that the file was trained with"
+            )
+    metadata = read_metadata(path)
+    if base is not None and metadata.get("base", base) != base:
+        raise InputError(
+            f"{path}: belongs to the base {metadata['base']}, --load_model is {base}; "
+            "load the base it was trained on"
+        )
+    for layer, stated in metadata.get("layers", {}).items():
+        if layer not in scales:
+            continue
+        scale = stated["alpha"] / stated["rank"]
+        if abs(scale - scales[layer]) > 1e-6 * scale:
+            raise InputError(
+                f"{path}: {layer}: was trained with alpha / rank {scale:g}, the profile says "
+                f"{scales[layer]:g}; set the same alpha and --rslora"
+            )
+    whole = {name for name in wanted if name.rpartition(".")[0] not in adapters}
+    with torch.no_grad():
+        for name in whole:
+            model.get_parameter(name).copy_(tensors[name])
+    for layer, adapter in adapters.items():
+        adapter.load({part: tensors[f"{layer}.{part}"] for part in adapter.exported()})
+
+
+def _check_names(path: Path | str, tensors: TensorFile, wanted: dict[str, Tensor]) -> None:
+    missing, unexpected = (
+        sorted(wanted.keys() - tensors.keys()),
+        sorted(tensors.keys() - wanted.keys()),
+    )
+    if not missing and not unexpected:
+        return
+    problems = [
+        f"{word} {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
+        for word, names in (("lacks", missing), ("has unexpected", unexpected))
+        if names
+    ]
+    hint = "" if any(name.endswith(STATE) for name in missing) else " and --limited_lora"
+    raise InputError(f"{path}: {' and '.join(problems)}; use the profile{hint} it was trained with")

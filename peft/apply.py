@@ -1,0 +1,115 @@
+"""Turn a model into what its plan says: stored weights, adapters, and what trains."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from peft.flags import PeftFlags
+from peft.lora import lora_scale
+from peft.plan import STATE, Plan, make_plan
+from peft.registry import ADAPTERS, make_adapter
+from peft.stores import make_store
+from rwkv.checkpoint import config_of, fill, read_tensors
+from rwkv.linear import Linear
+from rwkv.model import RWKV
+
+
+def load_with_profile(
+    path: Path | str,
+    flags: PeftFlags,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[RWKV, Plan]:
+    """Load a model and apply its profile layer by layer.
+
+    A weight is quantized as soon as it is read, so memory never holds more than the finished
+    model and one layer.
+
+    Args:
+        path, device, dtype, backend: as for rwkv.checkpoint.load_model.
+        flags: as for make_plan.
+
+    Raises:
+        InputError: the file or the profile is wrong.
+        RuntimeError: a package that a store needs is missing.
+    """
+    tensors = read_tensors(path)
+    with torch.device("meta"):
+        model = RWKV(config_of(tensors), backend)
+    plan = make_plan(model, flags)
+    layer_of = {p: name for name, layer in plan.layers.items() for p in layer.parameters}
+    fill(
+        model,
+        tensors,
+        device=device,
+        dtype=dtype,
+        placed=lambda parameter: install(model, layer_of[parameter], plan),
+    )
+    mark_trained(model, plan)
+    return model, plan
+
+
+def apply_profile(model: nn.Module, flags: PeftFlags) -> Plan:
+    """Apply a profile to a model that is already filled, in place.
+
+    Raises:
+        InputError: the profile does not suit the model.
+        RuntimeError: a package that a store needs is missing.
+    """
+    plan = make_plan(model, flags)
+    for name in plan.layers:
+        install(model, name, plan)
+    mark_trained(model, plan)
+    return plan
+
+
+def install(model: nn.Module, name: str, plan: Plan) -> None:
+    """Store one layer's weight and put its adapter in place; other layers stay as they are."""
+    mine = plan.plans[name]
+    if plan.layers[name].kind != "linear" or mine.mode == "full":
+        return
+    layer = model.get_submodule(name)
+    assert isinstance(layer, Linear) and layer.weight is not None
+    layer.weight.requires_grad_(False)
+    late = mine.mode == "pissa"  # what it stores is the rest beside its first directions
+    if not late:
+        _store(layer, plan, name)
+    if mine.mode in ADAPTERS:
+        layer = make_adapter(
+            mine.mode,
+            layer,
+            rank=mine.rank,
+            scale=lora_scale(mine.rank, mine.alpha or 0.0, rslora=plan.flags.rslora),
+            dropout=mine.dropout,
+            power=plan.flags.svd_niter,
+        )
+        model.set_submodule(name, layer)
+    if late:
+        _store(layer, plan, name)
+
+
+def _store(layer: Linear, plan: Plan, name: str) -> None:
+    quant = plan.plans[name].quant
+    if quant is not None and quant != "none":
+        assert layer.weight is not None
+        layer.store_as(make_store(quant, layer.weight, double=plan.flags.quant_double))
+
+
+def mark_trained(model: nn.Module, plan: Plan) -> None:
+    """Set requires_grad: adapters, full layers and a tuned state train, all else does not."""
+    model.requires_grad_(False)
+    for name, layer in plan.layers.items():
+        mode = plan.plans[name].mode
+        if mode in ADAPTERS:
+            adapter = model.get_submodule(name)
+            for part in ADAPTERS[mode].PARTS:
+                getattr(adapter, part).requires_grad_(True)
+        elif mode == "full":
+            for parameter in layer.parameters:
+                model.get_parameter(parameter).requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if name.endswith(f".{STATE}"):
+            parameter.requires_grad_(True)

@@ -1,0 +1,83 @@
+"""Which learning rate and weight decay each trained parameter gets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from peft.plan import STATE, Plan
+from peft.registry import ADAPTERS
+from rwkv.errors import InputError
+from rwkv.init import is_decayed, learning_rate_factor
+from rwkv.training.flags import OptimizerFlags
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with one schedule.
+
+    name: what they are, for logs: emb, head, weights, adapters, small, state.
+    names, params: full names and the parameters, in one order.
+    lr_init, lr_final, weight_decay: as the optimizer and its schedule take them.
+    """
+
+    name: str
+    names: Sequence[str]
+    params: Sequence[nn.Parameter]
+    lr_init: float
+    lr_final: float
+    weight_decay: float
+
+
+def parameter_groups(model: nn.Module, plan: Plan, flags: OptimizerFlags) -> list[ParameterGroup]:
+    """Sort what trains into groups of equal rates.
+
+    A layer's rates are its profile's where it has them and --lr_advanced holds, else the flags'.
+    The decay's offset learns twice as fast, lora_B --lora_plus_ratio times as fast. Weight decay
+    applies to matrices and adapters, never to norms, vectors or a tuned state.
+
+    Raises:
+        InputError: nothing trains.
+    """
+    found: dict[tuple[float, float, float], list[tuple[str, str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind, rates = _rates(name, parameter, plan, flags)
+            found.setdefault(rates, []).append((kind, name, parameter))
+    if not found:
+        raise InputError(
+            f"{plan.flags.layer_profile or 'no profile'}: nothing trains; "
+            "set a mode other than freeze for some layer, or tune the state"
+        )
+    groups = []
+    for (lr_init, lr_final, decay), members in found.items():
+        kinds, names, params = zip(*members, strict=True)
+        label = "+".join(dict.fromkeys(kinds))
+        groups.append(ParameterGroup(label, names, params, lr_init, lr_final, decay))
+    return groups
+
+
+def _rates(
+    name: str, parameter: nn.Parameter, plan: Plan, flags: OptimizerFlags
+) -> tuple[str, tuple[float, float, float]]:
+    """The parameter's kind, and its lr_init, lr_final and weight decay."""
+    owner, _, part = name.rpartition(".")
+    layer_name = owner if owner in plan.layers else name
+    kind, mine = plan.layers[layer_name].kind, plan.plans[layer_name]
+    advanced = flags.lr_advanced
+    if part == STATE:
+        first, last, decay = mine.state_lr_init, mine.state_lr_final, 0.0
+    else:
+        first, last = mine.lr_init, mine.lr_final
+        own = mine.weight_decay if advanced and mine.weight_decay is not None else None
+        decay = flags.weight_decay if own is None else own
+    adapter = mine.mode in ADAPTERS
+    if not (adapter or is_decayed(name, parameter)):
+        decay = 0.0
+    factor = learning_rate_factor(name) if plan.flags.layerwise_lr else 1.0
+    factor *= plan.flags.lora_plus_ratio if part == "lora_B" else 1.0
+    lr_init = first if advanced and first is not None else flags.lr_init
+    lr_final = last if advanced and last is not None else flags.lr_final
+    words = {"linear": "weights", "embedding": "emb", "small": "small", "state": "state"}
+    label = "adapters" if adapter else "head" if layer_name == "head" else words[kind]
+    return label, (lr_init * factor, lr_final * factor, decay)

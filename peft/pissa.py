@@ -1,0 +1,95 @@
+"""PiSSA: LoRA that starts from the largest singular directions of the weight.
+
+Source: arXiv:2404.02948.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from peft.adapter import check_rank
+from peft.lora import LoraLinear
+from rwkv.errors import InputError
+from rwkv.linear import Linear
+
+
+class PissaLinear(LoraLinear):
+    """y = x R^T + scale * dropout(x) A^T B^T, with R = W - scale * B_0 A_0 frozen.
+
+    A_0 and B_0 are the rank largest singular directions of W, each with the root of its singular
+    value over `scale`. A quantized base stores R, so build this over a dense weight and store
+    afterwards. In a file it is the plain LoRA of rank 2 rank that gives the same weight over W:
+    `X.lora_A` = [A; -A_0], `X.lora_B` = [B, B_0].
+    """
+
+    MODE = "pissa"
+    first_A: Tensor
+    first_B: Tensor
+
+    def __init__(
+        self, base: Linear, *, rank: int, scale: float, dropout: float = 0.0, power: int = 4
+    ):
+        """power: power iterations of the randomized SVD; 0 for the exact one."""
+        if base.weight is None:
+            raise InputError("pissa: needs the weight itself; store the layer after it is made")
+        super().__init__(base, rank=rank, scale=scale, dropout=dropout)
+        weight = self.dense_weight().detach()
+        A, B = (part / scale**0.5 for part in _principal(weight, rank, power))
+        self.load_fresh(A, B)
+        self.register_buffer("first_A", self.lora_A.detach().clone(), persistent=False)
+        self.register_buffer("first_B", self.lora_B.detach().clone(), persistent=False)
+        self.weight = nn.Parameter(
+            (weight - self._first_update(torch.float32)).to(base.weight.dtype), requires_grad=False
+        )
+
+    @staticmethod
+    def sizes(out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
+        check_rank("pissa", out_features, in_features, rank)
+        return LoraLinear.sizes(out_features, in_features, rank)
+
+    @torch.no_grad()
+    def load_fresh(self, A: Tensor, B: Tensor) -> None:
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+
+    def _first_update(self, dtype: torch.dtype) -> Tensor:
+        return self.scale * (self.first_B.to(dtype) @ self.first_A.to(dtype))
+
+    def original_output(self, x: Tensor) -> Tensor:
+        low = x @ self.first_A.to(x.dtype).T
+        return self.base_output(x) + self.scale * (low @ self.first_B.to(x.dtype).T)
+
+    def exported(self) -> dict[str, Tensor]:
+        return {
+            "lora_A": torch.cat([self.lora_A, -self.first_A]),
+            "lora_B": torch.cat([self.lora_B, self.first_B], dim=1),
+        }
+
+    @torch.no_grad()
+    def load(self, parts: dict[str, Tensor]) -> None:
+        rank = self.lora_A.shape[0]
+        A, first_A = parts["lora_A"].to(self.lora_A.device).split(rank)
+        B, first_B = parts["lora_B"].to(self.lora_B.device).split(rank, dim=1)
+        before = self._first_update(torch.float32)
+        change = before + self.scale * (first_B.float() @ first_A.float())
+        if change.norm() > 1e-2 * before.norm():
+            if self.weight is None:
+                raise InputError(
+                    "pissa: the file's first directions are not this model's; load the base it "
+                    "was trained on, with the same --svd_niter"
+                )
+            self.weight.add_(change.to(self.weight.dtype))
+            self.first_A.copy_(-first_A)
+            self.first_B.copy_(first_B)
+        self.load_fresh(A, B)
+
+
+def _principal(weight: Tensor, rank: int, power: int) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and B [out, rank] whose product is the best rank-`rank` part of the weight."""
+    if power:
+        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+            torch.manual_seed(0)
+            U, S, V = torch.svd_lowrank(weight, q=rank, niter=power)
+    else:
+        U, S, Vt = torch.linalg.svd(weight, full_matrices=False)
+        U, S, V = U[:, :rank], S[:rank], Vt[:rank].T
+    return S.sqrt().unsqueeze(1) * V.T, U * S.sqrt()

@@ -1,0 +1,246 @@
+"""From a profile and flags to what happens to every layer of one model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from peft.flags import QUANT_ALIASES, PeftFlags
+from peft.layer_profile import ADAPTER_MODES, LayerPlan, read_profile
+from peft.registry import ADAPTERS
+from rwkv.errors import InputError
+from rwkv.linear import Linear
+
+STATE = "time_state"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a model.
+
+    kind: linear, embedding, small (norms and all other parameters), or state (the place of a
+        tuned state, whether there is one or not).
+    parameters: shape of each parameter by its full name.
+    """
+
+    kind: str
+    parameters: dict[str, tuple[int, ...]]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a linear layer's weight, [out, in]."""
+        (shape,) = self.parameters.values()
+        return shape[0], shape[1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to every layer of a model.
+
+    layers: the model's layers, by name, as they were before.
+    plans: the plan of each, with nothing left to flags: mode is an adapter only for linear
+        layers, quant is "none" or a key of STORES.
+    flags: what else the user chose.
+    """
+
+    layers: dict[str, Layer]
+    plans: dict[str, LayerPlan]
+    flags: PeftFlags
+
+    def trains(self, name: str) -> bool:
+        """Whether the layer's own parameters (not an adapter's) train."""
+        return self.plans[name].mode == "full" or self.layers[name].kind == "state"
+
+
+def model_layers(model: nn.Module) -> dict[str, Layer]:
+    """The layers of a model without adapters, in the model's order; it may be on meta."""
+    layers: dict[str, Layer] = {}
+    for module_name, module in model.named_modules():
+        direct = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+        whole = isinstance(module, Linear | nn.Embedding | nn.LayerNorm | nn.GroupNorm)
+        if whole:
+            kind = {Linear: "linear", nn.Embedding: "embedding"}.get(type(module), "small")
+            named = {f"{module_name}.{name}": shape for name, shape in direct.items()}
+            layers[module_name] = Layer(kind, named)
+            continue
+        for name, shape in direct.items():
+            if name != STATE:
+                full = f"{module_name}.{name}"
+                layers[full] = Layer("small", {full: shape})
+        if module_name.endswith(".att"):
+            layers[f"{module_name}.{STATE}"] = Layer("state", {})
+    return layers
+
+
+def make_plan(model: nn.Module, flags: PeftFlags) -> Plan:
+    """Read the profile for this model; without one every layer trains in full.
+
+    Args:
+        model: without adapters; parameters may be on the meta device.
+        flags: the profile's path, and what holds where it says nothing.
+
+    Raises:
+        InputError: the profile does not suit the model; the message names file, rule and layer.
+    """
+    layers = model_layers(model)
+    if flags.layer_profile:
+        plans = read_profile(flags.layer_profile, list(layers))
+    else:
+        plans = dict.fromkeys(layers, LayerPlan(mode="full"))
+    return Plan(
+        layers, {name: _resolve(name, layers[name], plans[name], flags) for name in layers}, flags
+    )
+
+
+def _resolve(name: str, layer: Layer, plan: LayerPlan, flags: PeftFlags) -> LayerPlan:
+    adapts = plan.mode in ADAPTER_MODES
+    if layer.kind != "linear":
+        small = layer.kind == "small" and plan.train_small and not flags.limited_lora
+        mode = "full" if plan.mode == "full" or (adapts and small) else "freeze"
+        return replace(plan, mode=mode, rank=0, alpha=None, dropout=0.0, quant="none")
+    quant = plan.quant
+    if quant is None:
+        wanted = flags.quant and (flags.quant_head or name != "head")
+        quant = QUANT_ALIASES.get(flags.quant_mode, flags.quant_mode) if wanted else "none"
+    if not adapts:
+        quant = "none" if plan.mode == "full" else quant
+        return replace(plan, rank=0, alpha=None, dropout=0.0, quant=quant)
+    if not plan.rank:
+        raise InputError(f"{plan.rule}: mode {plan.mode!r} needs a rank for {name}; add 'rank'")
+    try:
+        ADAPTERS[plan.mode].sizes(*layer.shape, plan.rank)
+    except InputError as error:
+        raise InputError(f"{plan.rule}: {name}: {error}") from None
+    if plan.mode in ("bone", "miss"):
+        return replace(plan, alpha=None, dropout=0.0, quant=quant)
+    alpha = 2.0 * plan.rank if plan.alpha is None else plan.alpha
+    return replace(plan, alpha=alpha, quant=quant)
+
+
+def trained_sizes(plan: Plan, name: str) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter that trains in a layer, by its full name."""
+    layer, mine = plan.layers[name], plan.plans[name]
+    if mine.mode in ADAPTERS:
+        parts = ADAPTERS[mine.mode].sizes(*layer.shape, mine.rank)
+        return {f"{name}.{part}": shape for part, shape in parts.items()}
+    return layer.parameters if plan.trains(name) else {}
+
+
+def trained_count(plan: Plan) -> int:
+    """How many numbers train, without a tuned state."""
+    sizes = (shape for name in plan.layers for shape in trained_sizes(plan, name).values())
+    return sum(torch.Size(shape).numel() for shape in sizes)
+
+
+def stored_bytes(plan: Plan, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of the model's weights by storage, adapters included under the dtype's name.
+
+    Args:
+        plan: the plan.
+        dtype: of what is not quantized.
+    """
+    from peft.stores import stored_size
+
+    plain = str(dtype).removeprefix("torch.")
+    total: dict[str, int] = {}
+    for name, layer in plan.layers.items():
+        quant = plan.plans[name].quant or "none"
+        numbers = [torch.Size(shape).numel() for shape in trained_sizes(plan, name).values()]
+        if quant != "none":
+            size = stored_size(quant, *layer.shape, double=plan.flags.quant_double)
+            total[quant] = total.get(quant, 0) + size
+        elif not plan.trains(name):
+            numbers += [torch.Size(shape).numel() for shape in layer.parameters.values()]
+        total[plain] = total.get(plain, 0) + sum(numbers) * dtype.itemsize
+    return total
+
+
+def describe(plan: Plan, dtype: torch.dtype) -> list[str]:
+    """The plan as a table: a line for each group of layers with one plan, then the sums.
+
+    Args:
+        plan: the plan.
+        dtype: of what is not quantized.
+    """
+    groups: dict[LayerPlan, list[str]] = {}
+    for name in plan.layers:
+        if plan.layers[name].kind != "state":
+            groups.setdefault(_shown(plan, name), []).append(name)
+    rows = [("mode", "rank", "alpha", "storage", "lr", "trained", "layers")]
+    for shown, names in groups.items():
+        count = sum(
+            torch.Size(shape).numel()
+            for name in names
+            for shape in trained_sizes(plan, name).values()
+        )
+        trained = shown.mode != "freeze"
+        rows.append(
+            (
+                shown.mode,
+                str(shown.rank) if shown.rank else "-",
+                f"{shown.alpha:g}" if shown.alpha is not None else "-",
+                "-" if shown.quant == "none" else str(shown.quant),
+                _rates(shown) if trained else "-",
+                f"{count:,}" if count else "-",
+                ", ".join(_folded(names)),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
+        for row in rows
+    ]
+    sums = ", ".join(f"{k} {v / 1e6:,.1f} MB" for k, v in stored_bytes(plan, dtype).items())
+    total = sum(
+        torch.Size(shape).numel()
+        for layer in plan.layers.values()
+        for shape in layer.parameters.values()
+    )
+    return [
+        *lines,
+        f"{trained_count(plan):,} parameters train beside {total:,} of the base; {sums}",
+    ]
+
+
+def _shown(plan: Plan, name: str) -> LayerPlan:
+    """The part of a layer's plan that its line shows, so that equal lines are one."""
+    mine = plan.plans[name]
+    blank = LayerPlan(mode=mine.mode, rank=mine.rank, alpha=mine.alpha, quant=mine.quant)
+    if mine.mode == "freeze":
+        return blank
+    return replace(blank, lr_init=mine.lr_init, lr_final=mine.lr_final)
+
+
+def _rates(plan: LayerPlan) -> str:
+    first, last = plan.lr_init, plan.lr_final
+    if first is None and last is None:
+        return "flags"
+    return " to ".join("flags" if rate is None else f"{rate:g}" for rate in (first, last))
+
+
+def _folded(names: list[str]) -> Iterator[str]:
+    """Layer names with the blocks they share: `blocks 0-11 att.key att.value`, `head`."""
+    blocks: dict[str, list[int]] = {}
+    for name in names:
+        if not name.startswith("blocks."):
+            yield name
+            continue
+        _, block, rest = name.split(".", 2)
+        blocks.setdefault(rest, []).append(int(block))
+    same: dict[tuple[int, ...], list[str]] = {}
+    for rest, numbers in blocks.items():
+        same.setdefault(tuple(numbers), []).append(rest)
+    for numbers, rests in same.items():
+        yield f"blocks {_ranges(numbers)} {' '.join(rests)}"
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """`0-11`, or `0,4-7`."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], n]
+        else:
+            parts.append([n])
+    return ",".join("-".join(map(str, part)) for part in parts)

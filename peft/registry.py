@@ -1,0 +1,42 @@
+"""Every adapter under its word in a layer profile, and how one is built from a plan."""
+
+from peft.adapter import AdapterLinear
+from peft.bone import BoneLinear
+from peft.dora import ColumnDoraLinear, DoraLinear
+from peft.lora import LoraLinear
+from peft.miss import MissLinear
+from peft.pissa import PissaLinear
+from rwkv.linear import Linear
+
+ADAPTERS: dict[str, type[AdapterLinear]] = {
+    cls.MODE: cls
+    for cls in (LoraLinear, DoraLinear, ColumnDoraLinear, BoneLinear, MissLinear, PissaLinear)
+}
+
+
+def make_adapter(
+    mode: str,
+    base: Linear,
+    *,
+    rank: int,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    power: int = 4,
+) -> AdapterLinear:
+    """A fresh adapter over `base`; it leaves the layer's output as it is.
+
+    Args:
+        mode: a key of ADAPTERS.
+        base: the layer, with its weight or its store.
+        rank: as in the adapter's `sizes`.
+        scale: factor of the update; Bone and MiSS have none.
+        dropout: share of inputs that the adapter does not see; Bone and MiSS have none.
+        power: PiSSA's power iterations.
+    """
+    cls = ADAPTERS[mode]
+    if issubclass(cls, PissaLinear):
+        return cls(base, rank=rank, scale=scale, dropout=dropout, power=power)
+    if issubclass(cls, LoraLinear):
+        return cls(base, rank=rank, scale=scale, dropout=dropout)
+    assert issubclass(cls, BoneLinear | MissLinear)
+    return cls(base, rank=rank)

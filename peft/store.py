@@ -1,0 +1,88 @@
+"""What every store shares: a frozen weight in fewer bits, as buffers that no cast can change."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Store(nn.Module):
+    """A frozen weight [out, in] kept as codes and scales.
+
+    A subclass quantizes in its constructor and gives `dense`; `output` may be replaced by a
+    product that works on the codes. Codes and scales are buffers of at least one dimension,
+    outside the state_dict, listed by `tensors`.
+
+    Attributes:
+        kind: the word for its format, such as nf4.
+        shape: of the weight, [out, in].
+        dtype: of the weight it was made from.
+    """
+
+    def __init__(self, kind: str, weight: Tensor):
+        super().__init__()
+        self.kind, self.shape, self.dtype = kind, tuple(weight.shape), weight.dtype
+
+    @staticmethod
+    def size(out_features: int, in_features: int, **options: Any) -> int:
+        """Bytes that a weight [out, in] will occupy."""
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in], dequantized."""
+        raise NotImplementedError
+
+    def output(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], differentiable in x; keeps nothing but the codes for it."""
+        out: Tensor = _Product.apply(x, self)
+        return out
+
+    def forward_product(self, x: Tensor) -> Tensor:
+        """x W^T, without history."""
+        return F.linear(x, self.dense(x.dtype))
+
+    def backward_product(self, grad: Tensor) -> Tensor:
+        """grad W: the gradient of the input."""
+        return grad @ self.dense(grad.dtype)
+
+    def bytes(self) -> int:
+        """Bytes that codes and scales occupy."""
+        return sum(b.numel() * b.element_size() for b in self.buffers())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes and scales by name: all that a file needs to hold."""
+        return dict(self.named_buffers())
+
+    def keep(self, **buffers: Tensor) -> None:
+        """Hold codes and scales, by name."""
+        for name, value in buffers.items():
+            self.register_buffer(name, value.detach().contiguous(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Store":
+        """Follow a move to a device, but no change of dtype.
+
+        Lightning's bf16-true casts every float of a model; a rounded scale would change the
+        weight. So each buffer is moved as bytes.
+        """
+        for name, value in self._buffers.items():
+            assert value is not None
+            self._buffers[name] = fn(value.view(torch.uint8)).view(value.dtype)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, {list(self.shape)}"
+
+
+class _Product(torch.autograd.Function):
+    """A store's product; the backward pass reads the codes again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, store: Store) -> Tensor:
+        ctx.store = store
+        return store.forward_product(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.store.backward_product(grad), None

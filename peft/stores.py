@@ -1,0 +1,53 @@
+"""Every storage of a frozen weight under its word in a profile or flag.
+
+A store's module is imported when the first weight is stored, so that a machine without its
+package runs everything else.
+"""
+
+import importlib
+from typing import Any
+
+from torch import Tensor
+
+from peft.store import Store
+
+STORES = {  # word: (module, class)
+    "nf4": ("peft.store_bnb", "FourBitStore"),
+    "fp4": ("peft.store_bnb", "FourBitStore"),
+    "int8": ("peft.store_int8", "Int8Store"),
+    "fp8": ("peft.store_fp8", "Fp8Store"),
+    "fp6": ("peft.store_fpx", "PackedFloatStore"),
+    "fp5": ("peft.store_fpx", "PackedFloatStore"),
+}
+
+
+def store_class(kind: str) -> type[Store]:
+    """The class behind a word of STORES."""
+    module, name = STORES[kind]
+    cls = getattr(importlib.import_module(module), name)
+    assert issubclass(cls, Store)
+    return cls
+
+
+def make_store(kind: str, weight: Tensor, *, double: bool = False) -> Store:
+    """Quantize a weight [out, in] where it lies.
+
+    Args:
+        kind: a key of STORES.
+        weight: any float dtype.
+        double: nf4 and fp4 quantize their scales too.
+
+    Raises:
+        InputError: the weight's sides do not suit the format.
+        RuntimeError: a package that the store needs is missing.
+    """
+    return store_class(kind)(kind, weight, **_options(kind, double))
+
+
+def stored_size(kind: str, out_features: int, in_features: int, *, double: bool = False) -> int:
+    """Bytes that a weight [out, in] will occupy, without making it."""
+    return store_class(kind).size(out_features, in_features, **_options(kind, double))
+
+
+def _options(kind: str, double: bool) -> dict[str, Any]:
+    return {"double": double} if kind in ("nf4", "fp4") else {}
