@@ -7,7 +7,7 @@ folder of safetensors shards. Ours have a `.json` beside them that says what the
 import hashlib
 import json
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +202,16 @@ def fill(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     unused: Iterable[str] = UNUSED,
+    placed: Callable[[str], None] | None = None,
 ) -> None:
     """Give every parameter of a model on the meta device its tensor from the file.
+
+    Args:
+        model, tensors: the model, and the file.
+        device, dtype: as for `load_model`.
+        unused: keys of the file that the model may lack.
+        placed: called with each parameter's name as soon as it holds its tensor; it may replace
+            that parameter's module.
 
     Raises:
         InputError: a tensor is missing, unexpected or of another shape.
@@ -226,6 +234,8 @@ def fill(
                 f"{list(parameter.shape)}; is it a whole model file?"
             )
         set_parameter(model, name, tensor.reshape(parameter.shape).to(device, dtype, copy=True))
+        if placed is not None:
+            placed(name)
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
