@@ -4,6 +4,7 @@ Source: RWKV-LM, RWKV-v7/train_temp/src/model.py (version 7) and RWKV-v5/src/mod
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def _depth(config: RWKVConfig, layer: int) -> tuple[float, float]:
     return layer / max(config.n_layer - 1, 1), 1 - layer / config.n_layer
 
 
-def _fill_block7(block: nn.Module, config: RWKVConfig, layer: int, draw: torch.Generator) -> None:
+def _fill_block7(block: Any, config: RWKVConfig, layer: int, draw: torch.Generator) -> None:
     att, ffn = block.att, block.ffn
     C, A, N = config.n_embd, config.dim_att, config.head_size
     rising, falling = _depth(config, layer)
@@ -101,7 +102,7 @@ def _fill_block7(block: nn.Module, config: RWKVConfig, layer: int, draw: torch.G
     ffn.value.weight.zero_()
 
 
-def _fill_block6(block: nn.Module, config: RWKVConfig, layer: int, draw: torch.Generator) -> None:
+def _fill_block6(block: Any, config: RWKVConfig, layer: int, draw: torch.Generator) -> None:
     att, ffn = block.att, block.ffn
     C, A = config.n_embd, config.dim_att
     rising, falling = _depth(config, layer)

@@ -17,26 +17,26 @@ class Evaluation(pl.Callback):
     """Evaluates before the first step, every N steps and at saved models.
 
     Args:
-        batches: this rank's held-out batches, made anew for each evaluation.
+        batches: rank -> its held-out batches, made anew for each evaluation.
         measure: (model, batch) -> quantities that add up over batches and ranks, [K].
         summarize: the added-up quantities -> numbers for the log, their names without `val_`.
         sample: the model -> texts to show; None for none.
         steps: at which steps to evaluate.
-        log: of the run.
+        step_log: of the run.
     """
 
     def __init__(
         self,
         *,
-        batches: Callable[[], Iterable[Any]],
+        batches: Callable[[int], Iterable[Any]],
         measure: Callable[[nn.Module, Any], Tensor],
         summarize: Callable[[list[float]], dict[str, float]],
         sample: Callable[[nn.Module], list[str]] | None,
         steps: Callable[[int], bool],
-        log: StepLog,
+        step_log: StepLog,
     ):
         self.batches, self.measure, self.summarize = batches, measure, summarize
-        self.sample, self.steps, self.log = sample, steps, log
+        self.sample, self.steps, self.step_log = sample, steps, step_log
         self._done = -1
 
     def on_train_start(self, trainer: pl.Trainer, lit: LitModel) -> None:  # type: ignore[override]
@@ -56,7 +56,7 @@ class Evaluation(pl.Callback):
         lit.eval()
         with torch.no_grad(), torch.random.fork_rng():
             total: Tensor | None = None
-            for held in self.batches():
+            for held in self.batches(trainer.global_rank):
                 moved = trainer.strategy.batch_to_device(held, lit.device)
                 part = self.measure(lit.model, moved)
                 total = part if total is None else total + part
@@ -65,15 +65,15 @@ class Evaluation(pl.Callback):
             texts = self.sample(lit.model) if self.sample else []
         lit.train(training)
         line = {f"val_{name}": value for name, value in numbers.items()}
-        self.log.log.add({"step": self._done, **line})
-        for logger in self.log.loggers:
+        self.step_log.run_log.add({"step": self._done, **line})
+        for logger in self.step_log.loggers:
             logger.log_metrics(line, step=self._done)
         if trainer.is_global_zero:
             shown = "  ".join(f"{name} {value:.4f}" for name, value in line.items())
-            self.log.say(f"step {self._done}: {shown}")
+            self.step_log.say(f"step {self._done}: {shown}")
             for text in texts:
-                self.log.say(text)
-        self.log.restart_clock()
+                self.step_log.say(text)
+        self.step_log.restart_clock()
         return line
 
 

@@ -28,6 +28,11 @@ class ModelFlags:
     )
     fla: bool = flag(False, "same as --kernel fla")
 
+    @property
+    def backend(self) -> str:
+        """The wkv backend that the flags name."""
+        return "fla" if self.fla else self.kernel
+
 
 @dataclass(frozen=True)
 class TrainerFlags:

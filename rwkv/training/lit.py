@@ -1,8 +1,7 @@
 """Hand a model and an objective to Lightning. No math lives here."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
@@ -15,14 +14,17 @@ from rwkv.training.optimizer import make_optimizer
 Objective = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 
 
-@dataclass(frozen=True)
-class RateGroup:
+class RateGroup(Protocol):
     """Parameters that share learning rates and weight decay."""
 
-    params: Sequence[nn.Parameter]
-    lr_init: float
-    lr_final: float
-    weight_decay: float
+    @property
+    def params(self) -> Sequence[nn.Parameter]: ...
+    @property
+    def lr_init(self) -> float: ...
+    @property
+    def lr_final(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
 
 
 class LitModel(pl.LightningModule):
@@ -31,9 +33,17 @@ class LitModel(pl.LightningModule):
     A batch's loss is already divided by the count of the whole optimizer step, so what Lightning
     and DeepSpeed divide by (micro-batches, ranks) is multiplied back here.
 
+    Args:
+        model: in the dtype it trains in.
+        objective: the loss.
+        groups: what trains, and at what rates.
+        flags: of the optimizer.
+        strategy: --strategy.
+        loader: rank -> its micro-batches, from the first that is still to be done.
+        first_step: steps done before this process started (--resume).
+
     Attributes:
         step_sums: loss and metrics of the step so far on this rank; a callback reads and clears.
-        first_step: steps done before this process started (--resume).
     """
 
     def __init__(
@@ -44,17 +54,22 @@ class LitModel(pl.LightningModule):
         flags: OptimizerFlags,
         *,
         strategy: str,
+        loader: Callable[[int], Iterable[Any]],
+        first_step: int = 0,
     ):
         super().__init__()
         self.model, self.objective = model, objective
         self.groups, self.flags, self.strategy = groups, flags, strategy
+        self.loader, self.first_step = loader, first_step
         self.step_sums: dict[str, Tensor] = {}
-        self.first_step = 0
 
     @property
     def steps_done(self) -> int:
         """Optimizer steps of the whole run, those before --resume included."""
         return self.first_step + self.trainer.global_step
+
+    def train_dataloader(self) -> Iterable[Any]:
+        return self.loader(self.trainer.global_rank)
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         loss, metrics = self.objective(self.model, batch)

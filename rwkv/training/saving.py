@@ -27,7 +27,7 @@ class Saving(pl.Callback):
         tensors: what a saved model holds; called on every rank.
         metadata: what the file is; goes beside it.
         run: settings that a resumed run must share.
-        log: is told when a signal asks to stop.
+        step_log: is told when a signal asks to stop.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class Saving(pl.Callback):
         tensors: Callable[[], dict[str, Tensor]],
         metadata: dict[str, Any],
         run: dict[str, Any],
-        log: StepLog,
+        step_log: StepLog,
     ):
         self.folder, self.epochs, self.every = folder, epochs, every
-        self.tensors, self.metadata, self.run, self.log = tensors, metadata, run, log
+        self.tensors, self.metadata, self.run, self.step_log = tensors, metadata, run, step_log
         self.stopped_by: int | None = None
         self.written: list[Path] = []
         self._before: dict[int, Any] = {}
@@ -55,7 +55,7 @@ class Saving(pl.Callback):
     def _ask_to_stop(self, number: int, frame: Any) -> None:
         """Finish the step and save; a second signal takes its usual course."""
         self.stopped_by = number
-        self.log.stop_requested = True
+        self.step_log.stop_requested = True
         signal.signal(number, self._before[number])
 
     def on_train_batch_end(  # type: ignore[override]
@@ -70,7 +70,7 @@ class Saving(pl.Callback):
         if epoch is not None or trainer.should_stop or (self.every and done % self.every == 0):
             resume.save(trainer, lit, self.folder, self.run)
             self._saved_step = done
-            self.log.restart_clock()
+            self.step_log.restart_clock()
 
     def save_model(self, trainer: pl.Trainer, lit: LitModel, name: str, epoch: int) -> None:
         """Write the trained tensors under `name`, once, from rank 0."""

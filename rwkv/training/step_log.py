@@ -18,25 +18,30 @@ from rwkv.training.schedule import Schedule
 
 
 class RunLog:
-    """`train_log.jsonl`: one JSON object a line; training steps and evaluations, in order.
+    """`train_log.jsonl`: one JSON object a line; training steps and evaluations, in order."""
 
-    Args:
-        folder: of the run.
-        first_step: steps done before; later lines of an earlier process are dropped.
-        write: only rank 0 writes.
-    """
+    def __init__(self, folder: Path):
+        self.path = folder / "train_log.jsonl"
+        self._writes = False
 
-    def __init__(self, folder: Path, first_step: int, write: bool = True):
-        self.path, self.write = folder / "train_log.jsonl", write
-        if not write:
-            return
-        kept = [line for line in read_log(self.path) if line["step"] <= first_step]
-        with replacing(self.path) as part:
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    def open(self, first_step: int, writes: bool) -> None:
+        """Begin after `first_step`: later lines, of a process that was killed, are dropped.
+
+        Args:
+            first_step: steps done before.
+            writes: whether `add` does anything; true on rank 0 alone.
+        """
+        self._writes = writes
+        if writes:
+            old = read_log(self.path) if first_step else []
+            kept = [line for line in old if line["step"] <= first_step]
+            with replacing(self.path) as part:
+                text = "".join(json.dumps(line) + "\n" for line in kept)
+                part.write_text(text, encoding="utf-8")
 
     def add(self, line: dict[str, Any]) -> None:
         """Append one object."""
-        if self.write:
+        if self._writes:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -57,7 +62,7 @@ class StepLog(pl.Callback):
     """Sets the learning rates, adds up a step's numbers and reports them.
 
     Args:
-        log: where lines go.
+        run_log: where lines go.
         schedule: of the learning rates.
         every: steps between lines.
         step_tokens: tokens of a step whose rows are all full; the display shows how full they are.
@@ -70,14 +75,14 @@ class StepLog(pl.Callback):
 
     def __init__(
         self,
-        log: RunLog,
+        run_log: RunLog,
         schedule: Schedule,
         *,
         every: int,
         step_tokens: int,
         loggers: list[Any],
     ):
-        self.log, self.schedule, self.every = log, schedule, every
+        self.run_log, self.schedule, self.every = run_log, schedule, every
         self.step_tokens, self.loggers = step_tokens, loggers
         self.stop_requested = False
         self.last: dict[str, Any] = {}
@@ -86,6 +91,9 @@ class StepLog(pl.Callback):
         self._since = time.perf_counter()
         self._bar: Any = None
         self._summed: dict[str, float] = {}
+
+    def setup(self, trainer: pl.Trainer, lit: LitModel, stage: str) -> None:  # type: ignore[override]
+        self.run_log.open(lit.first_step, trainer.is_global_zero)
 
     def on_train_start(self, trainer: pl.Trainer, lit: LitModel) -> None:  # type: ignore[override]
         self._since = time.perf_counter()
@@ -129,7 +137,7 @@ class StepLog(pl.Callback):
         if not math.isfinite(self._summed["loss"]):
             raise RuntimeError(
                 f"step {lit.steps_done + 1}: the loss is {self._summed['loss']}; lower --lr_init, "
-                f"or look at the data; models saved so far are in {self.log.path.parent}"
+                f"or look at the data; models saved so far are in {self.run_log.path.parent}"
             )
         if lit.strategy.startswith("deepspeed"):
             return
@@ -165,7 +173,7 @@ class StepLog(pl.Callback):
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self.last = line
         if done % self.every == 0 or done == self.schedule.steps:
-            self.log.add(line)
+            self.run_log.add(line)
             for logger in self.loggers:
                 numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
                 logger.log_metrics(numbers, step=done)

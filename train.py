@@ -1,0 +1,443 @@
+"""Fine-tune RWKV-6 and RWKV-7 models: flags -> model -> profile -> data -> objective -> trainer.
+
+    python train.py --load_model base.pth --train_data_file chats.jsonl --sft 1 \\
+        --layer_profile layerprofile/lora.json --proj_dir out/run
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from data.flags import DataFlags
+from losses.flags import ChunkFlags, SFTFlags
+from losses.objectives import chosen_objective, make_objective
+from peft.flags import PeftFlags
+from rwkv import cli, upstream_flags
+from rwkv.errors import InputError
+from rwkv.flags import Settings, parse
+from rwkv.training.flags import EvaluationFlags, ModelFlags, OptimizerFlags, TrainerFlags
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.batch_plan import BatchPlan
+    from peft.plan import Plan
+    from rwkv.config import RWKVConfig
+    from rwkv.model import RWKV
+    from rwkv.tokenizer import Tokenizer
+    from rwkv.training.step_log import StepLog
+
+FLAGS = (
+    ModelFlags,
+    SFTFlags,
+    DataFlags,
+    PeftFlags,
+    TrainerFlags,
+    OptimizerFlags,
+    ChunkFlags,
+    EvaluationFlags,
+)
+
+
+class Device(NamedTuple):
+    """Where the model lies and the dtype of its weights."""
+
+    kind: str
+    dtype: "torch.dtype"
+
+
+class Batches(NamedTuple):
+    """The plans of the training data and, if there is any, of the held-out data."""
+
+    training: "BatchPlan"
+    held_out: "BatchPlan | None"
+
+
+class Steps(NamedTuple):
+    """The run in optimizer steps.
+
+    total: steps of the run.
+    epochs: step -> number of the epoch that ends there and is saved.
+    """
+
+    total: int
+    epochs: dict[int, int]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train as the flags say; returns the exit status."""
+    words, notes = upstream_flags.split(list(sys.argv[1:] if argv is None else argv))
+    settings = parse(words, FLAGS, program="train.py", description=__doc__.splitlines()[0])
+    check(settings)
+    for note in notes:
+        say(note)
+    return train(settings)
+
+
+def check(settings: Settings) -> None:
+    """Stop at values that are wrong by themselves, before anything heavy is imported.
+
+    Raises:
+        InputError: the message names the flag and the mend.
+    """
+    chosen_objective(settings)
+    trainer, model = settings[TrainerFlags], settings[ModelFlags]
+    for name in ("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "epoch_count"):
+        if getattr(trainer, name) < 1:
+            raise InputError(f"--{name} {getattr(trainer, name)}: must be at least 1")
+    if model.load_model and not Path(model.load_model).exists():
+        raise InputError(f"--load_model {model.load_model}: no such file; check the path")
+    if model.fla and model.kernel not in ("auto", "fla"):
+        raise InputError(f"--fla 1: contradicts --kernel {model.kernel}; keep one of them")
+
+
+def train(settings: Settings) -> int:
+    """Prepare a run, print its plan and, unless it is a dry run, train."""
+    from data.store_cache import open_store
+    from data.token_store import split
+    from rwkv.tokenizer import load_tokenizer
+    from rwkv.training.model import read_config
+
+    model_flags, trainer, data = settings[ModelFlags], settings[TrainerFlags], settings[DataFlags]
+    device = choose_device(settings)
+    vocab_size = model_flags.vocab_size
+    if model_flags.load_model:
+        vocab_size = read_config(model_flags).vocab_size
+    tokenizer = load_tokenizer(data.tokenizer or None, vocab_size)
+    config = read_config(model_flags, tokenizer.vocab_size)
+    layers = plan_layers(settings, config)
+
+    store, held_out = open_store(data.train_data_file, data, tokenizer), None
+    if data.val_data_file:
+        held_out = open_store(data.val_data_file, data, tokenizer)
+    elif data.val_fraction:
+        store, held_out = split(store, data.val_fraction, trainer.random_seed)
+    batches = Batches(
+        plan_batches(settings, store),
+        None if held_out is None else plan_batches(settings, held_out, training=False),
+    )
+    steps = count_steps(trainer, batches.training)
+    for line in describe(settings, config, layers, batches.training, steps, device):
+        say(line)
+    if trainer.dry_run:
+        return 0
+    return fit(settings, config, batches, steps, device, tokenizer)
+
+
+def plan_layers(settings: Settings, config: "RWKVConfig") -> "Plan":
+    """What happens to every layer, from the sizes alone: wrong profiles stop here.
+
+    Raises:
+        InputError: the profile does not suit the model, or a learning rate is undefined.
+    """
+    import torch
+
+    from peft.plan import make_plan
+    from rwkv.model import RWKV
+    from rwkv.training.schedule import check_rates
+
+    flags, optimizer = settings[PeftFlags], settings[OptimizerFlags]
+    with torch.device("meta"):
+        plan = make_plan(RWKV(config), flags)
+    check_rates(optimizer.lr_schedule, optimizer.lr_init, optimizer.lr_final, "--lr_final")
+    for name, layer in plan.plans.items():
+        if layer.mode != "freeze" and optimizer.lr_advanced:
+            first = optimizer.lr_init if layer.lr_init is None else layer.lr_init
+            last = optimizer.lr_final if layer.lr_final is None else layer.lr_final
+            check_rates(optimizer.lr_schedule, first, last, f"{layer.rule}: {name}")
+    return plan
+
+
+def plan_batches(settings: Settings, store: Any, *, training: bool = True) -> "BatchPlan":
+    """The batches of a store; held-out ones keep their order and take one step each."""
+    from data.batch_plan import BatchPlan
+
+    trainer, data = settings[TrainerFlags], settings[DataFlags]
+    return BatchPlan(
+        store,
+        ctx_len=data.ctx_len,
+        micro_bsz=trainer.micro_bsz,
+        accumulate=trainer.accumulate_grad_batches if training else 1,
+        world=trainer.devices * trainer.num_nodes,
+        seed=trainer.random_seed,
+        packing=data.packing,
+        shuffle=training and bool(data.random_mode),
+        overlong=data.overlong,
+    )
+
+
+def choose_device(settings: Settings) -> Device:
+    """The device and dtype of a run; a dry run is content with a CPU in a GPU's place."""
+    from dataclasses import replace
+
+    from rwkv.training.strategy import chosen_device, chosen_dtype
+
+    flags = settings[TrainerFlags]
+    if flags.dry_run:
+        flags = replace(flags, accelerator="auto", devices=1)
+    kind = chosen_device(flags)
+    return Device(kind, chosen_dtype(flags, kind))
+
+
+def count_steps(flags: TrainerFlags, plan: "BatchPlan") -> Steps:
+    """The optimizer steps of a run and where its epochs end.
+
+    An epoch is --epoch_steps micro-batches of a device, rounded up to whole optimizer steps, or
+    one pass over the data.
+    """
+    if flags.epoch_steps:
+        ends = [
+            -(-flags.epoch_steps * (epoch + 1) // plan.accumulate)
+            for epoch in range(flags.epoch_count)
+        ]
+    else:
+        ends = [plan.steps_per_pass * (epoch + 1) for epoch in range(flags.epoch_count)]
+    every, last = max(flags.epoch_save, 1), flags.epoch_count - 1
+    saved = [e for e in range(flags.epoch_count) if (e + 1) % every == 0 or e == last]
+    return Steps(ends[-1], {ends[e]: flags.epoch_begin + e for e in saved})
+
+
+def describe(
+    settings: Settings,
+    config: "RWKVConfig",
+    layers: "Plan",
+    plan: "BatchPlan",
+    steps: Steps,
+    device: Device,
+) -> Iterable[str]:
+    """The plan of a run: model, kernel, what trains, data and steps."""
+    from peft.plan import describe as describe_layers
+    from rwkv.ops.backends import describe_choice
+
+    data, trainer = settings[DataFlags], settings[TrainerFlags]
+    dtype = str(device.dtype).removeprefix("torch.")
+    yield (
+        f"model: {config.name}, head size {config.head_size}, vocabulary {config.vocab_size:,}, "
+        f"{dtype} on {device.kind}"
+    )
+    yield describe_choice(
+        f"wkv{config.version}",
+        (1, plan.micro_bsz * data.ctx_len, config.n_head, config.head_size),
+        device=device.kind,
+        dtype=device.dtype,
+        packed=plan.packing,
+        backend=settings[ModelFlags].backend,
+    )
+    yield from describe_layers(layers, device.dtype)
+    report = ", ".join(f"{name} {count:,}" for name, count in plan.pieces.report.items() if count)
+    yield f"data: {report}"
+    yield (
+        f"rows: {plan.rows_per_pass:,} of {data.ctx_len:,} tokens, {plan.fill:.0%} full; "
+        f"{plan.rows_per_step} a step"
+    )
+    yield (
+        f"run: {steps.total:,} steps, {steps.total / plan.steps_per_pass:.2f} passes over the "
+        f"data, strategy {trainer.strategy}, into {trainer.proj_dir}"
+    )
+
+
+def build(settings: Settings, config: "RWKVConfig", device: Device) -> tuple["RWKV", "Plan", str]:
+    """The model with its stores and adapters in place, the plan, and the base's fingerprint."""
+    from peft.adapter_file import load_adapter
+    from peft.apply import apply_profile, load_with_profile
+    from rwkv.checkpoint import fingerprint, read_tensors
+    from rwkv.training.model import new_model
+
+    flags, peft = settings[ModelFlags], settings[PeftFlags]
+    if flags.load_model:
+        base = fingerprint(read_tensors(flags.load_model))
+        model, plan = load_with_profile(
+            flags.load_model, peft, device=device.kind, dtype=device.dtype, backend=flags.backend
+        )
+    else:
+        seed = settings[TrainerFlags].random_seed
+        base = f"new, seed {seed}"
+        model = new_model(config, flags.backend, device=device.kind, dtype=device.dtype, seed=seed)
+        plan = apply_profile(model, peft)
+    if peft.load_adapter:
+        load_adapter(model, peft.load_adapter, base=base)
+    model.grad_cp = settings[TrainerFlags].grad_cp
+    return model, plan, base
+
+
+def fit(
+    settings: Settings,
+    config: "RWKVConfig",
+    batches: Batches,
+    steps: Steps,
+    device: Device,
+    tokenizer: "Tokenizer",
+) -> int:
+    """Train; returns 0, or 128 plus the number of the signal that stopped the run."""
+    import pytorch_lightning as pl
+
+    from data.datasets import make_loader
+    from peft.adapter_file import adapter_metadata, trained_tensors
+    from peft.groups import parameter_groups
+    from peft.plan import trained_count
+    from rwkv.training import resume
+    from rwkv.training.lit import LitModel
+    from rwkv.training.saving import Saving
+    from rwkv.training.schedule import Schedule
+    from rwkv.training.step_log import RunLog, StepLog, draw_loss
+    from rwkv.training.strategy import make_strategy
+
+    flags, data = settings[TrainerFlags], settings[DataFlags]
+    optimizer, evaluation = settings[OptimizerFlags], settings[EvaluationFlags]
+    folder, plan = Path(flags.proj_dir), batches.training
+    strategy = make_strategy(flags, device.dtype, device.kind)
+    objective = make_objective(settings)
+    model, layers, base = build(settings, config, device)
+    run = {
+        "base model": base,
+        "data": plan.pieces.store.fingerprint,
+        "rows of a step": plan.rows_per_step,
+        "ctx_len": data.ctx_len,
+        "packing": data.packing,
+        "random_seed": flags.random_seed,
+        "steps": steps.total,
+        "trained parameters": trained_count(layers),
+    }
+    point = resume.newest(folder)
+    first = 0
+    if point is not None and not flags.resume:
+        raise InputError(
+            f"--proj_dir {folder}: already holds a run ({point.name.replace('-', ' ')}); "
+            "add --resume 1 to go on with it, or choose another folder"
+        )
+    if point is not None:
+        first = resume.check_same_run(point, run)
+        if first >= steps.total:
+            say(f"{folder}: this run is done ({first} steps)")
+            return 0
+
+    accumulate = flags.accumulate_grad_batches
+    micro_batches = first * accumulate, steps.total * accumulate
+    lit = LitModel(
+        model,
+        objective,
+        parameter_groups(model, layers, optimizer),
+        optimizer,
+        strategy=flags.strategy,
+        loader=lambda rank: make_loader(plan, rank, *micro_batches, data.num_workers),
+        first_step=first,
+    )
+    loggers = make_loggers(settings, folder)
+    log = StepLog(
+        RunLog(folder),
+        Schedule(optimizer.lr_schedule, steps.total, optimizer.warmup_steps),
+        every=evaluation.log_every,
+        step_tokens=plan.rows_per_step * data.ctx_len,
+        loggers=loggers,
+    )
+    saving = Saving(
+        folder,
+        epochs=steps.epochs,
+        every=flags.resume_every,
+        tensors=lambda: trained_tensors(model),
+        metadata=adapter_metadata(model, layers, base=base, flags=settings.as_flags()),
+        run=run,
+        step_log=log,
+    )
+    callbacks: list[Any] = [log]
+    if batches.held_out is not None:
+        callbacks.append(
+            make_evaluation(settings, objective, batches.held_out, steps, log, tokenizer)
+        )
+    callbacks.append(saving)
+    if point is not None:
+        callbacks.insert(0, resume.Resume(point))
+    trainer = pl.Trainer(
+        accelerator="cuda" if device.kind == "cuda" else "cpu",
+        devices=flags.devices,
+        num_nodes=flags.num_nodes,
+        strategy=strategy,
+        precision="32-true",
+        max_steps=steps.total - first,
+        max_epochs=1,
+        accumulate_grad_batches=flags.accumulate_grad_batches,
+        gradient_clip_val=optimizer.gradient_clip_val or None,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    pl.seed_everything(flags.random_seed, workers=True, verbose=False)
+    trainer.fit(lit)
+    if not trainer.is_global_zero:
+        return 0
+    draw_loss(folder / "train_log.jsonl", folder / "loss.png")
+    done = lit.steps_done
+    if saving.stopped_by is not None:
+        say(f"stopped at step {done} of {steps.total}; go on with the same flags and --resume 1")
+        return 128 + saving.stopped_by
+    say(f"done: {done} steps; {', '.join(map(str, saving.written))}; {folder / 'loss.png'}")
+    return 0
+
+
+def make_evaluation(
+    settings: Settings,
+    objective: Any,
+    held_out: "BatchPlan",
+    steps: Steps,
+    log: "StepLog",
+    tokenizer: "Tokenizer",
+) -> Any:
+    """The callback that measures the held-out loss and shows samples."""
+    from data.datasets import make_loader
+    from losses.sft import evaluate_nll
+    from rwkv.training.evaluation import Evaluation, summarize_nll
+
+    every = settings[EvaluationFlags].val_every
+    return Evaluation(
+        batches=lambda rank: make_loader(held_out, rank, 0, held_out.steps_per_pass),
+        measure=lambda model, batch: evaluate_nll(model, batch, objective.chunks),
+        summarize=summarize_nll,
+        sample=make_sampler(settings, tokenizer),
+        steps=lambda step: step in steps.epochs or bool(every and step % every == 0),
+        step_log=log,
+    )
+
+
+def make_loggers(settings: Settings, folder: Path) -> list[Any]:
+    """Lightning's loggers beside train_log.jsonl: TensorBoard and Weights & Biases."""
+    import importlib.util
+
+    flags, loggers = settings[EvaluationFlags], []
+    if flags.tensorboard:
+        from pytorch_lightning.loggers import TensorBoardLogger
+
+        loggers.append(TensorBoardLogger(folder, name=None, version="tensorboard"))
+    if flags.wandb:
+        if importlib.util.find_spec("wandb") is None:
+            say(f"--wandb {flags.wandb}: wandb is not installed; logging goes on without it")
+            return loggers
+        from pytorch_lightning.loggers import WandbLogger
+
+        loggers.append(
+            WandbLogger(project=flags.wandb, save_dir=folder, config=settings.as_flags())
+        )
+    return loggers
+
+
+def make_sampler(
+    settings: Settings, tokenizer: "Tokenizer"
+) -> Callable[["RWKV"], list[str]] | None:
+    """What shows the model's answers to --val_prompts at each evaluation."""
+    flags = settings[EvaluationFlags]
+    if not flags.val_prompts:
+        return None
+    return None
+
+
+def say(text: str) -> None:
+    """Report to the person who started the run."""
+    print(text, file=sys.stderr)  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
