@@ -89,8 +89,10 @@ def parse_messages(turns: Any, where: str) -> list[Message]:
     """
     if isinstance(turns, dict):
         turns = [turns]
-    if not isinstance(turns, list) or not turns:
+    if not isinstance(turns, list):
         _stop(where, f"the messages are {_kind(turns)}, not a list of objects")
+    if not turns:
+        _stop(where, "there is no message")
     return [_message(turn, f"{where}: message {n}") for n, turn in enumerate(turns, start=1)]
 
 

@@ -7,6 +7,7 @@ tokenizer and of what else decides its tokens, so a change of any of them makes 
 import contextlib
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -97,8 +98,14 @@ def build_store(
     tokenizer: Tokenizer,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Tokenize files into a folder, all of it or nothing; return its meta.json."""
+    """Tokenize files into a folder, all of it or nothing; return its meta.json.
+
+    What an earlier build of the same folder left when it was killed is removed.
+    """
     paths = list(paths)
+    for left in folder.parent.glob(f".{folder.name}.*.part"):
+        if not _alive(int(left.name.split(".")[-2])):
+            remove(left)
     sources = [{"path": str(path), "content": _content_hash(path)} for path in paths]
     meta = {
         "tokenizer": tokenizer.name,
@@ -124,8 +131,6 @@ def _cached(path: Path, cache: Path, recipe: Recipe, tokenizer: Tokenizer) -> Pa
         return folder
     with _one_at_a_time(cache):
         if not _usable(folder):  # another process may have made it meanwhile
-            for left in cache.glob(f".{folder.name}.*.part"):
-                remove(left)  # of a process that was killed
             build_store(folder, [path], recipe, tokenizer)
     return folder
 
@@ -161,9 +166,19 @@ def _content_hash(path: Path, cache: Path | None = None) -> str:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     if memo is not None and started - stat.st_mtime > SETTLED_SECONDS:
-        with replacing(memo) as beside:
+        with contextlib.suppress(InputError), replacing(memo) as beside:
             beside.write_text(json.dumps({"look": look, "hash": found}))
     return found
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data.conversations import Message
 from data.records import DataError, decode
@@ -204,6 +204,19 @@ def load_template(name: str, tokenizer: Tokenizer, turn_end: str | None = None) 
             "suffix"
         )
     return template
+
+
+def prompt_tokens(text: str, flags: Any, tokenizer: Tokenizer, think: str = "off") -> list[int]:
+    """Tokens of a user's message up to where the answer begins.
+
+    Args:
+        text: what the user says.
+        flags: has `template`, as DataFlags.
+        tokenizer: the model's.
+        think: see Template.render_prompt.
+    """
+    template = load_template(flags.template, tokenizer)
+    return template.encode_prompt([Message("user", text)], tokenizer, think)
 
 
 def read_template(path: Path) -> Template:

@@ -10,6 +10,7 @@
 Stores of other kinds add arrays, by token or by record, and name them in their class.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -105,6 +106,19 @@ class TokenStore:
         """A store of these records only, in this order, over the same files."""
         chosen = numbers if self._chosen is None else self._chosen[numbers]
         return type(self)(self.folders, chosen)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal where the records and their masks are the same."""
+        keys = ("records", "tokens", "tokenizer_fingerprint", "template_fingerprint", "mask_prompt")
+        made_of = [
+            [[source["content"] for source in meta["sources"]], *(meta[key] for key in keys)]
+            for meta in self.metas
+        ]
+        found = hashlib.blake2b(json.dumps(made_of).encode(), digest_size=8)
+        if self._chosen is not None:
+            found.update(np.ascontiguousarray(self._chosen, np.int64).data)
+        return found.hexdigest()
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Stop where the tokens are another tokenizer's.
@@ -272,7 +286,7 @@ def map_array(folder: Path, name: str, length: int) -> np.ndarray:
     path = folder / f"{name}.npy"
     try:
         array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); make the store again") from None
     if array.shape != (length,):
         raise DataError(

@@ -241,21 +241,20 @@ def load_tokenizer(name: str | None = None, vocab_size: int | None = None) -> To
     Args:
         name: "world", "bytes", "bytes:ENCODING" such as bytes:utf-16-le, or "chars:" and the
             characters; None (or "") to go by the vocabulary: 65,530 to 65,536 is World, 256 bytes.
-        vocab_size: rows of the model's embedding; None where no model is at hand.
+        vocab_size: rows of the model's embedding; None or 0 where no model is at hand.
 
     Raises:
         InputError: no such tokenizer, or the model has fewer ids than it makes.
         RuntimeError: the package with World's vocabulary is missing.
     """
     if not name:
-        if vocab_size is not None and WORLD_IDS <= vocab_size <= PADDED_WORLD_IDS:
+        if WORLD_IDS <= (vocab_size or 0) <= PADDED_WORLD_IDS:
             name = "world"
         elif vocab_size == 256:
             name = "bytes"
         else:
-            raise InputError(
-                f"--tokenizer: cannot be told from a vocabulary of {vocab_size}; give {NAMES}"
-            )
+            unknown = f"a vocabulary of {vocab_size}" if vocab_size else "the model alone"
+            raise InputError(f"--tokenizer: cannot be told from {unknown}; give {NAMES}")
     kind, colon, rest = name.partition(":")
     tokenizer: Tokenizer
     if name == "world":
@@ -266,7 +265,7 @@ def load_tokenizer(name: str | None = None, vocab_size: int | None = None) -> To
         tokenizer = CharacterTokenizer(rest)
     else:
         raise InputError(f"--tokenizer {name}: no such tokenizer; choose {NAMES}")
-    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
+    if vocab_size and vocab_size < tokenizer.vocab_size:
         raise InputError(
             f"--tokenizer {name}: makes {tokenizer.vocab_size} ids, the model's vocabulary has "
             f"{vocab_size}; choose another"
