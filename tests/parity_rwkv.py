@@ -1,0 +1,133 @@
+"""What the PyPI package `rwkv` computes, to hold ours to.
+
+The package has the name of our folder, so it lies in a folder of its own and runs in a process
+that cannot see ours:
+
+    python -m pip install --no-deps --target .venv/parity rwkv==0.8.32
+
+Tests call `ask_peer`. As a program, `python tests/parity_rwkv.py FOLDER` writes
+tests/golden/logits.json anew, from the models in FOLDER/models and from random ones.
+"""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+PEER = ROOT / ".venv" / "parity"
+GOLDEN = ROOT / "tests" / "golden" / "logits.json"
+INSTALL = "python -m pip install --no-deps --target .venv/parity rwkv==0.8.32"
+
+
+class PeerAnswer(NamedTuple):
+    """logits: after each token, [T, V], float32. written: the likeliest tokens after them."""
+
+    logits: np.ndarray
+    written: list[int]
+
+
+def skip_without_peer() -> None:
+    """Skip the running test if the package is not there."""
+    import pytest
+
+    if not (PEER / "rwkv" / "model.py").is_file():
+        pytest.skip(f"no package rwkv in .venv/parity; {INSTALL}")
+
+
+def ask_peer(
+    model: Path, tokens: Sequence[int], *, count: int = 0, state: Path | None = None
+) -> PeerAnswer:
+    """Let the package read `tokens` and write `count` more, always the likeliest.
+
+    Args:
+        model: a .pth file of version 6 or 7.
+        tokens: two at least.
+        count: tokens to write.
+        state: a .pth file with blocks.N.att.time_state to start from, or None.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.npz"
+        question = {
+            "model": str(Path(model).resolve()),
+            "tokens": list(tokens),
+            "count": count,
+            "state": None if state is None else str(Path(state).resolve()),
+            "answer": str(answer),
+        }
+        command = [sys.executable, __file__, json.dumps(question)]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the package rwkv failed:\n{done.stderr[-2000:]}")
+        with np.load(answer) as arrays:
+            return PeerAnswer(arrays["logits"], arrays["written"].tolist())
+
+
+def _answer(question: dict[str, Any]) -> None:
+    """In the subprocess: load the model with the package and save what was asked for."""
+    sys.path.insert(0, str(PEER))
+    import torch
+
+    torch.set_num_threads(1)
+    tensors = torch.load(question["model"], map_location="cpu", weights_only=True)
+    tuned = {}
+    if question["state"]:
+        tuned = torch.load(question["state"], map_location="cpu", weights_only=True)
+    seven = "blocks.0.att.r_k" in tensors
+    os.environ.update(RWKV_V7_ON="1" if seven else "0", RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
+    from rwkv.model import RWKV
+
+    path = Path(question["answer"]).with_name("model.pth")
+    torch.save(tensors if seven else tensors | tuned, path)
+    model = RWKV(model=str(path.with_suffix("")), strategy="cpu fp32")
+    state = None
+    if seven and tuned:  # its RWKV-7 reads no tuned states, but keeps values on rows as they do
+        state = model.generate_zero_state()
+        for layer in range(model.n_layer):
+            state[3 * layer + 1] = tuned[f"blocks.{layer}.att.time_state"].float()
+    logits, state = model.forward(question["tokens"], state, full_output=True)
+    written: list[int] = []
+    last = logits[-1]
+    for _ in range(question["count"]):
+        written.append(int(last.argmax()))
+        last, state = model.forward(written[-1:], state)
+    np.savez(question["answer"], logits=logits.float().numpy(), written=np.array(written, int))
+
+
+def write_golden(assets: Path) -> None:
+    """Keep the package's logits of the models in `assets` and of two random models."""
+    import torch
+    from oracle import random_tensors
+
+    rows: dict[str, Any] = {}
+
+    def keep(name: str, path: Path, tokens: list[int]) -> None:
+        last = ask_peer(path, tokens).logits[-1]
+        rows[name] = {"tokens": tokens, "last": last.astype(np.float64).round(6).tolist()}
+
+    for name in ("tiny-rwkv-6v0-1m", "tiny-rwkv-7v0-834K"):
+        keep(name, assets / "models" / f"{name}.pth", [34, 105, 110])
+    for version in (6, 7):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "random.pth"
+            tensors = random_tensors(version)
+            torch.save({name: torch.from_numpy(t) for name, t in tensors.items()}, path)
+            tokens = np.random.default_rng(version).integers(0, 32, 20).tolist()
+            keep(f"random {version}", path, tokens)
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy")]
+    made_by = ", ".join(["rwkv 0.8.32", *versions])
+    GOLDEN.write_text(json.dumps({"made by": made_by, "logits": rows}) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1].startswith("{"):
+        _answer(json.loads(sys.argv[1]))
+    else:
+        write_golden(Path(sys.argv[1]))
