@@ -64,12 +64,10 @@ def default_ranks(version: int, n_embd: int) -> LowRanks:
         wide = n_embd >= 4096
         return LowRanks(decay=128 if wide else 64, mix=64 if wide else 32)
 
-    def width(factor: float, power: float) -> int:
-        return max(32, round(factor * n_embd**power / 32) * 32)
+    def width(factor: float) -> int:
+        return max(32, round(factor * n_embd**0.5 / 32) * 32)
 
-    return LowRanks(
-        decay=width(2.5, 0.5), iclr=width(2.5, 0.5), value=width(1.7, 0.5), gate=width(5.0, 0.5)
-    )
+    return LowRanks(decay=width(2.5), iclr=width(2.5), value=width(1.7), gate=width(5.0))
 
 
 def default_ffn(version: int, n_embd: int) -> int:

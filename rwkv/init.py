@@ -1,5 +1,8 @@
 """BlinkDL's initialization and parameter groups for training from scratch.
 
+The weights of linear layers are those of RWKV-LM's generate_init_weight, whose file its trainer
+loads over what the layers' constructors draw.
+
 Source: RWKV-LM, RWKV-v7/train_temp/src/model.py (version 7) and RWKV-v5/src/model.py (version 6).
 """
 
@@ -92,13 +95,12 @@ def _fill_block7(block: Any, config: RWKVConfig, layer: int, draw: torch.Generat
     att.k_k.copy_((0.71 - 0.1 * linear).view(1, 1, A))
     att.k_a.fill_(1.02)
     att.r_k.fill_(-0.04)
-    _uniform(att.receptance.weight, 0.5 / math.sqrt(C), draw)
-    _uniform(att.key.weight, 0.05 / math.sqrt(C), draw)
-    _uniform(att.value.weight, 0.5 / math.sqrt(C), draw)
+    for linear, gain in (("receptance", 1.0), ("key", 0.1), ("value", 1.0)):
+        nn.init.orthogonal_(getattr(att, linear).weight, gain=gain, generator=draw)
     att.output.weight.zero_()
 
     ffn.x_k.copy_((1 - position ** (falling**4)).view(1, 1, C))
-    _uniform(ffn.key.weight, 0.5 / math.sqrt(C), draw)
+    nn.init.orthogonal_(ffn.key.weight, gain=1.0, generator=draw)
     ffn.value.weight.zero_()
 
 
