@@ -288,6 +288,7 @@ def fit(
     folder, plan = Path(flags.proj_dir), batches.training
     strategy = make_strategy(flags, device.dtype, device.kind)
     objective = make_objective(settings)
+    pl.seed_everything(flags.random_seed, workers=True, verbose=False)  # new adapters are random
     model, layers, base = build(settings, config, device)
     run = {
         "base model": base,
@@ -366,16 +367,19 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    pl.seed_everything(flags.random_seed, workers=True, verbose=False)
+    if trainer.is_global_zero:
+        resume.clear_leftovers(folder)
+    pl.seed_everything(flags.random_seed + trainer.global_rank, workers=True, verbose=False)
     trainer.fit(lit)
     if not trainer.is_global_zero:
         return 0
-    draw_loss(folder / "train_log.jsonl", folder / "loss.png")
+    picture = folder / "loss.png"
+    written = saving.written + [picture] * draw_loss(folder / "train_log.jsonl", picture)
     done = lit.steps_done
     if saving.stopped_by is not None:
         say(f"stopped at step {done} of {steps.total}; go on with the same flags and --resume 1")
         return 128 + saving.stopped_by
-    say(f"done: {done} steps; {', '.join(map(str, saving.written))}; {folder / 'loss.png'}")
+    say(f"done: {done} steps; written: {', '.join(map(str, written))}")
     return 0
 
 
@@ -431,7 +435,18 @@ def make_sampler(
     flags = settings[EvaluationFlags]
     if not flags.val_prompts:
         return None
-    return None
+    from data.templates import prompt_tokens
+    from rwkv.generate import generate
+
+    lines = Path(flags.val_prompts).read_text(encoding="utf-8").splitlines()
+    prompts = [line for line in lines if line.strip()]
+    tokens = [prompt_tokens(line, settings[DataFlags], tokenizer) for line in prompts]
+
+    def sample(model: "RWKV") -> list[str]:
+        answers = generate(model, tokens, tokenizer=tokenizer, max_tokens=flags.val_tokens)
+        return [f"  {p} -> {a!r}" for p, a in zip(prompts, answers, strict=True)]
+
+    return sample
 
 
 def say(text: str) -> None:

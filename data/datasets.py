@@ -38,4 +38,5 @@ def make_loader(plan: BatchPlan, rank: int, first: int, last: int, workers: int 
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # a loader draws a seed; the model's dropout must not notice
     )

@@ -80,7 +80,7 @@ class Pieces:
             torch.from_numpy(targets),
             torch.from_numpy(mask),
             seqlens,
-            torch.tensor(float(count)),
+            torch.tensor(count),
         )
 
 

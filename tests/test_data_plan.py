@@ -53,7 +53,7 @@ def test_a_record_of_n_tokens_gives_n_minus_1_targets(tmp_path):
     assert batch.targets.tolist() == [[2, 3, 4, 6, 7]]
     assert batch.mask.tolist() == [[False, True, True, True, False]]
     assert batch.cu_seqlens.tolist() == [0, 3, 5]
-    assert (batch.count.item(), batch.count.dtype, batch.count.shape) == (3.0, torch.float32, ())
+    assert (batch.count.item(), batch.count.dtype, batch.count.shape) == (3, torch.int64, ())
     assert (batch.inputs.dtype, batch.mask.dtype) == (torch.int64, torch.bool)
 
 

@@ -46,6 +46,12 @@ def check_same_run(point: Path, run: dict[str, Any]) -> int:
     return int(point.name[5:])
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed process had not finished writing."""
+    for left in [*folder.glob(".*.part"), *(folder / FOLDER).glob(".*.part")]:
+        remove(left)
+
+
 def save(trainer: pl.Trainer, lit: LitModel, folder: Path, run: dict[str, Any]) -> None:
     """Write a resume point for the steps done so far, then remove the older ones."""
     name = f"step-{lit.steps_done}"

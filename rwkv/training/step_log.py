@@ -1,5 +1,6 @@
 """Learning rates, sums over ranks, the log of a run and its progress display."""
 
+import importlib.util
 import json
 import math
 import sys
@@ -206,13 +207,17 @@ class StepLog(pl.Callback):
             self._bar = None
 
 
-def draw_loss(log: Path, picture: Path) -> None:
-    """Draw the loss curve of a train_log.jsonl as a PNG: each step, a running mean, evaluations."""
+def draw_loss(log: Path, picture: Path) -> bool:
+    """Draw the loss curve of a train_log.jsonl as a PNG: each step, a running mean, evaluations.
+
+    Returns:
+        whether there was something to draw, and matplotlib to draw it with.
+    """
     lines = read_log(log)
     train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     held_out = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
-    if not train:
-        return
+    if not train or importlib.util.find_spec("matplotlib") is None:
+        return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -233,3 +238,4 @@ def draw_loss(log: Path, picture: Path) -> None:
     axes.legend()
     with replacing(picture) as part:
         FigureCanvasAgg(figure).print_png(str(part))
+    return True

@@ -1,0 +1,247 @@
+"""Training from the command line: files written, resuming, stopping, several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from rwkv.checkpoint import load_model, read_metadata, read_tensors, write_tensors
+from rwkv.config import RWKVConfig, default_ranks
+from rwkv.init import initialize
+from rwkv.model import RWKV
+from rwkv.training.step_log import read_log
+
+ROOT = Path(__file__).parent.parent
+STEPS = 8
+# dropout, accumulation and 8 bytes of difference in length: whatever a resume could get wrong
+PROFILE = {
+    "rules": [
+        {"match": "blocks.*", "mode": "lora", "rank": 4, "alpha": 8, "dropout": 0.2},
+    ]
+}
+
+
+def save_model(path: Path, version: int = 7) -> Path:
+    config = RWKVConfig(
+        version=version,
+        n_layer=2,
+        n_embd=32,
+        dim_ffn=64,
+        vocab_size=256,
+        head_size=16,
+        ranks=default_ranks(version, 32),
+    )
+    model = RWKV(config)
+    initialize(model, seed=3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("output.weight") or name.endswith("ffn.value.weight"):
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    write_tensors(path, model.state_dict())
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model, data and a profile that every test here shares."""
+    folder = tmp_path_factory.mktemp("training")
+    save_model(folder / "base.pth")
+    rows = [
+        {"prompt": f"Say {n} {'again ' * (n % 4)}", "completion": f"{n} " * (n % 5 + 1)}
+        for n in range(60)
+    ]
+    for name, part in (("train.jsonl", rows[:50]), ("val.jsonl", rows[50:])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    (folder / "profile.json").write_text(json.dumps(PROFILE))
+    return folder
+
+
+def flags(folder: Path, output: Path, **more: object) -> list[str]:
+    values = {
+        "load_model": folder / "base.pth",
+        "train_data_file": folder / "train.jsonl",
+        "layer_profile": folder / "profile.json",
+        "proj_dir": output,
+        "cache_dir": folder / "cache",
+        "accelerator": "cpu",
+        "sft": 1,
+        "ctx_len": 128,
+        "accumulate_grad_batches": 2,
+        "epoch_steps": STEPS,
+        "epoch_count": 2,
+        "lr_init": 1e-2,
+        "lr_final": 1e-3,
+        "warmup_steps": 2,
+        "num_workers": 0,
+    }
+    return [word for key, value in (values | more).items() for word in (f"--{key}", str(value))]
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in read_tensors(path).items()}
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> Path:
+    """The run that nothing interrupts."""
+    output = folder / "whole"
+    assert train.main(flags(folder, output, val_data_file=folder / "val.jsonl")) == 0
+    return output
+
+
+def test_a_run_writes_what_it_promises(whole):
+    assert {p.name for p in whole.iterdir()} == {
+        "rwkv-0.pth",
+        "rwkv-0.json",
+        "rwkv-1.pth",
+        "rwkv-1.json",
+        "train_log.jsonl",
+        "loss.png",
+        "resume",
+    }
+    metadata = read_metadata(whole / "rwkv-1.pth")
+    assert (metadata["kind"], metadata["step"], metadata["epoch"]) == ("adapter", STEPS, 1)
+    assert "blocks.0.att.key.lora_A" in read_tensors(whole / "rwkv-1.pth")
+
+
+def test_the_log_has_an_object_a_step(whole):
+    lines = read_log(whole / "train_log.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert {"loss", "lr", "grad_norm", "tokens", "tokens_per_second"} <= steps[0].keys()
+    held_out = [line for line in lines if "val_loss" in line]
+    assert [line["step"] for line in held_out] == [0, STEPS // 2, STEPS]
+    assert held_out[-1]["val_loss"] < held_out[0]["val_loss"]
+
+
+def test_the_schedule_is_followed(whole):
+    """Warm-up from 0.2 in 2 steps, then an exponential from 1e-2 to 1e-3."""
+    rates = [line["lr"] for line in read_log(whole / "train_log.jsonl") if "loss" in line]
+    factor = 2.0  # the decay's offset learns at twice the rate, and the log holds the largest
+    assert rates[0] == pytest.approx(factor * 0.2e-2)
+    assert rates[2] == pytest.approx(factor * 1e-2)
+    assert rates[-1] == pytest.approx(factor * 1e-3)
+
+
+def test_killed_at_any_moment_it_resumes_bit_for_bit(folder, whole, tmp_path):
+    """kill -9 a real process again and again; the last weights are the uninterrupted run's."""
+    output, kills = tmp_path / "killed", 0
+    words = flags(folder, output, resume=1, resume_every=1, val_data_file=folder / "val.jsonl")
+    command = [sys.executable, "train.py", *words]
+    deadlines = [3, 4, 6]  # steps in the log at which the process is shot
+    while True:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        until = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < until:
+            done = sum("loss" in line for line in read_log(output / "train_log.jsonl"))
+            if kills < len(deadlines) and done >= deadlines[kills]:
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors
+        kills += 1
+    assert kills == len(deadlines)
+    want, got = tensors(whole / "rwkv-1.pth"), tensors(output / "rwkv-1.pth")
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    losses = [
+        [line["loss"] for line in read_log(run / "train_log.jsonl") if "loss" in line]
+        for run in (whole, output)
+    ]
+    assert losses[0] == losses[1]
+    assert not list(output.rglob("*.part"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_leaves(folder, whole, tmp_path, number):
+    output = tmp_path / "stopped"
+    words = flags(folder, output, resume=1)
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not read_log(output / "train_log.jsonl"):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 128 + number, errors
+    assert "go on with the same flags and --resume 1" in errors
+    assert list((output / "resume").glob("step-*"))
+    assert train.main(words) == 0
+    want, got = tensors(whole / "rwkv-1.pth"), tensors(output / "rwkv-1.pth")
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_two_processes_give_what_one_gives(folder, tmp_path):
+    """The same rows a step on one rank and on two: equal losses and weights to 1e-5."""
+    runs = {}
+    for name, more in {
+        "one": {"devices": 1, "accumulate_grad_batches": 4},
+        "two": {"devices": 2, "accumulate_grad_batches": 2, "strategy": "ddp"},
+    }.items():
+        output = tmp_path / name
+        words = flags(folder, output, epoch_count=1, layer_profile="", **more)
+        words[words.index("--epoch_steps") + 1] = str(4 * int(more["accumulate_grad_batches"]))
+        del words[words.index("--layer_profile") : words.index("--layer_profile") + 2]
+        done = subprocess.run(
+            [sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        losses = [line["loss"] for line in read_log(output / "train_log.jsonl")]
+        runs[name] = losses, tensors(output / "rwkv-0.pth")
+    assert runs["two"][0] == pytest.approx(runs["one"][0], rel=1e-5)
+    for name, tensor in runs["one"][1].items():
+        torch.testing.assert_close(runs["two"][1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("version", ["x060", "x070"])
+def test_training_from_scratch_makes_a_model_file(folder, tmp_path, version):
+    words = flags(folder, tmp_path / "new", my_testing=version, n_layer=2, n_embd=64)
+    for gone in ("--load_model", "--layer_profile"):
+        del words[words.index(gone) : words.index(gone) + 2]
+    assert train.main([*words, "--vocab_size", "256", "--head_size_a", "32"]) == 0
+    model = load_model(tmp_path / "new" / "rwkv-1.pth")
+    assert (model.config.n_layer, model.config.n_embd, model.config.head_size) == (2, 64, 32)
+
+
+def test_optimizers_and_schedules_run(folder, tmp_path):
+    for optim, schedule in (("AdamW8bit", "cosine"), ("lion", "wsd"), ("adamw", "linear")):
+        output = tmp_path / optim
+        words = flags(folder, output, optim=optim, lr_schedule=schedule, precision="bf16")
+        assert train.main(words) == 0
+        losses = [line["loss"] for line in read_log(output / "train_log.jsonl")]
+        assert losses[-1] < losses[0]
+
+
+def test_chunks_train_as_whole_rows_do(folder, whole, tmp_path):
+    assert train.main(flags(folder, tmp_path / "c", infctx=1, chunk_ctx=48)) == 0
+    want = [line["loss"] for line in read_log(whole / "train_log.jsonl") if "loss" in line]
+    got = [line["loss"] for line in read_log(tmp_path / "c" / "train_log.jsonl")]
+    assert got[0] == pytest.approx(want[0], rel=0.05)  # dropout draws differ
+
+
+def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
+    assert train.main(flags(folder, tmp_path / "dry", dry_run=1)) == 0
+    assert not (tmp_path / "dry").exists()
+    shown = capsys.readouterr().err
+    assert "RWKV-7 L2-D32" in shown and "lora" in shown and "8 steps" in shown
+
+
+def test_config_file_gives_flags(folder, tmp_path, capsys):
+    words = flags(folder, tmp_path / "dry", dry_run=1)
+    pairs = dict(zip(words[::2], words[1::2], strict=True))
+    text = "".join(f"{name[2:]}: {value}\n" for name, value in pairs.items())
+    (tmp_path / "run.yaml").write_text(text)
+    assert train.main(["--config", str(tmp_path / "run.yaml"), "--ctx_len", "64"]) == 0
+    assert "of 64 tokens" in capsys.readouterr().err
