@@ -138,6 +138,11 @@ def read_adapter(
         layer, _, part = name.rpartition(".")
         if part in PARTS:
             shapes.setdefault(layer, {})[part] = shape
+            if f"{layer}.weight" in tensors:
+                raise InputError(
+                    f"{path}: holds an adapter for {layer} and its whole weight; "
+                    "one of them must go"
+                )
     stated = metadata.get("layers", {})
     kinds = {
         layer: _kind(f"{path}: {layer}", parts, stated.get(layer), alpha)

@@ -108,8 +108,8 @@ def mark_trained(model: nn.Module, plan: Plan) -> None:
             for part in ADAPTERS[mode].PARTS:
                 getattr(adapter, part).requires_grad_(True)
         elif mode == "full":
-            for parameter in layer.parameters:
-                model.get_parameter(parameter).requires_grad_(True)
-    for name, parameter in model.named_parameters():
-        if name.endswith(f".{STATE}"):
+            for full_name in layer.parameters:
+                model.get_parameter(full_name).requires_grad_(True)
+    for full_name, parameter in model.named_parameters():
+        if full_name.endswith(f".{STATE}"):
             parameter.requires_grad_(True)

@@ -188,7 +188,7 @@ def plans_of(rules: Sequence[Rule], layer_names: Sequence[str]) -> dict[str, Lay
                 f"{rule.where}: mode {rule.changes['mode']!r} needs a linear layer; "
                 "emb can be full or freeze"
             )
-        source = {"rule": rule.where} if "mode" in rule.changes else {}
+        changes = dict(rule.changes, rule=rule.where) if "mode" in rule.changes else rule.changes
         for name in hit:
-            plans[name] = replace(plans[name], **rule.changes, **source)
+            plans[name] = replace(plans[name], **changes)
     return plans

@@ -4,6 +4,7 @@ Source: arXiv:2106.09685; the rank-stabilized scale is that of rsLoRA, arXiv:231
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class LoraLinear(AdapterLinear):
     """
 
     MODE = "lora"
-    PARTS = ("lora_A", "lora_B")
+    PARTS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 

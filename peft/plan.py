@@ -231,8 +231,8 @@ def _folded(names: list[str]) -> Iterator[str]:
     same: dict[tuple[int, ...], list[str]] = {}
     for rest, numbers in blocks.items():
         same.setdefault(tuple(numbers), []).append(rest)
-    for numbers, rests in same.items():
-        yield f"blocks {_ranges(numbers)} {' '.join(rests)}"
+    for shared, rests in same.items():
+        yield f"blocks {_ranges(shared)} {' '.join(rests)}"
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

@@ -5,7 +5,6 @@ package runs everything else.
 """
 
 import importlib
-from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +16,7 @@ STORES = {  # word: (module, class)
     "int8": ("peft.store_int8", "Int8Store"),
     "fp8": ("peft.store_fp8", "Fp8Store"),
     "fp6": ("peft.store_fpx", "PackedFloatStore"),
+    "fp6_e2m3": ("peft.store_fpx", "PackedFloatStore"),
     "fp5": ("peft.store_fpx", "PackedFloatStore"),
 }
 
@@ -41,13 +41,10 @@ def make_store(kind: str, weight: Tensor, *, double: bool = False) -> Store:
         InputError: the weight's sides do not suit the format.
         RuntimeError: a package that the store needs is missing.
     """
-    return store_class(kind)(kind, weight, **_options(kind, double))
+    options = {"double": double} if kind in ("nf4", "fp4") else {}
+    return store_class(kind)(kind, weight, **options)
 
 
 def stored_size(kind: str, out_features: int, in_features: int, *, double: bool = False) -> int:
     """Bytes that a weight [out, in] will occupy, without making it."""
-    return store_class(kind).size(out_features, in_features, **_options(kind, double))
-
-
-def _options(kind: str, double: bool) -> dict[str, Any]:
-    return {"double": double} if kind in ("nf4", "fp4") else {}
+    return store_class(kind).size(out_features, in_features, kind=kind, double=double)

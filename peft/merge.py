@@ -1,0 +1,73 @@
+"""Write an adapter's changes into its base model's file.
+
+    python -m peft.merge --base BASE.pth --adapter ADAPTER.pth --output MERGED.pth
+
+Each layer is merged in float32 and written in the base's dtype under the base's keys, so the
+result runs wherever the base does. Before anything is written, base with adapter and the merged
+weights read the same tokens, and the command stops if their logits are too far apart.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rwkv.errors import InputError
+
+TOLERANCE = 1e-3  # nats
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m peft.merge", description="Write an adapter's changes into its base model."
+    )
+    parser.add_argument("--base", type=Path, required=True, help="the model it was trained on")
+    parser.add_argument("--adapter", type=Path, required=True, help="the adapter file")
+    parser.add_argument("--output", type=Path, required=True, help="the model to write")
+    parser.add_argument(
+        "--alpha", type=float, help="of LoRA and DoRA files that do not state it (RWKV-LM-RLHF's)"
+    )
+    parser.add_argument(
+        "--other_base", action="store_true", help="allow a base it was not trained on"
+    )
+    parser.add_argument("--device", default="cpu", help="where to compare: cpu or cuda")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help=f"largest KL, in nats a token, between adapted and merged model ({TOLERANCE:g})",
+    )
+    options = parser.parse_args(argv)
+
+    from peft.adapter_file import project_version
+    from peft.merging import compare, merge
+    from rwkv.checkpoint import fingerprint, read_tensors, write_tensors
+
+    if options.output.resolve() in (options.base.resolve(), options.adapter.resolve()):
+        raise InputError(f"--output {options.output}: is an input too; choose another name")
+    base = read_tensors(options.base)
+    merged = merge(base, options.adapter, alpha=options.alpha, other_base=options.other_base)
+    difference = compare(base, options.adapter, merged, alpha=options.alpha, device=options.device)
+    if not difference.kl <= options.tolerance:
+        raise InputError(
+            f"{options.output}: not written: {difference}; --tolerance is "
+            f"{options.tolerance:g}: check that base and adapter belong together, or raise it"
+        )
+    write_tensors(
+        options.output,
+        merged,
+        {
+            "kind": "model",
+            "project": project_version(),
+            "base": fingerprint(base),
+            "merged": str(options.adapter),
+            "difference": vars(difference),
+        },
+    )
+    print(f"{options.output}: {len(merged)} tensors; {difference}")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    from rwkv.cli import run
+
+    sys.exit(run(main))

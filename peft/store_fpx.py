@@ -1,0 +1,112 @@
+"""6-bit (e3m2, e2m3) and 5-bit (e2m2) floats, packed, with a bfloat16 scale for each 64 weights.
+
+A format has 1 sign, E exponent and M mantissa bits, no infinities, the exponent bias 2^(E-1) - 1
+and subnormals. With the scales a weight costs 6.25 and 5.25 bits.
+Source: OCP Microscaling Formats v1.0 for e3m2 and e2m3; FP6-LLM, arXiv:2401.14112, for 5 and 6
+bits and for splitting the codes into a 4-bit and a narrow plane.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peft.store import Store
+
+FORMATS = {"fp6": (3, 2), "fp6_e2m3": (2, 3), "fp5": (2, 2)}  # exponent and mantissa bits
+BLOCK = 64  # weights a scale
+HALF_MANTISSA, HALF_BIAS = 10, 15  # of float16, which every code is a shifted prefix of
+
+
+class PackedFloatStore(Store):
+    """A weight as codes of 6 or 5 bits.
+
+    Weights are taken row after row, padded with zeros to a whole number of blocks.
+
+    low: [weights / 2], uint8, the lower 4 bits of two weights, the first in the lower half.
+    high: the other 2 bits of four weights or 1 bit of eight, uint8, in the same order.
+    scale: [weights / 64], bfloat16.
+    """
+
+    low: Tensor
+    high: Tensor
+    scale: Tensor
+
+    def __init__(self, kind: str, weight: Tensor):
+        super().__init__(kind, weight)
+        self.exponent_bits, self.mantissa_bits = FORMATS[kind]
+        flat = weight.detach().flatten().float()
+        blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+        grid = self._grid().to(blocks.device)
+        scale = (blocks.abs().amax(dim=1) / grid[-1]).clamp_min(1e-30).to(torch.bfloat16)
+        scaled = blocks / scale.float().unsqueeze(1)
+        codes = torch.bucketize(scaled.abs(), (grid[1:] + grid[:-1]) / 2, out_int32=True)
+        codes |= (scaled < 0).int() << (self.exponent_bits + self.mantissa_bits)
+        low, high = _pack(codes.to(torch.uint8).flatten(), self.bits)
+        self.keep(low=low, high=high, scale=scale)
+
+    @property
+    def bits(self) -> int:
+        """Of one code."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @staticmethod
+    def size(out_features: int, in_features: int, **options: Any) -> int:
+        bits = 1 + sum(FORMATS[options["kind"]])
+        blocks = -(-out_features * in_features // BLOCK)
+        return blocks * (BLOCK * bits // 8 + 2)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        codes = _unpack(self.low, self.high, self.bits)
+        values = self._values(codes).view(-1, BLOCK)
+        # exact: at most 3 + 8 bits of mantissa before one rounding
+        work = dtype if dtype == torch.bfloat16 else torch.float32
+        out = values.to(work) * self.scale.to(work).unsqueeze(1) * self._one()
+        return out.flatten()[: self.shape[0] * self.shape[1]].view(self.shape).to(dtype)
+
+    def _values(self, codes: Tensor) -> Tensor:
+        """What codes (uint8) mean, over `_one`, float16.
+
+        A code is a float16 without its last bits and with fewer exponent bits, so moving it into
+        place gives its value over 2^(15 - bias), subnormals included.
+        """
+        magnitude_bits = self.exponent_bits + self.mantissa_bits
+        wide = codes.to(torch.int16)
+        sign = (wide >> magnitude_bits) << 15
+        magnitude = (wide & ((1 << magnitude_bits) - 1)) << (HALF_MANTISSA - self.mantissa_bits)
+        return (sign | magnitude).view(torch.float16)
+
+    def _one(self) -> float:
+        """The power of two between a shifted code and its value."""
+        return 2.0 ** (HALF_BIAS - (2 ** (self.exponent_bits - 1) - 1))
+
+    def _grid(self) -> Tensor:
+        """The values of the codes without sign, rising, float32."""
+        codes = torch.arange(2 ** (self.exponent_bits + self.mantissa_bits), dtype=torch.uint8)
+        return self._values(codes).float() * self._one()
+
+
+def _pack(codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Split codes into their 4-bit plane and the plane of what lies above."""
+    low = codes & 15
+    above, width = codes >> 4, bits - 4
+    return _join(low, 4), _join(above, width)
+
+
+def _join(parts: Tensor, width: int) -> Tensor:
+    """Pack parts of `width` bits into bytes, the first in the lowest bits."""
+    lanes = parts.view(-1, 8 // width)
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=parts.device)
+    return (lanes << shifts).sum(dim=1, dtype=torch.uint8)
+
+
+def _split(packed: Tensor, width: int) -> Tensor:
+    """The parts of `width` bits that `_join` packed."""
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(1) >> shifts) & ((1 << width) - 1)).flatten()
+
+
+def _unpack(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """The codes, uint8, in order."""
+    return _split(low, 4) | (_split(high, bits - 4) << 4)

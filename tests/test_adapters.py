@@ -1,0 +1,262 @@
+"""Every adapter over every storage: what a fresh one does, its gradients, its merged weight."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from peft.adapter import AdapterLinear, adapters_off, only_adapters_train
+from peft.layer_profile import ADAPTER_MODES
+from peft.lora import LoraLinear
+from peft.registry import ADAPTERS, make_adapter
+from peft.stores import STORES, make_store
+from rwkv.errors import InputError
+from rwkv.linear import Linear
+
+OUT, IN, RANK = 64, 128, 16
+
+
+def base(storage: str = "none", dtype: torch.dtype = torch.float32) -> Linear:
+    torch.manual_seed(0)
+    layer = Linear(IN, OUT).to(dtype)
+    torch.nn.init.normal_(layer.weight, std=IN**-0.5)
+    layer.requires_grad_(False)
+    if storage != "none":
+        layer.store_as(make_store(storage, layer.weight))
+    return layer
+
+
+def adapter(mode: str, storage: str = "none", dtype: torch.dtype = torch.float32) -> AdapterLinear:
+    """As `peft.apply.install` makes it: PiSSA stores what is left beside its first directions."""
+    torch.manual_seed(1)
+    late = mode == "pissa" and storage != "none"
+    made = make_adapter(mode, base("none" if late else storage, dtype), rank=RANK, scale=2.0)
+    if late:
+        made.store_as(make_store(storage, made.weight))
+    return made
+
+
+def stirred(mode: str, storage: str = "none") -> AdapterLinear:
+    """An adapter that does something."""
+    made = adapter(mode, storage)
+    with torch.no_grad():
+        for part in made.PARTS:
+            getattr(made, part).add_(torch.randn_like(getattr(made, part)), alpha=0.05)
+    return made
+
+
+def rows(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(3, 5, IN, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+storages = pytest.mark.parametrize("storage", ["none", *STORES])
+modes = pytest.mark.parametrize("mode", ADAPTER_MODES)
+# fp8 multiplies in 8 bits where it can: activations carry 3 bits of mantissa
+EXACT = {"fp8": 6e-2}
+
+
+def test_every_mode_has_an_adapter():
+    assert set(ADAPTER_MODES) == set(ADAPTERS)
+
+
+@storages
+@modes
+def test_fresh_adapter_changes_nothing(mode, storage):
+    """PiSSA over codes is nearer to W than the codes of W, so it is held to W itself."""
+    made, x = adapter(mode, storage), rows()
+    if mode == "pissa" and storage != "none":
+        dense = F.linear(x, base().weight)
+        assert relative(made(x), dense) <= relative(base(storage)(x), dense) * 1.05
+    else:
+        assert relative(made(x), base(storage)(x)) < 1e-5
+
+
+@storages
+@modes
+def test_merged_weight_gives_the_same_output(mode, storage):
+    made, x = stirred(mode, storage), rows()
+    want = F.linear(x, made.merged_weight())
+    assert relative(made(x), want) < EXACT.get(storage, 1e-5)
+
+
+@storages
+@modes
+def test_gradients_are_those_over_the_dequantized_weight(mode, storage):
+    made, twin, x = stirred(mode, storage), stirred(mode, storage), rows()
+    dense = made.dense_weight()
+    twin.store, twin.weight = None, torch.nn.Parameter(dense, requires_grad=False)
+    results = []
+    for layer in (made, twin):
+        leaf = x.clone().requires_grad_()
+        layer(leaf).square().sum().backward()
+        results.append([leaf.grad, *(getattr(layer, part).grad for part in layer.PARTS)])
+    for got, want in zip(*results, strict=True):
+        assert relative(got, want) < EXACT.get(storage, 1e-4)
+
+
+@storages
+@modes
+def test_only_the_adapter_trains(mode, storage):
+    made = adapter(mode, storage)
+    trained = {name for name, p in made.named_parameters() if p.requires_grad}
+    assert trained == set(made.PARTS)
+    assert set(made.state_dict()) == trained | ({"weight"} if storage == "none" else set())
+    assert only_adapters_train(made)
+
+
+@storages
+@modes
+def test_what_is_exported_can_be_loaded(mode, storage):
+    made, fresh = stirred(mode, storage), adapter(mode, storage)
+    fresh.load({part: value.detach().clone() for part, value in made.exported().items()})
+    assert relative(fresh(rows()), made(rows())) < 1e-6
+
+
+@modes
+def test_a_cast_of_the_model_is_survived(mode):
+    """Lightning's bf16-true casts every float; int8 scales and DoRA's row lengths stay float32."""
+    made = torch.nn.Sequential(adapter(mode, "int8")).to(torch.bfloat16)[0]
+    assert torch.equal(made.dense_weight(), adapter(mode, "int8").dense_weight())
+    want = base()(rows())
+    assert relative(made(rows(torch.bfloat16)).float(), want) < 2e-2
+
+
+@modes
+def test_adapters_off_is_the_base_model(mode):
+    made, x = torch.nn.Sequential(stirred(mode)), rows()
+    with adapters_off(made):
+        assert relative(made(x), base()(x)) < 1e-5
+    assert relative(made(x), base()(x)) > 1e-2
+
+
+def test_only_adapters_train_sees_a_whole_layer():
+    model = torch.nn.Sequential(adapter("lora"), torch.nn.LayerNorm(OUT))
+    assert not only_adapters_train(model)
+
+
+# W, G and D of rank 2 over a [4, 6] weight, and what they make of it: numbers from numpy in
+# float64, the update written out block by block: W (-11.5 .. 11.5) / 10, G (-5 .. 6) / 20,
+# D (-3.5 .. 3.5) / 10.
+WEIGHT = (torch.arange(24.0).reshape(4, 6) - 11.5) / 10
+BONE = (torch.arange(12.0).reshape(3, 2, 2) - 5) / 20
+BONE_UPDATE = [
+    [0.195, 0.135, -0.045, -0.085, -0.125, -0.145],
+    [0.055, 0.055, 0.055, 0.075, 0.215, 0.255],
+    [-0.285, -0.225, -0.045, 0.035, 0.355, 0.455],
+    [-0.425, -0.305, 0.055, 0.195, 0.695, 0.855],
+]
+MISS = (torch.arange(8.0).reshape(2, 4) - 3.5) / 10
+MISS_UPDATE = [[a, b] * 3 for a, b in ((-0.35, 0.05), (-0.25, 0.15), (-0.15, 0.25), (-0.05, 0.35))]
+LORA_A = torch.full((1, 6), 0.1)
+LORA_B = torch.tensor([[0.1], [0.2], [-0.1], [0.0]])
+DORA_ROWS = [
+    [-1.15476, -1.052569, -0.950377, -0.848186, -0.745995, -0.643804],
+    [-0.565959, -0.454986, -0.344014, -0.233042, -0.12207, -0.011097],
+    [0.031576, 0.13683, 0.242084, 0.347338, 0.452592, 0.557846],
+    [0.65, 0.75, 0.85, 0.95, 1.05, 1.15],
+]
+DORA_COLUMNS = [
+    [-1.155534, -1.052981, -0.949504, -0.845462, -0.741384, -0.637762],
+    [-0.521524, -0.419148, -0.316501, -0.213912, -0.111715, -0.010123],
+    [0.030678, 0.132901, 0.234824, 0.336147, 0.436706, 0.53653],
+    [0.664688, 0.766734, 0.867827, 0.967697, 1.066374, 1.164169],
+]
+
+
+@pytest.mark.parametrize(
+    "mode, parts, rank, want",
+    [
+        ("bone", {"bone": BONE}, 2, WEIGHT + torch.tensor(BONE_UPDATE)),
+        ("miss", {"miss": MISS}, 2, WEIGHT + torch.tensor(MISS_UPDATE)),
+        ("lora", {"lora_A": LORA_A, "lora_B": LORA_B}, 1, WEIGHT + 0.2 * LORA_B),
+        ("dora", {"lora_A": LORA_A, "lora_B": LORA_B}, 1, torch.tensor(DORA_ROWS)),
+        ("dora_column", {"lora_A": LORA_A, "lora_B": LORA_B}, 1, torch.tensor(DORA_COLUMNS)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_merged_weight_by_hand(mode, parts, rank, want):
+    """LoRA: 2 B A is 0.2 B in every column; DoRA: W + 2 B A at the lengths of W."""
+    layer = Linear(6, 4)
+    layer.weight = torch.nn.Parameter(WEIGHT.clone())
+    made = make_adapter(mode, layer, rank=rank, scale=2.0)
+    with torch.no_grad():
+        for part, value in parts.items():
+            getattr(made, part).copy_(value)
+    torch.testing.assert_close(made.merged_weight(), want, rtol=0, atol=2e-6)
+    x = torch.randn(7, 6)
+    torch.testing.assert_close(made(x), x @ want.T, rtol=1e-4, atol=1e-5)
+
+
+def test_bone_of_rank_1_by_hand():
+    """W' = W (1 + g_j) + g_j in column j."""
+    layer = base()
+    made = make_adapter("bone", layer, rank=1)
+    torch.nn.init.normal_(made.bone)
+    g = made.bone.view(1, -1)
+    torch.testing.assert_close(made.merged_weight(), layer.weight * (1 + g) + g)
+
+
+def test_miss_with_a_last_slice_that_is_not_whole():
+    """in = 5, rank 2: the slices are x_0 x_1, x_2 x_3, x_4, the last with D's first row alone."""
+    layer = Linear(5, 3)
+    torch.nn.init.normal_(layer.weight)
+    made = make_adapter("miss", layer, rank=2)
+    torch.nn.init.normal_(made.miss)
+    d = made.miss.T  # [out, rank]
+    want = layer.weight + torch.cat([d, d, d[:, :1]], dim=1)
+    torch.testing.assert_close(made.merged_weight(), want)
+    x = torch.randn(4, 5)
+    torch.testing.assert_close(made(x), x @ want.T)
+
+
+def test_pissa_is_exported_as_lora_of_twice_the_rank():
+    made = stirred("pissa")
+    plain = LoraLinear(base(), rank=2 * RANK, scale=2.0)
+    plain.load({part: value.detach() for part, value in made.exported().items()})
+    torch.testing.assert_close(plain.merged_weight(), made.merged_weight(), rtol=0, atol=1e-5)
+
+
+def test_pissa_takes_the_largest_directions():
+    """The rest beside rank directions is as large as the singular values behind them."""
+    made = make_adapter("pissa", base(), rank=RANK, scale=2.0, power=0)
+    singular = torch.linalg.svdvals(base().weight)
+    assert made.weight.norm().item() == pytest.approx(singular[RANK:].norm().item(), rel=1e-4)
+
+
+def test_dropout_acts_on_the_update_alone():
+    layer = base()
+    made = LoraLinear(layer, rank=4, scale=1.0, dropout=0.5)
+    torch.nn.init.ones_(made.lora_B)
+    x = rows()
+    assert not torch.equal(made(x), made(x))
+    made.eval()
+    assert torch.equal(made(x), made(x))
+    torch.nn.init.zeros_(made.train().lora_B)
+    assert torch.equal(made(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "mode, rank, message",
+    [
+        ("bone", 24, r"bone: rank 24 does not divide both sides of a \[64, 128\] weight; .* as 16"),
+        ("lora", 65, r"lora: rank 65 is outside 1 to 64, the smaller side of a \[64, 128\] weight"),
+        ("miss", 0, "miss: rank 0 is outside 1 to 64"),
+    ],
+)
+def test_a_rank_that_does_not_fit_is_named(mode, rank, message):
+    with pytest.raises(InputError, match=message):
+        make_adapter(mode, base(), rank=rank)
+
+
+def test_bone_costs_no_dense_update():
+    """The adapted product never builds an [out, in] update: nothing that large is kept."""
+    made, sizes = stirred("bone"), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.append(t.numel()) or t, lambda t: t
+    ):
+        made(rows())
+    base_sizes = {OUT * IN}  # the frozen weight itself
+    assert {n for n in sizes if n >= OUT * IN} <= base_sizes and sizes.count(OUT * IN) <= 1
