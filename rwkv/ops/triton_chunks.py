@@ -89,12 +89,12 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def product(x, y, precision: tl.constexpr = "tf32x3"):
-    """x @ y, float32; `precision` matters for float32 operands only."""
-    return tl.dot(x, y, input_precision=precision)
+def product(x, y):
+    """x @ y, float32. Float32 operands are multiplied in three tf32 products, nearly exactly."""
+    return tl.dot(x, y, input_precision="tf32x3")
 
 
 @triton.jit
-def add_product(total, x, y, precision: tl.constexpr = "tf32x3"):
-    """total + x @ y."""
-    return tl.dot(x, y, total, input_precision=precision)
+def add_product(total, x, y):
+    """total + x @ y, as `product`."""
+    return tl.dot(x, y, total, input_precision="tf32x3")

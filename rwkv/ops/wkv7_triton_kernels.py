@@ -26,7 +26,7 @@ from rwkv.ops.triton_chunks import add_product, narrow, product, sequence_slots,
 @triton.jit
 def _log_decays(w, rows, C: tl.constexpr):
     """For raw decays [C, N]: l, L - L_middle, L_middle and L_C - L_middle."""
-    log_decay = tl.where(rows[:, None], -tl.exp(w.to(tl.float32)), 0.0)
+    log_decay = tl.where(rows, -tl.exp(w.to(tl.float32)), 0.0)
     first_half = (tl.arange(0, C) < C // 2)[:, None]
     middle = tl.sum(tl.where(first_half, log_decay, 0.0), axis=0)
     rest = tl.sum(tl.where(first_half, 0.0, log_decay), axis=0)
@@ -55,12 +55,12 @@ def _inverse_less_identity(A, C: tl.constexpr, PRECISION: tl.constexpr):
     X = tl.reshape(tl.where(same, wide, 0.0), (C, C))
     t = tl.arange(0, C)
     for level in tl.static_range(4, 7):
-        if C > 2**level:
+        if 2**level < C:
             row = t[:, None] >> level
             column = t[None, :] >> level
             below = tl.where((row == column + 1) & (row % 2 == 1), A, 0.0)
-            below = add_product(below, X, below, PRECISION)
-            X += add_product(below, below, X, PRECISION)
+            below = tl.dot(X, below, below, input_precision=PRECISION)
+            X += tl.dot(below, X, below, input_precision=PRECISION)
     return X
 
 
@@ -86,13 +86,12 @@ def prepare_kernel(
     C: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
-    OUTPUTS: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """Everything of a chunk that needs no state: M, R, with OUTPUTS c and y0, with KEEP X.
+    """Everything of a chunk that needs no state: M, c, R, y0, L_C, and X with KEEP.
 
-    X is stored without its unit diagonal, and its empty first row holds L_C: what the backward
-    pass needs fits into X, M, R and the states. Forward finds L_C in `decay`, in float32.
+    X is stored without its unit diagonal; its first row, which is empty, holds L_C once more where
+    it fits, so that backward need not keep one more tensor.
     """
     slot = tl.program_id(0) // H
     h = tl.program_id(0) % H
@@ -101,34 +100,36 @@ def prepare_kernel(
         return
     t = tl.arange(0, C)
     n = tl.arange(0, N)
-    rows = t < left
+    rows = (t < left)[:, None]
     tile = (start * H + h) * N + t[:, None] * (H * N) + n[None, :]
     unit = slot.to(tl.int64) * H + h
 
-    log_decay, L, middle, rest = _log_decays(tl.load(w + tile, mask=rows[:, None], other=0.0), rows, C)
+    log_decay, L, middle, rest = _log_decays(tl.load(w + tile, mask=rows, other=0.0), rows, C)
+    scale_in = tl.exp(middle)
+    scale_out = tl.exp(rest)
     grow = tl.exp(-L)
-    k_in = narrow(tl.load(k + tile, mask=rows[:, None], other=0.0) * grow, OPERAND)
-    b_in = narrow(tl.load(b + tile, mask=rows[:, None], other=0.0) * grow, OPERAND)
-    a_out = tl.load(a + tile, mask=rows[:, None], other=0.0) * tl.exp(L - log_decay)
+    k_in = narrow(tl.load(k + tile, mask=rows, other=0.0) * grow, OPERAND)
+    b_in = narrow(tl.load(b + tile, mask=rows, other=0.0) * grow, OPERAND)
+    a_out = tl.load(a + tile, mask=rows, other=0.0) * tl.exp(L - log_decay)
     a_in = narrow(a_out, OPERAND)
-    r_out = tl.load(r + tile, mask=rows[:, None], other=0.0) * tl.exp(L)
+    r_out = tl.load(r + tile, mask=rows, other=0.0) * tl.exp(L)
     r_in = narrow(r_out, OPERAND)
+    values = narrow(tl.load(v + tile, mask=rows, other=0.0), OPERAND)
+    tl.store(decay + unit * N + n, middle + rest)
 
     strict = t[:, None] > t[None, :]
     lower = t[:, None] >= t[None, :]
-    A = tl.where(strict, product(a_in, tl.trans(b_in)), 0.0)
-    X = _inverse_less_identity(A, C, PRECISION)
-    X_in = narrow(X, OPERAND)
+    A_ab = tl.where(strict, product(a_in, tl.trans(b_in)), 0.0)
+    X = narrow(_inverse_less_identity(A_ab, C, PRECISION), OPERAND)
     if KEEP:
         square = unit * C * C + t[:, None] * C + t[None, :]
-        tl.store(inverse + square, X_in)
-        tl.store(inverse + unit * C * C + n, narrow(middle + rest, OPERAND), mask=n < C)
-    if OUTPUTS:
-        tl.store(decay + unit * N + n, middle + rest)
+        if C >= N:
+            tl.store(inverse + square, X, mask=t[:, None] > 0)
+            tl.store(inverse + unit * C * C + n, narrow(middle + rest, OPERAND))
+        else:
+            tl.store(inverse + square, X)
 
-    scale_in = tl.exp(middle)
-    scale_out = tl.exp(rest)
-    Xa = narrow(add_product(a_out, X_in, a_in), OPERAND)
+    Xa = narrow(add_product(a_out, X, a_in), OPERAND)
     M = product(tl.trans(Xa), b_in) * scale_in[:, None] * scale_out[None, :]
     square = unit * N * N + n[:, None] * N + n[None, :]
     tl.store(transition + square, narrow(M, OPERAND))
@@ -137,25 +138,24 @@ def prepare_kernel(
     R = add_product(r_out, A_rb, Xa) * scale_in[None, :]
     tl.store(readout + unit * C * N + t[:, None] * N + n[None, :], narrow(R, OPERAND))
 
-    if OUTPUTS:
-        values = narrow(tl.load(v + tile, mask=rows[:, None], other=0.0), OPERAND)
-        A_ak = narrow(tl.where(strict, product(a_in, tl.trans(k_in)), 0.0), OPERAND)
-        u = product(A_ak, values)
-        u = narrow(add_product(u, X_in, narrow(u, OPERAND)), OPERAND)
-        A_rk = narrow(tl.where(lower, product(r_in, tl.trans(k_in)), 0.0), OPERAND)
-        y0 = add_product(product(A_rk, values), A_rb, u)
-        tl.store(y + tile, narrow(y0, OPERAND), mask=rows[:, None])
-        c = add_product(product(tl.trans(values), k_in), tl.trans(u), b_in) * scale_out[None, :]
-        tl.store(drive + square, narrow(c, OPERAND))
+    A_ak = narrow(tl.where(strict, product(a_in, tl.trans(k_in)), 0.0), OPERAND)
+    u = product(A_ak, values)
+    u = narrow(add_product(u, X, narrow(u, OPERAND)), OPERAND)
+    A_rk = narrow(tl.where(lower, product(r_in, tl.trans(k_in)), 0.0), OPERAND)
+    y0 = add_product(product(A_rk, values), A_rb, u)
+    tl.store(y + tile, narrow(y0, OPERAND), mask=rows)
+
+    c = add_product(product(tl.trans(values), k_in), tl.trans(u), b_in) * scale_out[None, :]
+    tl.store(drive + square, narrow(c, OPERAND))
 
 
 @triton.jit
-def _add_product_fine(total, x, y, OPERAND: tl.constexpr):
+def _add_product_fine(total, x, y, dtype: tl.constexpr):
     """total + x @ y with x in float32: a bfloat16 y is multiplied by both halves of x."""
-    high = narrow(x, OPERAND)
+    high = narrow(x, dtype)
     total = add_product(total, high, y)
-    if OPERAND == tl.bfloat16:
-        total = add_product(total, narrow(x - high.to(tl.float32), OPERAND), y)
+    if dtype == tl.bfloat16:
+        total = add_product(total, narrow(x - high.to(tl.float32), dtype), y)
     return total
 
 
@@ -214,7 +214,8 @@ def reverse_scan_kernel(
     grad_final,
     transition,
     readout,
-    inverse,
+    decay,
+    decay_stride,
     grad_y,
     grad_states,
     grad_initial,
@@ -245,7 +246,7 @@ def reverse_scan_kernel(
         one = (slot + i) * H + h
         M = tl.load(transition + one * N * N + n[None, :] * N + n[:, None])  # transposed
         R = tl.load(readout + one * C * N + t[:, None] * N + n[None, :])
-        keep = tl.exp(tl.load(inverse + one * C * C + n).to(tl.float32))
+        keep = tl.exp(tl.load(decay + one * decay_stride + n).to(tl.float32))
         tokens = begin + i * C + t
         rows = (t < length - i * C)[None, :]
         dy = tl.load(grad_y + (tokens[None, :] * H + h) * N + row[:, None], mask=rows, other=0.0)
@@ -298,7 +299,7 @@ def gradient_kernel(
     unit = slot.to(tl.int64) * H + h
     square = unit * N * N + n[:, None] * N + n[None, :]
 
-    log_decay, L, middle, rest = _log_decays(tl.load(w + tile, mask=rows, other=0.0), t < left, C)
+    log_decay, L, middle, rest = _log_decays(tl.load(w + tile, mask=rows, other=0.0), rows, C)
     scale_in = tl.exp(middle)[None, :]
     scale_out = tl.exp(rest)[None, :]
     grow = tl.exp(-L)
@@ -313,8 +314,8 @@ def gradient_kernel(
     dy = narrow(tl.load(grad_y + tile, mask=rows, other=0.0), OPERAND)
     S = narrow(tl.load(states + square), OPERAND)
     dS = narrow(tl.load(grad_states + square), OPERAND)
-    X = tl.load(inverse + unit * C * C + t[:, None] * C + t[None, :], mask=t[:, None] > 0, other=0.0)
-    X = narrow(X, OPERAND)
+    X = inverse + unit * C * C + t[:, None] * C + t[None, :]
+    X = narrow(tl.load(X, mask=t[:, None] > 0, other=0.0), OPERAND)
 
     strict = t[:, None] > t[None, :]
     lower = t[:, None] >= t[None, :]

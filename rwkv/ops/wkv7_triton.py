@@ -1,0 +1,229 @@
+"""wkv7 in Triton for Hopper GPUs: chunks of tokens on tensor cores, with parallelism over time.
+
+Forward: `prepare_kernel` makes each chunk's affine map of the state, all chunks at once;
+`scan_kernel` runs the states through these maps, one matrix product a chunk, value rows in
+parallel, and makes the outputs. Backward: `reverse_scan_kernel` runs the gradient of the state
+back through the same maps; `gradient_kernel` makes all input gradients, all chunks at once.
+No atomics: results are the same in every run.
+
+Kept for backward beside the inputs at N = 64 in bfloat16, in bytes per token and channel: states 2,
+maps 2, readout 2, inverse 2. In float32 or at N = 128 these would be up to 24, so nothing is kept
+and backward runs the forward kernels again. Without gradients nothing is kept.
+
+Requires w <= -0.5, as RWKV-7 guarantees. Up to w = 0.9 the result is still right (the factors of
+half a chunk stay within float32); beyond that it is not defined.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from rwkv.ops import triton_chunks
+from rwkv.ops.triton_chunks import count_slots, slot_owners
+from rwkv.ops.wkv7_triton_kernels import (
+    gradient_kernel,
+    prepare_kernel,
+    reverse_scan_kernel,
+    scan_kernel,
+)
+
+# By kernel and head size; V is the number of value rows a program of a scan owns.
+LAUNCH = {
+    ("prepare", 64): {"num_warps": 4},
+    ("scan", 64): {"V": 16, "num_warps": 1, "STAGES": 2},
+    ("reverse", 64): {"V": 16, "num_warps": 1, "STAGES": 2},
+    ("gradient", 64): {"num_warps": 8},
+    ("prepare", 128): {"num_warps": 8},
+    ("scan", 128): {"V": 16, "num_warps": 4, "STAGES": 2},
+    ("reverse", 128): {"V": 16, "num_warps": 4, "STAGES": 2},
+    ("gradient", 128): {"num_warps": 8},
+}
+OPERANDS = {torch.bfloat16: triton.language.bfloat16, torch.float32: triton.language.float32}
+
+
+def why_not(sample: Tensor, packed: bool) -> str | None:
+    N, interpreted = sample.shape[-1], triton_chunks.INTERPRETED.value
+    if sample.dtype not in OPERANDS:
+        return f"computes in bfloat16 or float32, the tensors are {sample.dtype}"
+    if interpreted:
+        return None
+    if sample.device.type != "cuda":
+        return f"needs a GPU, the tensors are on {sample.device}"
+    if torch.cuda.get_device_capability(sample.device) < (8, 0):
+        return "needs compute capability 8.0 or more"
+    if N not in (64, 128):
+        return f"handles heads of 64 or 128 channels, not {N}"
+    return None
+
+
+def run(
+    *,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    inputs = [x.contiguous() for x in (r, w, k, v, a, b, state)]
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(r.device, non_blocking=True)
+    keep = (
+        r.dtype == torch.bfloat16
+        and r.shape[-1] <= _chunk_size(r)
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in inputs)
+    )
+    y, final, *_ = _forward(*inputs, cu_seqlens, keep)
+    return y, final
+
+
+def _chunk_size(r: Tensor) -> int:
+    return 64 if r.dtype == torch.bfloat16 and r.shape[-1] <= 64 else 32
+
+
+def _launch(kernel: str, N: int) -> dict[str, int]:
+    return LAUNCH[kernel, max(N, 64)]
+
+
+@torch.library.custom_op("rwkv::wkv7_triton", mutates_args=())
+def _forward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return y, S_T and what `_backward` wants of all chunks: states, M, R, X and L_C.
+
+    The last is empty where X holds it; without `keep` all are.
+    """
+    B, T, H, N = r.shape
+    C = _chunk_size(r)
+    slots = count_slots(B, T, cu_seqlens, C)
+    y, final = torch.empty_like(r), torch.empty_like(state)
+    transition, drive = r.new_empty(slots, H, N, N), r.new_empty(slots, H, N, N)
+    readout = r.new_empty(slots, H, C, N)
+    decay = r.new_empty(slots, H, N, dtype=torch.float32)
+    inverse = r.new_empty((slots, H, C, C) if keep else 0)
+    states = r.new_empty((slots, H, N, N) if keep else 0)
+    scan = _launch("scan", N)
+    with torch.cuda.device_of(r):
+        prepare_kernel[(slots * H,)](
+            *(r, w, k, v, a, b, y, transition, drive, readout, inverse, decay),
+            *(slot_owners(cu_seqlens, slots, C), cu_seqlens, T, H),
+            N=N,
+            C=C,
+            OPERAND=OPERANDS[r.dtype],
+            PRECISION="tf32" if r.dtype == torch.bfloat16 else "tf32x3",
+            KEEP=keep,
+            **_launch("prepare", N),
+        )
+        scan_kernel[(state.shape[0] * H * (N // scan["V"]),)](
+            *(state, transition, drive, readout, decay, y, states, final, cu_seqlens, T, H),
+            N=N,
+            C=C,
+            OPERAND=OPERANDS[r.dtype],
+            KEEP=keep,
+            **scan,
+        )
+    if not keep:
+        transition, readout = r.new_empty(0), r.new_empty(0)
+    if not keep or C >= N:
+        decay = decay.new_empty(0)
+    return y, final, states, transition, readout, inverse, decay
+
+
+@_forward.register_fake
+def _(r, w, k, v, a, b, state, cu_seqlens, keep):
+    B, T, H, N = r.shape
+    C = _chunk_size(r)
+    slots = count_slots(B, T, cu_seqlens, C) if keep else 0
+    square = (slots, H, N, N) if keep else (0,)
+    return (
+        torch.empty_like(r),
+        torch.empty_like(state),
+        r.new_empty(square),
+        r.new_empty(square),
+        r.new_empty((slots, H, C, N) if keep else (0,)),
+        r.new_empty((slots, H, C, C) if keep else (0,)),
+        r.new_empty((slots, H, N) if keep and C < N else (0,), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("rwkv::wkv7_triton_backward", mutates_args=())
+def _backward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    cu_seqlens: Tensor | None,
+    grad_y: Tensor,
+    grad_final: Tensor,
+    states: Tensor,
+    transition: Tensor,
+    readout: Tensor,
+    inverse: Tensor,
+    decay: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of r, w, k, v, a, b and of the initial state."""
+    T, H, N = r.shape[1:]
+    slots, _, C, _ = readout.shape
+    grad_states, grad_initial = torch.empty_like(states), torch.empty_like(grad_final)
+    dr, dw, dk, dv, da, db = (torch.empty_like(r) for _ in range(6))
+    reverse = _launch("reverse", N)
+    with torch.cuda.device_of(r):
+        reverse_scan_kernel[(grad_final.shape[0] * H * (N // reverse["V"]),)](
+            *(grad_final, transition, readout, *((decay, N) if C < N else (inverse, C * C))),
+            *(grad_y, grad_states, grad_initial, cu_seqlens, T, H),
+            N=N,
+            C=C,
+            OPERAND=OPERANDS[r.dtype],
+            **reverse,
+        )
+        gradient_kernel[(slots * H,)](
+            *(r, w, k, v, a, b, grad_y, states, grad_states, inverse),
+            *(dr, dw, dk, dv, da, db),
+            *(slot_owners(cu_seqlens, slots, C), cu_seqlens, T, H),
+            N=N,
+            C=C,
+            OPERAND=OPERANDS[r.dtype],
+            **_launch("gradient", N),
+        )
+    return dr, dw, dk, dv, da, db, grad_initial
+
+
+@_backward.register_fake
+def _(
+    r, w, k, v, a, b, cu_seqlens, grad_y, grad_final, states, transition, readout, inverse, decay
+):
+    return *(torch.empty_like(r) for _ in range(6)), torch.empty_like(grad_final)
+
+
+def _save(ctx, inputs, output):
+    *_, cu_seqlens, keep = inputs
+    y, final, *kept = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7], cu_seqlens, *(kept if keep else ()))
+    ctx.keep = keep
+
+
+def _differentiate(ctx, grad_y, grad_final, *_):
+    *tensors, state, cu_seqlens = ctx.saved_tensors[:8]
+    kept = ctx.saved_tensors[8:]
+    if not ctx.keep:
+        _, _, *kept = _forward(*tensors, state, cu_seqlens, True)
+    grad_y = torch.zeros_like(tensors[0]) if grad_y is None else grad_y.contiguous()
+    grad_final = torch.zeros_like(state) if grad_final is None else grad_final.contiguous()
+    return *_backward(*tensors, cu_seqlens, grad_y, grad_final, *kept), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
