@@ -20,6 +20,17 @@ from rwkv.files import replacing
 from rwkv.model import RWKV
 
 PREFIX = "_forward_module."  # DeepSpeed's, in front of every key of some files
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+UNREADABLE = (  # what torch.load raises over broken files
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # written by some trainers
 
 
@@ -75,7 +86,7 @@ def _shards(path: Path) -> list[Path]:
         return shards
     if not path.exists():
         raise InputError(f"{path}: no such file; check the path")
-    if path.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
+    if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: is no .pth or .safetensors file; name a checkpoint")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: is empty; copy or download it again")
@@ -101,21 +112,28 @@ def _open_pth(path: Path) -> dict[str, Tensor]:
             if "mmap" not in str(error):
                 raise
             table = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error) and "nsupported" in str(error):
-            raise InputError(
-                f"{path}: holds pickled code, which is never run here; "
-                "ask its author for a file of tensors alone"
-            ) from None
-        raise InputError(f"{path}: is no checkpoint of torch; copy or download it again") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path}: is cut off or damaged ({reason}); copy or download it again"
-        ) from None
-    if not isinstance(table, dict) or not all(isinstance(t, Tensor) for t in table.values()):
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
+    except UNREADABLE as error:
+        raise InputError(f"{path}: {_why_unreadable(path, str(error))}") from None
+    fine = isinstance(table, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in table.items()
+    )
+    if not fine:
         raise InputError(f"{path}: is no table of tensors; name a model, adapter or state file")
     return table
+
+
+def _why_unreadable(path: Path, error: str) -> str:
+    if "GLOBAL" in error:
+        return (
+            "holds pickled code, which is never run here; ask its author for a file of tensors "
+            "alone"
+        )
+    with path.open("rb") as handle:
+        if handle.read(2) not in (b"PK", b"\x80\x02"):  # of torch's two formats
+            return "is no file of torch; name a .pth or .safetensors file"
+    return "is cut off or damaged; copy or download it again"
 
 
 def config_of(tensors: TensorFile) -> RWKVConfig:
@@ -257,9 +275,11 @@ def write_tensors(
         metadata: what the file is; goes into a `.json` beside it, readable by `read_metadata`.
 
     Raises:
-        InputError: the disk is full or the folder cannot be written.
+        InputError: the ending is unknown, the disk is full or the folder cannot be written.
     """
     path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: is no .pth or .safetensors file; give it one of these endings")
     plain = {name: _plain(tensor) for name, tensor in tensors.items()}
     with replacing(path) as part:
         if path.suffix == ".safetensors":

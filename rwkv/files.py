@@ -9,16 +9,19 @@ from pathlib import Path
 
 from rwkv.errors import InputError
 
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+
 
 @contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
     """Yield a path beside `path`; what is written there takes its name when the block ends well.
 
-    A file or a folder may be written. If the block fails, what it wrote is removed and whatever
-    stood at `path` before is untouched.
+    A file or a folder may be written; a folder never gives way to a file. If the block fails, what
+    it wrote is removed and whatever stood at `path` before is untouched.
 
     Raises:
-        InputError: the disk is full, or the folder cannot be written.
+        InputError: the disk is full, the folder cannot be written, or `path` is a folder where a
+            file is to go.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -27,7 +30,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         remove(beside)
         yield beside
         sync(beside)
-        if path.is_dir():
+        if path.is_dir() and beside.is_dir():
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(old)
             beside.rename(path)
@@ -35,12 +38,13 @@ def replacing(path: Path | str) -> Iterator[Path]:
         else:
             beside.replace(path)
     except BaseException as error:
-        remove(beside)
+        with contextlib.suppress(OSError):
+            remove(beside)
         if out_of_space(error):
             raise InputError(
                 f"{path}: no space left on the device; free some or choose another folder"
             ) from error
-        if isinstance(error, PermissionError):
+        if isinstance(error, OSError) and error.errno in REFUSALS:
             raise InputError(
                 f"{path}: cannot be written ({error.strerror}); choose another folder"
             ) from error
@@ -48,12 +52,13 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 
 def out_of_space(error: BaseException) -> bool:
-    """Whether a full disk caused `error`; torch.save reports it as a RuntimeError."""
+    """Whether a full disk caused `error`; torch and safetensors report it in classes of theirs."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "No space left" in text or "file write failed" in text or "unexpected pos" in text
+    return "No space left" in text or (
+        isinstance(error, RuntimeError)
+        and ("file write failed" in text or "unexpected pos" in text)
     )
 
 

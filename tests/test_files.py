@@ -1,0 +1,145 @@
+"""Files are written whole or not at all: errors, full disks, kills, folders."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv.checkpoint import read_tensors, write_tensors
+from rwkv.errors import InputError
+from rwkv.files import replacing
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with replacing(path) as part:
+        part.write_text("new")
+        assert path.read_text() == "old" and part.parent == tmp_path
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_a_failure_leaves_the_old_file_alone(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(error), replacing(path) as part:
+        part.write_text("half of the n")
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "resume"
+    for content in ("old", "new"):
+        with replacing(path) as part:
+            part.mkdir()
+            (part / f"{content}.txt").write_text(content)
+    assert [file.name for file in path.iterdir()] == ["new.txt"]
+    with pytest.raises(ValueError), replacing(path) as part:
+        part.mkdir()
+        (part / "third.txt").write_text("third")
+        raise ValueError
+    assert [file.name for file in path.iterdir()] == ["new.txt"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_never_gives_way_to_a_file(tmp_path):
+    (tmp_path / "out.pth").mkdir()
+    (tmp_path / "out.pth" / "precious").touch()
+    with pytest.raises(InputError, match="out.pth: cannot be written .*; choose another folder"):
+        write_tensors(tmp_path / "out.pth", {"a": torch.ones(1)})
+    assert [path.name for path in tmp_path.rglob("*")] == ["out.pth", "precious"]
+
+
+def test_folders_are_made(tmp_path):
+    with replacing(tmp_path / "a" / "b" / "c.txt") as part:
+        part.write_text("x")
+    assert (tmp_path / "a" / "b" / "c.txt").read_text() == "x"
+
+
+def test_a_file_in_the_way_of_a_folder(tmp_path):
+    (tmp_path / "a").touch()
+    for path in (tmp_path / "a" / "b.txt", tmp_path / "a" / "b" / "c.txt"):
+        with pytest.raises(InputError, match="txt: cannot be written"), replacing(path):
+            pass
+
+
+def test_a_folder_without_rights(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(InputError, match="cannot be written .Permission denied.; choose another"),
+        replacing(tmp_path / "a.txt"),
+    ):
+        pass
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_a_full_disk_is_named_and_keeps_the_old_file(small_disk, name):
+    path = small_disk / name
+    write_tensors(path, {"a": torch.ones(3)})
+    with pytest.raises(InputError, match="no space left on the device; free some or choose"):
+        write_tensors(path, {"a": torch.ones(1_000_000)})
+    assert torch.equal(read_tensors(path)["a"], torch.ones(3))
+    assert list(small_disk.iterdir()) == [path]
+
+
+def test_a_full_disk_under_any_writer(tmp_path):
+    path = tmp_path / "a.txt"
+    with (
+        pytest.raises(InputError, match="a.txt: no space left on the device"),
+        replacing(path) as part,
+    ):
+        part.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from rwkv.checkpoint import write_tensors
+
+def save_half(tensors, handle):
+    handle.write(b"PK" + bytes(1000))
+    handle.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save_half
+write_tensors(Path(sys.argv[1]), {"a": torch.zeros(3)})
+"""
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.pth"
+    write_tensors(path, {"a": torch.ones(3)})
+    command = [sys.executable, "-c", KILLED, str(path)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == -signal.SIGKILL
+    assert torch.equal(read_tensors(path)["a"], torch.ones(3))
