@@ -183,7 +183,7 @@ def describe(plan: Plan, dtype: torch.dtype) -> list[str]:
                 "-" if shown.quant == "none" else str(shown.quant),
                 _rates(shown) if trained else "-",
                 f"{count:,}" if count else "-",
-                ", ".join(_folded(names)),
+                ", ".join(_folded(_gathered(plan, names))),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
@@ -217,6 +217,17 @@ def _rates(plan: LayerPlan) -> str:
     if first is None and last is None:
         return "flags"
     return " to ".join("flags" if rate is None else f"{rate:g}" for rate in (first, last))
+
+
+def _gathered(plan: Plan, names: list[str]) -> list[str]:
+    """The names, with `small` for all the small layers of a block if they are all there."""
+    small: dict[str, set[str]] = {}
+    for name, layer in plan.layers.items():
+        if layer.kind == "small" and name.startswith("blocks.") and not name.endswith(".ln0"):
+            small.setdefault(".".join(name.split(".")[:2]), set()).add(name)
+    whole = {block: members for block, members in small.items() if members <= set(names)}
+    inside = {name for members in whole.values() for name in members}
+    return [f"{block}.small" for block in whole] + [n for n in names if n not in inside]
 
 
 def _folded(names: list[str]) -> Iterator[str]:
