@@ -26,6 +26,7 @@ def initialize(model: RWKV, seed: int = 0) -> None:
     """
     draw = torch.Generator().manual_seed(seed)
     fill = _fill_block7 if model.config.version == 7 else _fill_block6
+    block: Any
     for layer, block in enumerate(model.blocks):
         for norm in (block.ln0, block.ln1, block.ln2):
             if norm is not None:
@@ -35,8 +36,10 @@ def initialize(model: RWKV, seed: int = 0) -> None:
         block.att.ln_x.bias.zero_()
     model.ln_out.reset_parameters()
     _uniform(model.emb.weight, 1e-4, draw)
-    V, C = model.head.weight.shape
-    nn.init.orthogonal_(model.head.weight, gain=0.5 * math.sqrt(max(V / C, 1.0)), generator=draw)
+    head = model.head.weight
+    assert head is not None
+    V, C = head.shape
+    nn.init.orthogonal_(head, gain=0.5 * math.sqrt(max(V / C, 1.0)), generator=draw)
 
 
 def learning_rate_factor(name: str) -> float:
@@ -95,8 +98,8 @@ def _fill_block7(block: Any, config: RWKVConfig, layer: int, draw: torch.Generat
     att.k_k.copy_((0.71 - 0.1 * linear).view(1, 1, A))
     att.k_a.fill_(1.02)
     att.r_k.fill_(-0.04)
-    for linear, gain in (("receptance", 1.0), ("key", 0.1), ("value", 1.0)):
-        nn.init.orthogonal_(getattr(att, linear).weight, gain=gain, generator=draw)
+    for name, gain in (("receptance", 1.0), ("key", 0.1), ("value", 1.0)):
+        nn.init.orthogonal_(getattr(att, name).weight, gain=gain, generator=draw)
     att.output.weight.zero_()
 
     ffn.x_k.copy_((1 - position ** (falling**4)).view(1, 1, C))
@@ -128,8 +131,8 @@ def _fill_block6(block: Any, config: RWKVConfig, layer: int, draw: torch.Generat
     _uniform(att.time_decay_w2, 0.01, draw)
     zigzag = ((torch.arange(A) + 1) % 3 - 1) * 0.1
     att.time_faaaa.copy_((rising * (1 - along) + zigzag).view_as(att.time_faaaa))
-    for linear, gain in (("receptance", 1.0), ("key", 0.1), ("value", 1.0), ("gate", 0.1)):
-        nn.init.orthogonal_(getattr(att, linear).weight, gain=gain, generator=draw)
+    for name, gain in (("receptance", 1.0), ("key", 0.1), ("value", 1.0), ("gate", 0.1)):
+        nn.init.orthogonal_(getattr(att, name).weight, gain=gain, generator=draw)
     att.output.weight.zero_()
 
     ffn.time_maa_k.copy_((1 - position**falling).view(1, 1, C))

@@ -1,5 +1,7 @@
 """The model: embedding, blocks, final norm and head, with state in and state out."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -104,6 +106,7 @@ class RWKV(nn.Module):
     def initial_state(self, Q: int) -> State:
         """The state of Q new texts: zeros, and each layer's tuned wkv state where it has one."""
         state = zero_state(self.config, Q, like=self.ln_out.weight)
+        block: Any
         for layer, block in enumerate(self.blocks):
             if block.att.time_state is not None:
                 wkv = block.att.time_state.to(state[layer].wkv.dtype).expand_as(state[layer].wkv)
