@@ -435,8 +435,8 @@ def make_sampler(
     flags = settings[EvaluationFlags]
     if not flags.val_prompts:
         return None
-    from data.templates import prompt_tokens
     from rwkv.generate import generate
+    from rwkv.templates import prompt_tokens
 
     lines = Path(flags.val_prompts).read_text(encoding="utf-8").splitlines()
     prompts = [line for line in lines if line.strip()]

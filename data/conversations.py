@@ -6,10 +6,10 @@ A record is a string or has `text`; or a prompt and its answer under any of the 
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from data.records import DataError
+from rwkv.templates import Message
 
 ROLES = {
     "system": "system",
@@ -34,22 +34,6 @@ SHAPES = (
     "'text'; a prompt ('prompt', 'instruction' or 'question') with its answer ('completion', "
     "'response', 'output', 'answer' or 'chosen'); 'messages'; or 'conversations'"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn.
-
-    role: "system", "user", "assistant" or "tool".
-    text: what is said; empty only where an assistant does no more than call tools or think.
-    thought: reasoning before the text, without its marks.
-    scored: whether the loss counts it, if it is the assistant's.
-    """
-
-    role: str
-    text: str
-    thought: str = ""
-    scored: bool = True
 
 
 def read_conversations(record: Any, where: str) -> Iterator[str | list[Message]]:

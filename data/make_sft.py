@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from data.records import DataError
     from data.store_cache import build_store
-    from data.templates import load_template
     from data.tokenizing import Recipe
+    from rwkv.templates import load_template
     from rwkv.tokenizer import load_tokenizer
 
     if options.output.exists():

@@ -17,12 +17,12 @@ from typing import Any
 
 from data.progress import Progress
 from data.records import DataError, check_file, record_suffix
-from data.templates import load_template
 from data.token_store import FORMAT, TokenStore, is_store, write_store
 from data.tokenizing import Encoded, Recipe, encode_file, processor_count
 from data.upstream_files import read_sft_h5
 from rwkv.errors import InputError
 from rwkv.files import remove, replacing
+from rwkv.templates import load_template
 from rwkv.tokenizer import Tokenizer
 
 H5_SUFFIXES = (".h5", ".hdf5")

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.conversations import Message, read_conversations
+from data.conversations import read_conversations
 from data.records import DataError, RawRecord, RecordFile, parse_json
-from data.templates import Segment, Template, encode_segments
 from rwkv.errors import InputError
+from rwkv.templates import Message, Segment, Template, encode_segments
 from rwkv.tokenizer import Tokenizer, load_tokenizer
 
 CHUNK_BYTES = 1 << 20

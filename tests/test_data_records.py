@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from data.conversations import Message, read_conversations
+from data.conversations import read_conversations
 from data.records import DataError, RecordFile, parse_json
+from rwkv.templates import Message
 
 USER, ANSWER = Message("user", "q"), Message("assistant", "a")
 

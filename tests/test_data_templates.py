@@ -5,10 +5,9 @@ import random
 
 import pytest
 
-from data.conversations import Message
-from data.templates import TEMPLATES, encode_segments, load_template, read_template
 from data.tokenizing import Recipe, encode_record
 from rwkv.errors import InputError
+from rwkv.templates import TEMPLATES, Message, encode_segments, load_template, read_template
 from rwkv.tokenizer import load_tokenizer
 
 DIALOGUE = [

@@ -34,8 +34,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.conversations import Message
-from data.records import DataError, decode
 from rwkv.errors import InputError
 from rwkv.tokenizer import CharacterTokenizer, Tokenizer
 
@@ -43,6 +41,22 @@ TURN_ENDS = ("suffix", "eot", "both")
 THINKING = ("off", "on", "skip")
 _ROLES = ("system", "user", "assistant", "tool")
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn.
+
+    role: "system", "user", "assistant" or "tool".
+    text: what is said; empty only where an assistant does no more than call tools or think.
+    thought: reasoning before the text, without its marks.
+    scored: whether the loss counts it, if it is the assistant's.
+    """
+
+    role: str
+    text: str
+    thought: str = ""
+    scored: bool = True
 
 
 class Segment(NamedTuple):
@@ -223,32 +237,34 @@ def read_template(path: Path) -> Template:
     """A template from the JSON file described above.
 
     Raises:
-        DataError: the file is missing, no JSON, or has a key or value that is not understood.
+        InputError: the file is missing, no JSON, or has a key or value that is not understood.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file; --template also takes {', '.join(TEMPLATES)}")
+        raise InputError(f"{path}: no such file; --template also takes {', '.join(TEMPLATES)}")
     try:
-        given = json.loads(decode(path, path.read_bytes()))
+        given = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8; save the file as UTF-8") from None
     if not isinstance(given, dict):
-        raise DataError(f"{path}: is not an object; see python -m data.make_sft --help")
+        raise InputError(f"{path}: is not an object; see python -m data.make_sft --help")
     known = (*_ROLES, "think", "fold_blank_lines", "turn_end")
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(known)}"
-            raise DataError(f"{path}: unknown key {key!r}; {hint}")
+            raise InputError(f"{path}: unknown key {key!r}; {hint}")
     marks = {key: _read_marks(path, key, given[key]) for key in (*_ROLES, "think") if key in given}
     for key in ("user", "assistant"):
         if key not in marks:
-            raise DataError(f"{path}: needs {key!r}, an object with 'prefix' and 'suffix'")
+            raise InputError(f"{path}: needs {key!r}, an object with 'prefix' and 'suffix'")
     fold = given.get("fold_blank_lines", True)
     if not isinstance(fold, bool):
-        raise DataError(f"{path}: 'fold_blank_lines' is {fold!r}, not true or false")
+        raise InputError(f"{path}: 'fold_blank_lines' is {fold!r}, not true or false")
     turn_end = given.get("turn_end", "suffix")
     if turn_end not in TURN_ENDS:
-        raise DataError(f"{path}: 'turn_end' is {turn_end!r}, not one of {', '.join(TURN_ENDS)}")
+        raise InputError(f"{path}: 'turn_end' is {turn_end!r}, not one of {', '.join(TURN_ENDS)}")
     think = marks.pop("think", None)
     return Template(path.stem, marks, think, fold, turn_end)
 
@@ -258,7 +274,7 @@ def _read_marks(path: Path, key: str, value: object) -> Marks:
         prefix, suffix = value["prefix"], value["suffix"]
         if isinstance(prefix, str) and isinstance(suffix, str):
             return Marks(prefix, suffix)
-    raise DataError(f"{path}: {key!r} must be an object with strings 'prefix' and 'suffix'")
+    raise InputError(f"{path}: {key!r} must be an object with strings 'prefix' and 'suffix'")
 
 
 def encode_segments(
