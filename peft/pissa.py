@@ -28,7 +28,8 @@ class PissaLinear(LoraLinear):
     def __init__(
         self, base: Linear, *, rank: int, scale: float, dropout: float = 0.0, power: int = 4
     ):
-        """power: power iterations of the randomized SVD; 0 for the exact one."""
+        """power: power iterations of the randomized SVD; 0, or a rank above a quarter of the
+        weight's smaller side, for the exact one."""
         if base.weight is None:
             raise InputError("pissa: needs the weight itself; store the layer after it is made")
         super().__init__(base, rank=rank, scale=scale, dropout=dropout)
@@ -85,7 +86,7 @@ class PissaLinear(LoraLinear):
 
 def _principal(weight: Tensor, rank: int, power: int) -> tuple[Tensor, Tensor]:
     """A [rank, in] and B [out, rank] whose product is the best rank-`rank` part of the weight."""
-    if power:
+    if power and 4 * rank < min(weight.shape):  # else the exact one is as cheap
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
             torch.manual_seed(0)
             U, S, V = torch.svd_lowrank(weight, q=rank, niter=power)

@@ -1,0 +1,247 @@
+"""Adapter files, and python -m peft.merge: the merged file acts as base and adapter do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft.adapter_file import adapter_metadata, load_adapter, read_adapter, trained_tensors
+from peft.apply import load_with_profile
+from peft.flags import PeftFlags
+from peft.layer_profile import ADAPTER_MODES
+from peft.merge import main
+from peft.merging import compare, merge
+from rwkv.checkpoint import fingerprint, load_model, read_metadata, read_tensors, write_tensors
+from rwkv.config import LowRanks, RWKVConfig
+from rwkv.errors import InputError
+from rwkv.init import initialize
+from rwkv.model import RWKV
+
+TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+@pytest.fixture(scope="module", params=[6, 7])
+def base(request, tmp_path_factory) -> Path:
+    """A small model file with weights of every kind away from their first values."""
+    config = RWKVConfig(
+        version=request.param,
+        n_layer=2,
+        n_embd=32,
+        dim_ffn=64,
+        vocab_size=24,
+        head_size=16,
+        ranks=LowRanks(8, 8, 8, 8, 8),
+    )
+    model = RWKV(config, "reference")
+    initialize(model)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
+    path = tmp_path_factory.mktemp(f"v{request.param}") / "base.pth"
+    write_tensors(path, model.state_dict())
+    return path
+
+
+def profile(tmp_path: Path, **keys) -> str:
+    keys = {"match": ["blocks.*", "head"], "rank": 8, **keys}
+    path = tmp_path / f"{keys['mode']}.json"
+    path.write_text(json.dumps({"rules": [keys]}))
+    return str(path)
+
+
+def trained(base: Path, flags: PeftFlags) -> tuple[RWKV, dict]:
+    """The base with adapters that do something, as if trained; and the file's metadata."""
+    model, plan = load_with_profile(base, flags, backend="reference")
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return model, adapter_metadata(model, plan, base=fingerprint(read_tensors(base)))
+
+
+def saved(base: Path, tmp_path: Path, flags: PeftFlags) -> tuple[RWKV, Path]:
+    model, metadata = trained(base, flags)
+    path = tmp_path / "adapter.pth"
+    write_tensors(path, trained_tensors(model), metadata)
+    return model, path
+
+
+def logits(model: RWKV) -> torch.Tensor:
+    with torch.no_grad():
+        return model.logits(model(TOKENS)[0])
+
+
+modes = pytest.mark.parametrize("mode", ADAPTER_MODES)
+
+
+@modes
+def test_merged_file_acts_as_the_trained_model(mode, base, tmp_path):
+    model, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode=mode)))
+    output = tmp_path / "merged.pth"
+    command = ["--base", str(base), "--adapter", str(adapter), "--output", str(output)]
+    assert main(command) == 0
+    got = logits(load_model(output, backend="reference"))
+    torch.testing.assert_close(got, logits(model), rtol=1e-3, atol=1e-4)
+    assert list(read_tensors(output)) == list(read_tensors(base))
+    assert read_metadata(output)["difference"]["kl"] < 1e-6
+
+
+@modes
+def test_training_goes_on_from_a_file(mode, base, tmp_path):
+    flags = PeftFlags(layer_profile=profile(tmp_path, mode=mode))
+    model, adapter = saved(base, tmp_path, flags)
+    again, _ = load_with_profile(base, flags, backend="reference")
+    load_adapter(again, adapter, base=fingerprint(read_tensors(base)))
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+    assert trained_tensors(again).keys() == trained_tensors(model).keys()
+
+
+def test_full_training_is_merged_whole(base, tmp_path):
+    model, adapter = saved(base, tmp_path, PeftFlags())
+    merged = merge(read_tensors(base), adapter)
+    want = model.state_dict()
+    assert merged.keys() == want.keys()
+    assert all(torch.equal(merged[name], want[name]) for name in want)
+
+
+def test_scale_of_rslora_survives_the_file(base, tmp_path):
+    flags = PeftFlags(layer_profile=profile(tmp_path, mode="lora", alpha=6), rslora=True)
+    _, adapter = saved(base, tmp_path, flags)
+    _, kinds, _ = read_adapter(adapter)
+    assert kinds["head"].scale == pytest.approx(6 / 8**0.5)
+
+
+def test_a_dtype_of_fewer_bits_is_kept(base, tmp_path):
+    narrow = tmp_path / "bf16.pth"
+    tensors = {name: tensor.bfloat16() for name, tensor in read_tensors(base).items()}
+    write_tensors(narrow, tensors)
+    _, adapter = saved(narrow, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode="lora")))
+    merged = merge(read_tensors(narrow), adapter)
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    difference = compare(read_tensors(narrow), adapter, merged)
+    assert 0 < difference.kl < 1e-3 and difference.agreement > 0.9
+
+
+def test_unused_keys_of_the_base_are_kept(base, tmp_path):
+    """Some files hold value residual parameters for layer 0, which has none."""
+    wide = tmp_path / "wide.pth"
+    tensors = dict(read_tensors(base)) | {"blocks.0.att.v0": torch.ones(1, 1, 32)}
+    write_tensors(wide, tensors)
+    _, adapter = saved(wide, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode="bone")))
+    merged = merge(read_tensors(wide), adapter)
+    assert list(merged) == list(tensors) and torch.equal(
+        merged["blocks.0.att.v0"], tensors["blocks.0.att.v0"]
+    )
+    assert compare(read_tensors(wide), adapter, merged).kl < 1e-6
+
+
+def test_a_tuned_state_is_not_part_of_the_model(base, tmp_path):
+    model, metadata = trained(base, PeftFlags(layer_profile=profile(tmp_path, mode="bone")))
+    tensors = trained_tensors(model) | {"blocks.0.att.time_state": torch.zeros(2, 16, 16)}
+    write_tensors(tmp_path / "a.pth", tensors, metadata)
+    assert "blocks.0.att.time_state" not in merge(read_tensors(base), tmp_path / "a.pth")
+
+
+def test_files_without_metadata_need_alpha_alone(base, tmp_path):
+    """RWKV-LM-RLHF's files: rank and kind are in the shapes, alpha is not."""
+    flags = PeftFlags(layer_profile=profile(tmp_path, mode="dora_column", alpha=4))
+    model, _ = trained(base, flags)
+    adapter = tmp_path / "rwkv-0.pth"
+    write_tensors(adapter, trained_tensors(model))
+    with pytest.raises(InputError, match=r"rwkv-0.pth: .*: the file does not say its alpha; give"):
+        read_adapter(adapter)
+    _, kinds, _ = read_adapter(adapter, alpha=4)
+    assert kinds["head"].mode == "dora_column" and kinds["head"].scale == 0.5
+    output = str(tmp_path / "merged.pth")
+    command = ["--base", str(base), "--adapter", str(adapter), "--output", output, "--alpha", "4"]
+    assert main(command) == 0
+    got = logits(load_model(output, backend="reference"))
+    torch.testing.assert_close(got, logits(model), rtol=1e-3, atol=1e-4)
+
+
+def test_the_command_refuses_what_differs_and_deletes_nothing(base, tmp_path):
+    flags = PeftFlags(layer_profile=profile(tmp_path, mode="lora"))
+    _, adapter = saved(base, tmp_path, flags)
+    output = tmp_path / "merged.pth"
+    output.write_text("what stood here")
+    command = ["--base", str(base), "--adapter", str(adapter), "--output", str(output)]
+    with pytest.raises(InputError, match=r"merged.pth: not written: logits differ by .* KL"):
+        main([*command, "--tolerance", "-1"])
+    assert output.read_text() == "what stood here"
+    assert sorted(p.name for p in tmp_path.glob("*merged*")) == ["merged.pth"]
+
+
+def test_another_base_is_refused(base, tmp_path):
+    _, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode="lora")))
+    other = tmp_path / "other.pth"
+    write_tensors(other, {name: t + 0.01 for name, t in read_tensors(base).items()})
+    with pytest.raises(
+        InputError, match=r"adapter.pth: was trained on the base \w+, .*other.pth is"
+    ):
+        merge(read_tensors(other), adapter)
+    assert merge(read_tensors(other), adapter, other_base=True)
+
+
+def test_an_output_that_is_an_input_is_refused(base, tmp_path):
+    _, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode="lora")))
+    with pytest.raises(InputError, match="is an input too; choose another name"):
+        main(["--base", str(base), "--adapter", str(adapter), "--output", str(base)])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"mode": "bone"}, r"lacks blocks.0.*bone.* has unexpected .*lora_A.*; use the profile"),
+        (
+            {"rank": 4},
+            r"lora_A is \[8, 32\], the profile makes it \[4, 32\]; set the rank",
+        ),
+        ({"alpha": 8}, "was trained with alpha / rank 2, the profile says 1; set the same alpha"),
+        ({"train_small": False}, r"has unexpected .* and more; use the profile and --limited_lora"),
+    ],
+    ids=["mode", "rank", "alpha", "small"],
+)
+def test_a_profile_that_does_not_fit_the_file_is_refused(base, tmp_path, change, message):
+    keys = {"mode": "lora", "rank": 8, "alpha": 16}
+    _, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, **keys)))
+    flags = PeftFlags(layer_profile=profile(tmp_path, **keys | change))
+    model, _ = load_with_profile(base, flags, backend="reference")
+    before = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
+    with pytest.raises(InputError, match=message):
+        load_adapter(model, adapter)
+    assert all(torch.equal(t, before[name]) for name, t in trained_tensors(model).items())
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ({"blocks.0.ffn.expert_0.key.lora_A_expert_0": (8, 32)}, "mixture-of-experts adapters are"),
+        ({"blocks.0.att.key.lora_A": (8, 32)}, "att.key: holds lora_A alone"),
+        ({"blocks.9.att.key.bone": (4, 8, 8)}, "adapts blocks.9.att.key, which .* lacks"),
+        ({"head.bone": (2, 8, 8)}, r"head.bone is \[2, 8, 8\], over a \[24, 32\] weight it would"),
+        ({"head.bone": (2, 16, 16)}, "head: bone: rank 16 does not divide both sides"),
+        ({"emb.weight": (24, 16)}, r"emb.weight is \[24, 16\], in .* it is \[24, 32\]"),
+        ({"extra": (3,)}, "holds extra, which .* lacks"),
+        ({"head.bone": (4, 8, 8), "head.weight": (24, 32)}, "an adapter for head and its whole"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_files_that_do_not_fit_are_named(base, tmp_path, tensors, message):
+    path = tmp_path / "odd.pth"
+    write_tensors(path, {name: torch.zeros(shape) for name, shape in tensors.items()})
+    with pytest.raises(InputError, match=message):
+        merge(read_tensors(base), path)
+
+
+def test_real_models_merge_within_the_tolerance(assets, tmp_path):
+    for name in ("tiny-rwkv-6v0-1m", "rwkv7-reverse-60digits"):
+        base = assets / "models" / f"{name}.pth"
+        flags = PeftFlags(layer_profile=profile(tmp_path, mode="dora"))
+        _, adapter = saved(base, tmp_path, flags)
+        output = tmp_path / f"{name}.safetensors"
+        command = ["--base", str(base), "--adapter", str(adapter), "--output", str(output)]
+        assert main(command) == 0
+        assert read_metadata(output)["difference"]["kl"] < 1e-5
