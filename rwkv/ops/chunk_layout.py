@@ -14,6 +14,10 @@ from torch import Tensor
 
 from rwkv.ops.packing import text_lengths
 
+# About how many chunk-heads are worked on at once. On a CPU larger parts leave the caches, on a
+# GPU smaller ones leave it idle; either way the memory in use does not grow with T.
+LIMIT_CPU, LIMIT = 256, 2048
+
 
 class Part(NamedTuple):
     """Neighbouring steps of the walk that are worked on at once.
@@ -25,20 +29,22 @@ class Part(NamedTuple):
     rows: slice
     steps: list[int]
 
+    def walk(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """The tensors' rows, step by step; each tensor has all rows of the part."""
+        return list(zip(*(t.split(self.steps) for t in tensors), strict=True))
+
 
 class ChunkLayout:
     """Where each token lies among the chunks, and back.
 
     Attributes:
-        source: for each of the P C rows of the chunks, the row of [B T H, N] that it shows.
-        place: for each row of [B T H, N], its row among the chunks.
-        real: false for the rows that only fill up a text's last chunk, [P, C, 1]; None if there
-            are none. Such rows show their text's last token, so that they can be computed, and
-            never reach into another text.
+        H, C: heads, tokens in a chunk.
         parts: the walk, in order.
+        real: false for the rows that only fill up a text's last chunk, [P, C, 1]; None if there
+            are none. They show their text's last token, never another text's.
     """
 
-    def __init__(self, lengths: tuple[int, ...], H: int, C: int, limit: int, device: torch.device):
+    def __init__(self, lengths: tuple[int, ...], H: int, C: int, device: torch.device):
         length = torch.tensor(lengths)
         first = length.cumsum(0) - length  # of each sequence's tokens
         length, order = length.sort(descending=True, stable=True)
@@ -53,21 +59,31 @@ class ChunkLayout:
 
         heads = torch.arange(H)
         self.H, self.C = H, C
-        self.source = (token.unsqueeze(1) * H + heads.view(H, 1)).flatten().to(device)
-        self.place = (place.unsqueeze(1) + heads * C).flatten().to(device)
+        # For each row of the chunks [P C, N] its row of [B T H, N], and the other way round.
+        self._source = (token.unsqueeze(1) * H + heads.view(H, 1)).flatten().to(device)
+        self._place = (place.unsqueeze(1) + heads * C).flatten().to(device)
         self.real = None if real.all() else real.repeat_interleave(H, 0).unsqueeze(-1).to(device)
         self._order = order.to(device)
         self._rank = order.argsort().to(device)
-        self.parts = _parts([n * H for n in alive.sum(1).tolist()], limit)
+        self.parts = _parts(
+            [n * H for n in alive.sum(1).tolist()], LIMIT_CPU if device.type == "cpu" else LIMIT
+        )
 
-    def chunks(self, x: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
-        """A part's rows of x [B, T, H, N] as [P, C, N]."""
-        source = self.source[part.rows.start * self.C : part.rows.stop * self.C]
-        return x.reshape(-1, x.shape[-1])[source].to(dtype).unflatten(0, (-1, self.C))
+    def chunks(self, x: Tensor, part: Part, dtype: torch.dtype, *, blank: bool = False) -> Tensor:
+        """A part's rows of x [B, T, H, N], a new [P, C, N]; with `blank` zero where not real."""
+        source = self._source[part.rows.start * self.C : part.rows.stop * self.C]
+        x = x.reshape(-1, x.shape[-1]).index_select(0, source).to(dtype).unflatten(0, (-1, self.C))
+        if blank and self.real is not None:
+            x *= self.real[part.rows]
+        return x
 
     def tokens(self, x: Tensor, like: Tensor) -> Tensor:
-        """All chunks [P, C, N] as [B, T, H, N], in the dtype of `like`."""
-        return x.flatten(0, 1)[self.place].to(like.dtype).view(like.shape)
+        """All chunks [P, C, N] as [B, T, H, N], in the shape and dtype of `like`."""
+        return x.flatten(0, 1).index_select(0, self._place).to(like.dtype).view(like.shape)
+
+    def empty(self, like: Tensor, rows: int) -> Tensor:
+        """Room for all chunks, [P, rows, N], with N and dtype of `like`."""
+        return like.new_empty(len(self._source) // self.C, rows, like.shape[-1])
 
     def sorted(self, state: Tensor) -> Tensor:
         """States [Q, H, N, N] in the order of the walk, a new [Q H, N, N]."""
@@ -79,25 +95,19 @@ class ChunkLayout:
 
 
 @lru_cache(maxsize=8)
-def _layout(
-    lengths: tuple[int, ...], H: int, C: int, limit: int, device: torch.device
-) -> ChunkLayout:
-    with torch.inference_mode(False):
-        return ChunkLayout(lengths, H, C, limit, device)
+def _layout(lengths: tuple[int, ...], H: int, C: int, device: torch.device) -> ChunkLayout:
+    with torch.inference_mode(False):  # a later call may need gradients
+        return ChunkLayout(lengths, H, C, device)
 
 
-def chunk_layout(x: Tensor, cu_seqlens: Tensor | None, C: int, limit: int) -> ChunkLayout:
-    """The layout of x [B, T, H, N] in chunks of C, kept for the layers that ask again.
+def chunk_layout(x: Tensor, cu_seqlens: Tensor | None, C: int) -> ChunkLayout:
+    """The layout of x [B, T, H, N], or of the texts packed in it, in chunks of C tokens.
 
-    Args:
-        x: any input of the operator.
-        cu_seqlens: as in the operators.
-        C: tokens in a chunk.
-        limit: chunk-heads in a part, about; a part is never less than one step.
+    It is kept for the other layers, which ask for the same.
     """
     B, T, H, _ = x.shape
     lengths = [T] * B if cu_seqlens is None else text_lengths(cu_seqlens)
-    return _layout(tuple(lengths), H, C, limit, x.device)
+    return _layout(tuple(lengths), H, C, x.device)
 
 
 def _parts(steps: list[int], limit: int) -> list[Part]:

@@ -1,66 +1,231 @@
 """Products between the tokens of a chunk, each weighted by the decay between the two.
 
-    products[t, s] = sum_n x[t, n] z[s, n] d[s + 1, n] ... d[t - 1, n]    for s < t, else 0
+For a reader x that sees the state before its own token, and for one that sees it after,
 
-A matrix product needs the weight as a factor of t times a factor of s. Relative to one point of
-the chunk, one of the two grows as exp(|log decay|) and overflows where decay is strong. Here a
-chunk is halved again and again: for t in the upper and s in the lower half the weight is (from the
-middle to t) times (from s to the middle), both at most 1. The halving ends at blocks so short that
-one point serves; a single token in the worst case. No decay overflows or loses digits, and in the
-gradient of a token's decay terms of pairs that do not straddle it need not cancel.
+    before:  products[t, s] = sum_n x[t, n] z[s, n] d[s + 1, n] ... d[t - 1, n]    for s < t
+    after:   products[t, s] = sum_n x[t, n] z[s, n] d[s + 1, n] ... d[t, n]        for s <= t
+
+and 0 elsewhere. A matrix product needs the weight as a factor of t times a factor of s. Relative
+to one point of the chunk, one of the two grows as exp(|log decay|) and overflows where decay is
+strong. Here a chunk is halved again and again: for t in the upper and s in the lower half the
+weight is (from the middle to t) times (from s to the middle), both at most 1. The halving ends at
+blocks so short that one point serves; a single token in the worst case. No decay overflows or
+loses digits, nor does the gradient of a decay, to which only pairs on both sides of it add.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-SPREAD = 20.0  # log decay that a block may hold: its factors stay within exp(-20) and exp(20)
-
-
-class _Level(NamedTuple):
-    """The pairs between the lower and the upper halves of blocks of 2 size tokens."""
-
-    size: int
-    up: Tensor  # weight from the middle to t, [P, blocks, size, N]
-    down: Tensor  # weight from s to the middle, [P, blocks, size, N]
-    x: Tensor  # weighted x of the upper halves, [P, blocks, I size, N]
-    z: Tensor  # weighted z of the lower halves, [P, blocks, J size, N]
+SPREAD = 20.0  # largest |log decay| of a block around one point; its factors stay within exp(20)
 
 
 class DecayedProducts:
-    """The products of a batch of chunks, with what is needed for their gradient.
+    """The products of P chunks of C tokens, and their gradient.
 
     Args:
-        x: reading vectors, [P, I, C, N], C a power of two.
-        z: written vectors, [P, J, C, N].
-        log_decay: natural log of what each token keeps, [P, C, N], <= 0, finite.
+        before, after: readers of the state before and after their own token, [P, C, N] each;
+            X of them together, those before first.
+        written: what tokens add to the state, Z tensors [P, C, N].
+        rate: minus the natural log of what each token keeps, [P, C, N], >= 0, finite. C is a
+            power of two.
 
     Attributes:
-        products: as above, [P, I C, J C].
-        entry: x weighted by the decay from the chunk's start to before its own token,
-            [P, I C, N]: what reads the state at the chunk's start.
-        exit: z weighted by the decay after its own token, [P, J C, N]: what is left of it in the
-            state at the chunk's end.
+        products: as above, [P, X C, Z C].
+        entry: the readers, weighted by the decay since the chunk's start, [P, X C, N]: what reads
+            the state at the start.
+        exit: the written, weighted by the decay until the chunk's end, [P, Z C, N]: what is left
+            of them in the state at the end.
         kept: the share of the state that the whole chunk keeps, [P, N].
     """
 
-    def __init__(self, x: Tensor, z: Tensor, log_decay: Tensor):
-        P, C, N = log_decay.shape
-        self._x, self._z = x, z
-        size = _leaf_size(log_decay)
-        by_block = log_decay.unflatten(1, (-1, size))
-        before = by_block.cumsum(2) - by_block  # from the block's start to before each token
-        total = before[:, :, -1] + by_block[:, :, -1]  # [P, blocks, N]
-        after = total.unsqueeze(2) - before - by_block  # from each token to the block's end
+    def __init__(
+        self, before: list[Tensor], after: list[Tensor], written: list[Tensor], rate: Tensor
+    ):
+        P, C, N = rate.shape
+        self._x, self._z, self._first_after = [*before, *after], written, len(before)
+        self._leaf = size = _leaf_size(rate)
+        self.products = rate.new_zeros(P, len(self._x) * C, len(self._z) * C)
 
-        self._leaf: _Level | None = None
-        self.products = x.new_zeros(P, x.shape[1] * C, z.shape[1] * C)
-        if size > 1:
-            middle = before[:, :, size // 2].unsqueeze(2)
-            up, down = (before - middle).exp_(), (middle - before - by_block).exp_()
-            xs, zs = _weighted(_leaves(x, size), up), _weighted(_leaves(z, size), down)
-            self._leaf = _Level(size, up, down, xs, zs)
-            blocks = (xs @ zs.mT).view(P, -1, x.shape[1], size, z.shape[1], size)
-            blocks *= _earlier(size, like=x)
-            _leaf_products(self, size).copy_(blocks.permute(0, 2, 3, 4, 5, 1))
+        used = rate.unflatten(1, (-1, size)).cumsum(2)  # [P, blocks, size, N]
+        middle, total = used[:, :, (size - 1) // 2], used[:, :, -1]  # [P, blocks, N]
+        up = (middle.unsqueeze(2) - used).exp_()
+        down = up.reciprocal()
+        # Where the block is one token, up before it may be huge, but multiplies a masked product.
+        up_before = _moved(up, middle.clamp(max=SPREAD).exp())
+        self._mask = rate.new_ones(len(self._x), size, 1, size, 1)
+        self._mask[: len(before), :, 0, :, 0].tril_(-1)
+        self._mask[len(before) :, :, 0, :, 0].tril_()
+        x, z = _blocks(self._x, size), _blocks(self._z, size)
+        self._within = _Pairs(x, self._weights(up_before, up), z, down)
+        torch.mul(self._within.products(), self._mask, out=self._spots(self.products, size))
+
+        since = up * torch.exp(-middle).unsqueeze(2)  # from the block's start through each token
+        until = down * torch.exp(middle - total).unsqueeze(2)  # after each token to the end
+        kept = torch.exp(-total)
+        since_before = _moved(since, torch.ones_like(kept))
+        self._across: list[_Pairs] = []
+        while size < C:
+            since, since_before, until, kept = (
+                weight.unflatten(1, (-1, 2)) for weight in (since, since_before, until, kept)
+            )
+            pairs = _Pairs(
+                [x[:, :, 1] for x in _halves(self._x, size)],
+                self._weights(since_before[:, :, 1], since[:, :, 1]),
+                [z[:, :, 0] for z in _halves(self._z, size)],
+                until[:, :, 0],
+            )
+            self._spots(self.products, size, halves=True).copy_(pairs.products())
+            self._across.append(pairs)
+            lower, upper = kept.unsqueeze(3).unbind(2)  # [P, blocks, 1, N]
+            later = torch.stack([torch.ones_like(lower), lower], dim=2)
+            earlier = torch.stack([upper, torch.ones_like(upper)], dim=2)
+            since, since_before, until = (
+                (weight * factor).flatten(2, 3)
+                for weight, factor in ((since, later), (since_before, later), (until, earlier))
+            )
+            kept = kept.prod(2)
+            size *= 2
+
+        self.kept = kept.squeeze(1)
+        self._entry = [weight.squeeze(1) for weight in self._weights(since_before, since)]
+        self._exit = until.squeeze(1)
+        self.entry = rate.new_empty(P, len(self._x) * C, N)
+        self.exit = rate.new_empty(P, len(self._z) * C, N)
+        for x, weight, out in zip(self._x, self._entry, self.entry.split(C, 1), strict=True):
+            torch.mul(x, weight, out=out)
+        for z, out in zip(self._z, self.exit.split(C, 1), strict=True):
+            torch.mul(z, self._exit, out=out)
+
+    def backward(
+        self, products: Tensor, entry: Tensor, exit: Tensor, kept: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """The gradients of the readers, the written and the log decay (minus the rate), from
+        those of the four attributes.
+
+        The gradients of products that are 0 by definition are ignored.
+        """
+        C, size = entry.shape[1] // len(self._x), self._leaf
+        dx = [d * weight for d, weight in zip(entry.split(C, 1), self._entry, strict=True)]
+        dz = [d * self._exit for d in exit.split(C, 1)]
+        # Gradients of logarithms: of the weights since a block's start and until its end, and of
+        # what the block keeps in total. They go down the levels as the weights came up.
+        since, until = _dot(dx, self._x).unsqueeze(1), _dot(dz, self._z).unsqueeze(1)
+        total = (kept * self.kept).unsqueeze(1)
+        for level, pairs in reversed(list(enumerate(self._across))):
+            half = size << level
+            since, until = since.unflatten(2, (2, half)), until.unflatten(2, (2, half))
+            upper, lower = since[:, :, 1], until[:, :, 0]
+            crossing = torch.stack([upper.sum(2), lower.sum(2)], dim=2)
+            total = (total.unsqueeze(2) + crossing).flatten(1, 2)
+            up, down = pairs.backward(
+                self._spots(products, half, halves=True),
+                [d[:, :, 1] for d in _halves(dx, half)],
+                [d[:, :, 0] for d in _halves(dz, half)],
+            )
+            upper += up
+            lower += down
+            since, until = since.flatten(1, 2), until.flatten(1, 2)
+
+        own = self._own(dx)
+        up, down = self._within.backward(
+            self._spots(products, size) * self._mask, _blocks(dx, size), _blocks(dz, size)
+        )
+        if size == 1:  # where a pair of a token with itself adds nothing
+            return dx, dz, total + own
+        # A token's decay is in the weights since of all later tokens and of its own readers after,
+        # in those until of all earlier tokens, and in the total; down is the inverse of a since.
+        since += up
+        since -= down
+        total = (total + since.sum(2)).unsqueeze(2)
+        log_decay = total - (since - until).cumsum(2) - until - down
+        return dx, dz, log_decay.flatten(1, 2) + self._own(dx)
+
+    def _own(self, dx: list[Tensor]) -> Tensor | float:
+        """The gradient of the log decays that readers after their token see as their own."""
+        after = slice(self._first_after, None)
+        return _dot(dx[after], self._x[after]) if self._x[after] else 0.0
+
+    def _weights(self, before: Tensor, after: Tensor) -> list[Tensor]:
+        """One a reader."""
+        return [before if reader < self._first_after else after for reader in range(len(self._x))]
+
+    def _spots(self, products: Tensor, size: int, *, halves: bool = False) -> Tensor:
+        """Where the pairs within blocks lie in `products`, or of upper with lower halves:
+        [P, X, size, Z, size, blocks]."""
+        split = (-1, 2, size) if halves else (-1, size)
+        products = products.unflatten(2, (len(self._z), *split))
+        products = products.unflatten(1, (len(self._x), *split))
+        if halves:
+            products = products[:, :, :, 1, :, :, :, 0]
+        return products.diagonal(dim1=2, dim2=5)
+
+
+class _Pairs:
+    """Products of the tokens of some blocks with those of as many others.
+
+    Args:
+        x, z: the blocks, X and Z tensors [P, blocks, size, N].
+        up, down: their weights; an `up` for each x.
+    """
+
+    def __init__(self, x: list[Tensor], up: list[Tensor], z: list[Tensor], down: Tensor):
+        P, blocks, size, N = down.shape
+        self._up, self._down = up, down
+        self._x = down.new_empty(P, blocks, len(x), size, N)
+        self._z = down.new_empty(P, blocks, len(z), size, N)
+        for one, weight, out in zip(x, up, self._x.unbind(2), strict=True):
+            torch.mul(one, weight, out=out)
+        for one, out in zip(z, self._z.unbind(2), strict=True):
+            torch.mul(one, down, out=out)
+
+    def products(self) -> Tensor:
+        """[P, X, size, Z, size, blocks]."""
+        products = self._x.flatten(2, 3) @ self._z.flatten(2, 3).mT
+        products = products.unflatten(3, self._z.shape[2:4]).unflatten(2, self._x.shape[2:4])
+        return products.permute(0, 2, 3, 4, 5, 1)
+
+    def backward(self, spots: Tensor, dx: list[Tensor], dz: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Add the gradients of x and z to dx and dz, from those of the products.
+
+        Returns:
+            the gradients of the logarithms of `up`, summed over X, and of `down`.
+        """
+        products = spots.permute(0, 5, 1, 2, 3, 4).flatten(4, 5).flatten(2, 3)
+        x = (products @ self._z.flatten(2, 3)).view(self._x.shape).unbind(2)
+        z = (products.mT @ self._x.flatten(2, 3)).view(self._z.shape).unbind(2)
+        for total, one, weight in zip(dx, x, self._up, strict=True):
+            total.addcmul_(one, weight)
+        for total, one in zip(dz, z, strict=True):
+            total.addcmul_(one, self._down)
+        return _dot(x, self._x.unbind(2)), _dot(z, self._z.unbind(2))
+
+
+def _leaf_size(rate: Tensor) -> int:
+    """The longest halving of a chunk in which no block can use up more than SPREAD."""
+    size, strongest = rate.shape[1], rate.max().item()
+    while size > 1 and size * strongest > SPREAD:
+        size //= 2
+    return size
+
+
+def _moved(weight: Tensor, first: Tensor) -> Tensor:
+    """Each token of a block gets the weight of the token before it, the first one `first`."""
+    return torch.cat([first.unsqueeze(2), weight[:, :, :-1]], dim=2)
+
+
+def _blocks(tensors: list[Tensor], size: int) -> list[Tensor]:
+    return [x.unflatten(1, (-1, size)) for x in tensors]
+
+
+def _halves(tensors: list[Tensor], size: int) -> list[Tensor]:
+    return [x.unflatten(1, (-1, 2, size)) for x in tensors]
+
+
+def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """The sum of the products of the pairs, element by element."""
+    total = one[0] * other[0]
+    for x, y in zip(one[1:], other[1:], strict=True):
+        total.addcmul_(x, y)
+    return total

@@ -30,7 +30,7 @@ def check_packing(op: str, cu_seqlens: Tensor, B: int, T: int) -> None:
     lengths = text_lengths(cu_seqlens)
     if min(lengths, default=0) < 1:
         raise ValueError(
-            f"{op}: cu_seqlens must increase, by each text's number of tokens; got lengths {lengths}"
+            f"{op}: each packed text needs a token, but cu_seqlens gives the lengths {lengths}"
         )
     if sum(lengths) != T:
         raise ValueError(f"{op}: cu_seqlens covers {sum(lengths)} tokens, T is {T}")

@@ -89,6 +89,27 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def power_below(x):
+    """The power of two at or below the largest |x| of a tile, and its inverse; float32, exact."""
+    largest = tl.max(tl.max(tl.abs(x.to(tl.float32)), axis=1), axis=0)
+    bits = largest.to(tl.int32, bitcast=True) & 0x7F800000
+    bits = tl.minimum(tl.maximum(bits, 27 << 23), 227 << 23)  # 2^-100 to 2^100
+    return bits.to(tl.float32, bitcast=True), ((254 << 23) - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponent_of(power):
+    """log2 of a power of two, float32."""
+    return ((power.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
+
+
+@triton.jit
+def power_of(exponent):
+    """2 to a whole number, float32, exact."""
+    return ((exponent.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def product(x, y):
     """x @ y, float32. Float32 operands are multiplied in three tf32 products, nearly exactly."""
     return tl.dot(x, y, input_precision="tf32x3")

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from rwkv.ops.packing import text_lengths
 
+BEYOND = 80.0  # from here on exp(-exp(w)) is 0, and so is its gradient, also where exp(w) overflows
+
 
 def why_not(sample: Tensor, packed: bool) -> str | None:
     return None
@@ -32,12 +34,12 @@ def run(
 
 
 def _one(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = v.dtype
-    r, w, k, v, u = (t.to(S.dtype) for t in (r, w, k, v, u))
-    kept = torch.exp(-torch.exp(w))  # [B, T, H, N]
-    ys = []
-    for t in range(r.shape[1]):
-        now = v[:, t].unsqueeze(-1) @ k[:, t].unsqueeze(-2)  # [B, H, N, N]
-        ys.append(((S + now * u.unsqueeze(-2)) @ r[:, t].unsqueeze(-1)).squeeze(-1))
-        S = S * kept[:, t].unsqueeze(-2) + now
-    return torch.stack(ys, dim=1).to(dtype), S
+    kept = torch.exp(-torch.exp(w.to(S.dtype).clamp(max=BEYOND)))
+    # As columns over the state's rows (values) and rows over its columns (keys), step by step.
+    columns = [x.to(S.dtype).unsqueeze(-1).unbind(1) for x in (r, v)]  # [B, H, N, 1]
+    rows = [x.to(S.dtype).unsqueeze(-2).unbind(1) for x in (kept, k)]  # [B, H, 1, N]
+    bonus, ys = u.to(S.dtype).unsqueeze(-2), []
+    for r_t, v_t, kept_t, k_t in zip(*columns, *rows, strict=True):
+        ys.append(((S + v_t @ (bonus * k_t)) @ r_t).squeeze(-1))
+        S = S * kept_t + v_t @ k_t
+    return torch.stack(ys, dim=1).to(v.dtype), S

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from rwkv.ops.packing import text_lengths
 
+BEYOND = 80.0  # from here on exp(-exp(w)) is 0, and so is its gradient, also where exp(w) overflows
+
 
 def why_not(sample: Tensor, packed: bool) -> str | None:
     return None
@@ -35,16 +37,12 @@ def run(
 def _one(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor
 ) -> tuple[Tensor, Tensor]:
-    dtype = v.dtype
-    r, w, k, v, a, b = (t.to(S.dtype) for t in (r, w, k, v, a, b))
-    kept = torch.exp(-torch.exp(w))  # [B, T, H, N]
+    kept = torch.exp(-torch.exp(w.to(S.dtype).clamp(max=BEYOND)))
+    # As columns over the state's rows (values) and rows over its columns (keys), step by step.
+    columns = [x.to(S.dtype).unsqueeze(-1).unbind(1) for x in (r, v, a)]  # [B, H, N, 1]
+    rows = [x.to(S.dtype).unsqueeze(-2).unbind(1) for x in (kept, k, b)]  # [B, H, 1, N]
     ys = []
-    for t in range(r.shape[1]):
-        read = S @ a[:, t].unsqueeze(-1)  # [B, H, N, 1]
-        S = (
-            S * kept[:, t].unsqueeze(-2)
-            + read @ b[:, t].unsqueeze(-2)
-            + v[:, t].unsqueeze(-1) @ k[:, t].unsqueeze(-2)
-        )
-        ys.append((S @ r[:, t].unsqueeze(-1)).squeeze(-1))
-    return torch.stack(ys, dim=1).to(dtype), S
+    for r_t, v_t, a_t, kept_t, k_t, b_t in zip(*columns, *rows, strict=True):
+        S = S * kept_t + (S @ a_t) @ b_t + v_t @ k_t
+        ys.append((S @ r_t).squeeze(-1))
+    return torch.stack(ys, dim=1).to(v.dtype), S

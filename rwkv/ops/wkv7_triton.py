@@ -15,7 +15,7 @@ half a chunk stay within float32); beyond that it is not defined.
 """
 
 import torch
-import triton
+import triton.language as tl
 from torch import Tensor
 
 from rwkv.ops import triton_chunks
@@ -32,18 +32,22 @@ LAUNCH = {
     ("prepare", 64): {"num_warps": 4},
     ("scan", 64): {"V": 16, "num_warps": 1, "STAGES": 2},
     ("reverse", 64): {"V": 16, "num_warps": 1, "STAGES": 2},
-    ("gradient", 64): {"num_warps": 8},
+    ("gradient", 64): {"K": 32, "num_warps": 8},
     ("prepare", 128): {"num_warps": 8},
     ("scan", 128): {"V": 16, "num_warps": 4, "STAGES": 2},
     ("reverse", 128): {"V": 16, "num_warps": 4, "STAGES": 2},
-    ("gradient", 128): {"num_warps": 8},
+    ("gradient", 128): {"K": 32, "num_warps": 8},
 }
-OPERANDS = {torch.bfloat16: triton.language.bfloat16, torch.float32: triton.language.float32}
+# Operands of matrix products: WIDE where a factor may be 2^28, FINE where tiles are scaled to 1.
+DTYPES = {
+    torch.bfloat16: {"WIDE": tl.bfloat16, "FINE": tl.float16},
+    torch.float32: {"WIDE": tl.float32, "FINE": tl.float32},
+}
 
 
 def why_not(sample: Tensor, packed: bool) -> str | None:
     N, interpreted = sample.shape[-1], triton_chunks.INTERPRETED.value
-    if sample.dtype not in OPERANDS:
+    if sample.dtype not in DTYPES:
         return f"computes in bfloat16 or float32, the tensors are {sample.dtype}"
     if interpreted:
         return None
@@ -84,8 +88,12 @@ def _chunk_size(r: Tensor) -> int:
     return 64 if r.dtype == torch.bfloat16 and r.shape[-1] <= 64 else 32
 
 
+def _fine(r: Tensor) -> torch.dtype:
+    return torch.float16 if r.dtype == torch.bfloat16 else r.dtype
+
+
 def _launch(kernel: str, N: int) -> dict[str, int]:
-    return LAUNCH[kernel, max(N, 64)]
+    return {name: min(value, N) for name, value in LAUNCH[kernel, max(N, 64)].items()}
 
 
 @torch.library.custom_op("rwkv::wkv7_triton", mutates_args=())
@@ -107,34 +115,38 @@ def _forward(
     B, T, H, N = r.shape
     C = _chunk_size(r)
     slots = count_slots(B, T, cu_seqlens, C)
+    fine = _fine(r)
     y, final = torch.empty_like(r), torch.empty_like(state)
-    transition, drive = r.new_empty(slots, H, N, N), r.new_empty(slots, H, N, N)
-    readout = r.new_empty(slots, H, C, N)
+    transition = r.new_empty(slots, H, N, N, dtype=fine)
+    drive = torch.empty_like(transition)
+    readout = r.new_empty(slots, H, C, N, dtype=fine)
     decay = r.new_empty(slots, H, N, dtype=torch.float32)
-    inverse = r.new_empty((slots, H, C, C) if keep else 0)
-    states = r.new_empty((slots, H, N, N) if keep else 0)
+    powers = r.new_empty(slots, H, 2, dtype=torch.float32)
+    inverse = r.new_empty((slots, H, C, C) if keep else 0, dtype=fine)
+    states = r.new_empty((slots, H, N, N) if keep else 0, dtype=fine)
     scan = _launch("scan", N)
     with torch.cuda.device_of(r):
         prepare_kernel[(slots * H,)](
-            *(r, w, k, v, a, b, y, transition, drive, readout, inverse, decay),
+            *(r, w, k, v, a, b, y, transition, drive, readout, inverse, decay, powers),
             *(slot_owners(cu_seqlens, slots, C), cu_seqlens, T, H),
             N=N,
             C=C,
-            OPERAND=OPERANDS[r.dtype],
+            **DTYPES[r.dtype],
             PRECISION="tf32" if r.dtype == torch.bfloat16 else "tf32x3",
             KEEP=keep,
             **_launch("prepare", N),
         )
         scan_kernel[(state.shape[0] * H * (N // scan["V"]),)](
-            *(state, transition, drive, readout, decay, y, states, final, cu_seqlens, T, H),
+            *(state, transition, drive, readout, decay, powers, y, states, inverse, final),
+            *(cu_seqlens, T, H),
             N=N,
             C=C,
-            OPERAND=OPERANDS[r.dtype],
+            **DTYPES[r.dtype],
             KEEP=keep,
             **scan,
         )
     if not keep:
-        transition, readout = r.new_empty(0), r.new_empty(0)
+        transition, readout = transition.new_empty(0), readout.new_empty(0)
     if not keep or C >= N:
         decay = decay.new_empty(0)
     return y, final, states, transition, readout, inverse, decay
@@ -144,15 +156,16 @@ def _forward(
 def _(r, w, k, v, a, b, state, cu_seqlens, keep):
     B, T, H, N = r.shape
     C = _chunk_size(r)
-    slots = count_slots(B, T, cu_seqlens, C) if keep else 0
+    slots = count_slots(B, T, cu_seqlens, C)
+    fine = _fine(r)
     square = (slots, H, N, N) if keep else (0,)
     return (
         torch.empty_like(r),
         torch.empty_like(state),
-        r.new_empty(square),
-        r.new_empty(square),
-        r.new_empty((slots, H, C, N) if keep else (0,)),
-        r.new_empty((slots, H, C, C) if keep else (0,)),
+        r.new_empty(square, dtype=fine),
+        r.new_empty(square, dtype=fine),
+        r.new_empty((slots, H, C, N) if keep else (0,), dtype=fine),
+        r.new_empty((slots, H, C, C) if keep else (0,), dtype=fine),
         r.new_empty((slots, H, N) if keep and C < N else (0,), dtype=torch.float32),
     )
 
@@ -179,23 +192,26 @@ def _backward(
     slots, _, C, _ = readout.shape
     grad_states, grad_initial = torch.empty_like(states), torch.empty_like(grad_final)
     dr, dw, dk, dv, da, db = (torch.empty_like(r) for _ in range(6))
-    reverse = _launch("reverse", N)
+    scan, reverse = _launch("scan", N), _launch("reverse", N)
+    grad_powers = r.new_empty(slots, H, N // reverse["V"], dtype=torch.float32)
     with torch.cuda.device_of(r):
         reverse_scan_kernel[(grad_final.shape[0] * H * (N // reverse["V"]),)](
-            *(grad_final, transition, readout, *((decay, N) if C < N else (inverse, C * C))),
-            *(grad_y, grad_states, grad_initial, cu_seqlens, T, H),
+            *(grad_final, transition, readout, inverse, decay),
+            *(grad_y, grad_states, grad_powers, grad_initial, cu_seqlens, T, H),
             N=N,
             C=C,
-            OPERAND=OPERANDS[r.dtype],
+            FINE=DTYPES[r.dtype]["FINE"],
             **reverse,
         )
         gradient_kernel[(slots * H,)](
-            *(r, w, k, v, a, b, grad_y, states, grad_states, inverse),
+            *(r, w, k, v, a, b, grad_y, states, grad_states, grad_powers, inverse),
             *(dr, dw, dk, dv, da, db),
             *(slot_owners(cu_seqlens, slots, C), cu_seqlens, T, H),
             N=N,
             C=C,
-            OPERAND=OPERANDS[r.dtype],
+            **DTYPES[r.dtype],
+            V=scan["V"],
+            GRAD_V=reverse["V"],
             **_launch("gradient", N),
         )
     return dr, dw, dk, dv, da, db, grad_initial

@@ -20,7 +20,16 @@ w <= -0.5 no factor passes e^(0.607 C/2), 2^28 at C = 64.
 import triton
 import triton.language as tl
 
-from rwkv.ops.triton_chunks import add_product, narrow, product, sequence_slots, slot_tokens
+from rwkv.ops.triton_chunks import (
+    add_product,
+    exponent_of,
+    narrow,
+    power_below,
+    power_of,
+    product,
+    sequence_slots,
+    slot_tokens,
+)
 
 
 @triton.jit
@@ -78,20 +87,23 @@ def prepare_kernel(
     readout,
     inverse,
     decay,
+    powers,
     owners,
     cu_seqlens,
     T,
     H,
     N: tl.constexpr,
     C: tl.constexpr,
-    OPERAND: tl.constexpr,
+    WIDE: tl.constexpr,
+    FINE: tl.constexpr,
     PRECISION: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """Everything of a chunk that needs no state: M, c, R, y0, L_C, and X with KEEP.
+    """Everything of a chunk that needs no state: M, c, R, y0, L_C and, with KEEP, X.
 
-    X is stored without its unit diagonal; its first row, which is empty, holds L_C once more where
-    it fits, so that backward need not keep one more tensor.
+    c and R are stored divided by the powers of two in `powers`. X is stored without its unit
+    diagonal. Backward finds what else it needs of a chunk in X's empty triangle: L_C in the first
+    row where it fits, and below, in the last column, log2 of R's power and of the states'.
     """
     slot = tl.program_id(0) // H
     h = tl.program_id(0) % H
@@ -101,62 +113,65 @@ def prepare_kernel(
     t = tl.arange(0, C)
     n = tl.arange(0, N)
     rows = (t < left)[:, None]
-    tile = (start * H + h) * N + t[:, None] * (H * N) + n[None, :]
+    first = (start * H + h) * N
+    tile = t[:, None] * (H * N) + n[None, :]
     unit = slot.to(tl.int64) * H + h
 
-    log_decay, L, middle, rest = _log_decays(tl.load(w + tile, mask=rows, other=0.0), rows, C)
-    scale_in = tl.exp(middle)
-    scale_out = tl.exp(rest)
+    log_decay, L, middle, rest = _log_decays(
+        tl.load(w + first + tile, mask=rows, other=0.0), rows, C
+    )
+    scale_in = tl.exp(middle)[None, :]
+    scale_out = tl.exp(rest)[None, :]
     grow = tl.exp(-L)
-    k_in = narrow(tl.load(k + tile, mask=rows, other=0.0) * grow, OPERAND)
-    b_in = narrow(tl.load(b + tile, mask=rows, other=0.0) * grow, OPERAND)
-    a_out = tl.load(a + tile, mask=rows, other=0.0) * tl.exp(L - log_decay)
-    a_in = narrow(a_out, OPERAND)
-    r_out = tl.load(r + tile, mask=rows, other=0.0) * tl.exp(L)
-    r_in = narrow(r_out, OPERAND)
-    values = narrow(tl.load(v + tile, mask=rows, other=0.0), OPERAND)
+    r_raw = tl.load(r + first + tile, mask=rows, other=0.0)
+    k_raw = tl.load(k + first + tile, mask=rows, other=0.0)
+    v_raw = tl.load(v + first + tile, mask=rows, other=0.0)
+    r_power, r_shrink = power_below(r_raw)
+    k_power, k_shrink = power_below(k_raw)
+    v_power, v_shrink = power_below(v_raw)
+    k_out = k_raw * grow * k_shrink
+    b_out = tl.load(b + first + tile, mask=rows, other=0.0) * grow
+    a_out = tl.load(a + first + tile, mask=rows, other=0.0) * tl.exp(L - log_decay)
+    r_out = r_raw * tl.exp(L) * r_shrink
+    r_in = narrow(r_out, WIDE)
+    k_in = narrow(k_out, WIDE)
+    a_in = narrow(a_out, WIDE)
+    b_in = narrow(b_out, WIDE)
+    values = narrow(v_raw * v_shrink, FINE)
+    b_end = narrow(b_out * scale_out, FINE)
     tl.store(decay + unit * N + n, middle + rest)
+    tl.store(powers + unit * 2, r_power)
+    tl.store(powers + unit * 2 + 1, k_power * v_power)
 
     strict = t[:, None] > t[None, :]
     lower = t[:, None] >= t[None, :]
     A_ab = tl.where(strict, product(a_in, tl.trans(b_in)), 0.0)
-    X = narrow(_inverse_less_identity(A_ab, C, PRECISION), OPERAND)
+    X = narrow(_inverse_less_identity(A_ab, C, PRECISION), FINE)
     if KEEP:
-        square = unit * C * C + t[:, None] * C + t[None, :]
+        square = inverse + unit * C * C
+        tl.store(square + t[:, None] * C + t[None, :], X, mask=strict)
+        tl.store(square + 2 * C - 1, exponent_of(r_power))
         if C >= N:
-            tl.store(inverse + square, X, mask=t[:, None] > 0)
-            tl.store(inverse + unit * C * C + n, narrow(middle + rest, OPERAND))
-        else:
-            tl.store(inverse + square, X)
+            tl.store(square + n, middle + rest)
 
-    Xa = narrow(add_product(a_out, X, a_in), OPERAND)
-    M = product(tl.trans(Xa), b_in) * scale_in[:, None] * scale_out[None, :]
-    square = unit * N * N + n[:, None] * N + n[None, :]
-    tl.store(transition + square, narrow(M, OPERAND))
+    Xa = a_out * scale_in
+    Xa = narrow(add_product(Xa, X, narrow(Xa, FINE)), FINE)
+    square = n[:, None] * N + n[None, :]
+    tl.store(transition + unit * N * N + square, narrow(product(tl.trans(Xa), b_end), FINE))
 
-    A_rb = narrow(tl.where(lower, product(r_in, tl.trans(b_in)), 0.0), OPERAND)
-    R = add_product(r_out, A_rb, Xa) * scale_in[None, :]
-    tl.store(readout + unit * C * N + t[:, None] * N + n[None, :], narrow(R, OPERAND))
+    A_rb = narrow(tl.where(lower, product(r_in, tl.trans(b_in)), 0.0), FINE)
+    R = add_product(r_out * scale_in, A_rb, Xa)
+    tl.store(readout + unit * C * N + t[:, None] * N + n[None, :], narrow(R, FINE))
 
-    A_ak = narrow(tl.where(strict, product(a_in, tl.trans(k_in)), 0.0), OPERAND)
+    A_ak = narrow(tl.where(strict, product(a_in, tl.trans(k_in)), 0.0), FINE)
     u = product(A_ak, values)
-    u = narrow(add_product(u, X, narrow(u, OPERAND)), OPERAND)
-    A_rk = narrow(tl.where(lower, product(r_in, tl.trans(k_in)), 0.0), OPERAND)
-    y0 = add_product(product(A_rk, values), A_rb, u)
-    tl.store(y + tile, narrow(y0, OPERAND), mask=rows)
+    u = narrow(add_product(u, X, narrow(u, FINE)), FINE)
+    A_rk = narrow(tl.where(lower, product(r_in, tl.trans(k_in)), 0.0), FINE)
+    y0 = add_product(product(A_rk, values), A_rb, u) * (r_power * k_power * v_power)
+    tl.store(y + first + tile, narrow(y0, WIDE), mask=rows)
 
-    c = add_product(product(tl.trans(values), k_in), tl.trans(u), b_in) * scale_out[None, :]
-    tl.store(drive + square, narrow(c, OPERAND))
-
-
-@triton.jit
-def _add_product_fine(total, x, y, dtype: tl.constexpr):
-    """total + x @ y with x in float32: a bfloat16 y is multiplied by both halves of x."""
-    high = narrow(x, dtype)
-    total = add_product(total, high, y)
-    if dtype == tl.bfloat16:
-        total = add_product(total, narrow(x - high.to(tl.float32), dtype), y)
-    return total
+    c = product(tl.trans(values), narrow(k_out * scale_out, FINE))
+    tl.store(drive + unit * N * N + square, narrow(add_product(c, tl.trans(u), b_end), FINE))
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -166,8 +181,10 @@ def scan_kernel(
     drive,
     readout,
     decay,
+    powers,
     y,
     states,
+    inverse,
     final,
     cu_seqlens,
     T,
@@ -175,7 +192,8 @@ def scan_kernel(
     N: tl.constexpr,
     C: tl.constexpr,
     V: tl.constexpr,
-    OPERAND: tl.constexpr,
+    WIDE: tl.constexpr,
+    FINE: tl.constexpr,
     KEEP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -184,29 +202,34 @@ def scan_kernel(
     unit = tl.program_id(0) // blocks
     q = unit // H
     h = unit % H
-    first = tl.program_id(0) % blocks * V
+    block = tl.program_id(0) % blocks
     begin, length, slot = sequence_slots(q, cu_seqlens, T, C)
     t = tl.arange(0, C)
     n = tl.arange(0, N)
-    row = first + tl.arange(0, V)
-    ends = unit.to(tl.int64) * N * N + row[:, None] * N + n[None, :]
-    S = tl.load(initial + ends)
+    row = block * V + tl.arange(0, V)
+    square = row[:, None] * N + n[None, :]
+    ends = unit.to(tl.int64) * N * N
+    S = tl.load(initial + ends + square)
     for i in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
         one = (slot + i) * H + h
         M = tl.load(transition + one * N * N + n[:, None] * N + n[None, :])
-        c = tl.load(drive + one * N * N + row[:, None] * N + n[None, :])
+        c = tl.load(drive + one * N * N + square)
         R = tl.load(readout + one * C * N + t[None, :] * N + n[:, None])  # transposed
-        keep = tl.exp(tl.load(decay + one * N + n))
-        tokens = begin + i * C + t
-        out = y + (tokens[None, :] * H + h) * N + row[:, None]
+        keep = tl.exp(tl.load(decay + one * N + n))[None, :]
+        r_power = tl.load(powers + one * 2)
+        c_power = tl.load(powers + one * 2 + 1)
+        out = y + ((begin + i * C) * H + h) * N + t[None, :] * (H * N) + row[:, None]
         rows = (t < length - i * C)[None, :]
-        high = narrow(S, OPERAND)
+        y0 = tl.load(out, mask=rows, other=0.0)
+
+        power, shrink = power_below(S)
+        before = narrow(S * shrink, FINE)
         if KEEP:
-            tl.store(states + one * N * N + row[:, None] * N + n[None, :], high)
-        y0 = tl.load(out, mask=rows, other=0.0).to(tl.float32)
-        tl.store(out, narrow(add_product(y0, high, narrow(R, OPERAND)), OPERAND), mask=rows)
-        S = _add_product_fine(S * keep[None, :] + c.to(tl.float32), S, narrow(M, OPERAND), OPERAND)
-    tl.store(final + ends, S)
+            tl.store(states + one * N * N + square, before)
+            tl.store(inverse + (one * C + 3 + block) * C - 1, exponent_of(power))
+        tl.store(out, narrow(y0 + product(before, R) * (power * r_power), WIDE), mask=rows)
+        S = S * keep + c * c_power + product(before, M) * power
+    tl.store(final + ends + square, S)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -214,10 +237,11 @@ def reverse_scan_kernel(
     grad_final,
     transition,
     readout,
+    inverse,
     decay,
-    decay_stride,
     grad_y,
     grad_states,
+    grad_powers,
     grad_initial,
     cu_seqlens,
     T,
@@ -225,7 +249,7 @@ def reverse_scan_kernel(
     N: tl.constexpr,
     C: tl.constexpr,
     V: tl.constexpr,
-    OPERAND: tl.constexpr,
+    FINE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dS = dS' diag(e^L_C) + dS' M^T + dy^T R, from the last chunk to the first, for V rows."""
@@ -233,27 +257,115 @@ def reverse_scan_kernel(
     unit = tl.program_id(0) // blocks
     q = unit // H
     h = unit % H
-    first = tl.program_id(0) % blocks * V
+    block = tl.program_id(0) % blocks
     begin, length, slot = sequence_slots(q, cu_seqlens, T, C)
     t = tl.arange(0, C)
     n = tl.arange(0, N)
-    row = first + tl.arange(0, V)
-    ends = unit.to(tl.int64) * N * N + row[:, None] * N + n[None, :]
-    dS = tl.load(grad_final + ends)
+    row = block * V + tl.arange(0, V)
+    square = row[:, None] * N + n[None, :]
+    ends = unit.to(tl.int64) * N * N
+    dS = tl.load(grad_final + ends + square)
     chunks = tl.cdiv(length, C)
     for back in tl.range(0, chunks, num_stages=STAGES):
         i = chunks - 1 - back
         one = (slot + i) * H + h
         M = tl.load(transition + one * N * N + n[None, :] * N + n[:, None])  # transposed
         R = tl.load(readout + one * C * N + t[:, None] * N + n[None, :])
-        keep = tl.exp(tl.load(decay + one * decay_stride + n).to(tl.float32))
-        tokens = begin + i * C + t
+        if C >= N:
+            keep = tl.load(inverse + one * C * C + n).to(tl.float32)
+        else:
+            keep = tl.load(decay + one * N + n)
+        r_power = power_of(tl.load(inverse + one * C * C + 2 * C - 1))
         rows = (t < length - i * C)[None, :]
-        dy = tl.load(grad_y + (tokens[None, :] * H + h) * N + row[:, None], mask=rows, other=0.0)
-        tl.store(grad_states + one * N * N + row[:, None] * N + n[None, :], narrow(dS, OPERAND))
-        read = product(narrow(dy, OPERAND), narrow(R, OPERAND))
-        dS = _add_product_fine(dS * keep[None, :] + read, dS, narrow(M, OPERAND), OPERAND)
-    tl.store(grad_initial + ends, dS)
+        dy = grad_y + ((begin + i * C) * H + h) * N + t[None, :] * (H * N) + row[:, None]
+        dy = tl.load(dy, mask=rows, other=0.0)
+
+        power, shrink = power_below(dS)
+        after = narrow(dS * shrink, FINE)
+        tl.store(grad_states + one * N * N + square, after)
+        tl.store(grad_powers + one * blocks + block, power)
+        y_power, y_shrink = power_below(dy)
+        read = product(narrow(dy * y_shrink, FINE), R) * (y_power * r_power)
+        dS = dS * tl.exp(keep)[None, :] + product(after, M) * power + read
+    tl.store(grad_initial + ends + square, dS)
+
+
+@triton.jit
+def _row_gradients(
+    r,
+    w,
+    k,
+    v,
+    a,
+    b,
+    grad_y,
+    states,
+    grad_states,
+    inverse,
+    dv,
+    S_power,
+    dS_power,
+    tile,
+    rows,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    WIDE: tl.constexpr,
+    FINE: tl.constexpr,
+):
+    """The gradients that act on value rows: dv, which is stored, and what the others are made of.
+
+    Returns V, dy, u, dz as tiles of about 1, the powers of two they were divided by, and those of r
+    and k. dz is the gradient of A_ak V + a^ S^T.
+    """
+    t = tl.arange(0, C)
+    n = tl.arange(0, N)
+    square = n[:, None] * N + n[None, :]
+    strict = t[:, None] > t[None, :]
+    lower = t[:, None] >= t[None, :]
+    log_decay, L, middle, rest = _log_decays(tl.load(w + tile, mask=rows, other=0.0), rows, C)
+    grow = tl.exp(-L)
+    r_raw = tl.load(r + tile, mask=rows, other=0.0)
+    k_raw = tl.load(k + tile, mask=rows, other=0.0)
+    r_power, r_shrink = power_below(r_raw)
+    k_power, k_shrink = power_below(k_raw)
+    k_out = k_raw * grow * k_shrink
+    b_out = tl.load(b + tile, mask=rows, other=0.0) * grow
+    a_out = tl.load(a + tile, mask=rows, other=0.0) * tl.exp(L - log_decay)
+    r_in = narrow(r_raw * tl.exp(L) * r_shrink, WIDE)
+    k_in = narrow(k_out, WIDE)
+    A_ak = narrow(tl.where(strict, product(narrow(a_out, WIDE), tl.trans(k_in)), 0.0), FINE)
+    A_rk = narrow(tl.where(lower, product(r_in, tl.trans(k_in)), 0.0), FINE)
+    A_rb = product(r_in, tl.trans(narrow(b_out, WIDE)))
+    A_rb = narrow(tl.where(lower, A_rb, 0.0), FINE)
+    a_start = narrow(a_out * tl.exp(middle)[None, :], FINE)
+    b_end = narrow(b_out * tl.exp(rest)[None, :], FINE)
+    k_end = narrow(k_out * tl.exp(rest)[None, :], FINE)
+
+    v_raw = tl.load(v + tile, mask=rows, other=0.0)
+    v_power, v_shrink = power_below(v_raw)
+    values = narrow(v_raw * v_shrink, FINE)
+    X = tl.load(inverse + t[:, None] * C + t[None, :], mask=strict, other=0.0)
+    z = product(a_start, tl.trans(tl.load(states + square))) * S_power[None, :]
+    z += product(A_ak, values) * (k_power * v_power)
+    u_power, u_shrink = power_below(z)
+    z *= u_shrink
+    u = narrow(add_product(z, X, narrow(z, FINE)), FINE)
+
+    y_raw = tl.load(grad_y + tile, mask=rows, other=0.0)
+    y_power, y_shrink = power_below(y_raw)
+    dy = narrow(y_raw * y_shrink, FINE)
+    after = tl.trans(tl.load(grad_states + square))
+    dz = product(b_end, after) * dS_power[None, :]
+    dz += product(tl.trans(A_rb), dy) * (r_power * y_power)
+    z_power, z_shrink = power_below(dz)
+    dz *= z_shrink
+    dz = narrow(add_product(dz, tl.trans(X), narrow(dz, FINE)), FINE)
+
+    dvalues = product(k_end, after) * dS_power[None, :]
+    dvalues += product(tl.trans(A_ak), dz) * z_power
+    dvalues += product(tl.trans(A_rk), dy) * (r_power * y_power)
+    tl.store(dv + tile, narrow(dvalues * k_power, WIDE), mask=rows)
+    return values, dy, u, dz, r_power, k_power, v_power, y_power, u_power, z_power
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -267,6 +379,7 @@ def gradient_kernel(
     grad_y,
     states,
     grad_states,
+    grad_powers,
     inverse,
     dr,
     dw,
@@ -280,12 +393,17 @@ def gradient_kernel(
     H,
     N: tl.constexpr,
     C: tl.constexpr,
-    OPERAND: tl.constexpr,
+    V: tl.constexpr,
+    GRAD_V: tl.constexpr,
+    K: tl.constexpr,
+    WIDE: tl.constexpr,
+    FINE: tl.constexpr,
 ):
     """All gradients of one chunk, given the state before it and the gradient of the one after it.
 
     Where a factor meets itself in the sum for the decay (r dr, k dk, a da, b db), it is the same
-    rounded operand that made both products, so that what must cancel there cancels.
+    rounded operand that made both products, so that what must cancel there cancels. Gradients by
+    column of the state are made K columns at a time, to fit into registers.
     """
     slot = tl.program_id(0) // H
     h = tl.program_id(0) % H
@@ -295,72 +413,94 @@ def gradient_kernel(
     t = tl.arange(0, C)
     n = tl.arange(0, N)
     rows = (t < left)[:, None]
-    tile = (start * H + h) * N + t[:, None] * (H * N) + n[None, :]
-    unit = slot.to(tl.int64) * H + h
-    square = unit * N * N + n[:, None] * N + n[None, :]
-
-    log_decay, L, middle, rest = _log_decays(tl.load(w + tile, mask=rows, other=0.0), rows, C)
-    scale_in = tl.exp(middle)[None, :]
-    scale_out = tl.exp(rest)[None, :]
-    grow = tl.exp(-L)
-    k_out = tl.load(k + tile, mask=rows, other=0.0) * grow
-    b_out = tl.load(b + tile, mask=rows, other=0.0) * grow
-    a_out = tl.load(a + tile, mask=rows, other=0.0) * tl.exp(L - log_decay)
-    r_in = narrow(tl.load(r + tile, mask=rows, other=0.0) * tl.exp(L), OPERAND)
-    k_in = narrow(k_out, OPERAND)
-    b_in = narrow(b_out, OPERAND)
-    a_in = narrow(a_out, OPERAND)
-    values = narrow(tl.load(v + tile, mask=rows, other=0.0), OPERAND)
-    dy = narrow(tl.load(grad_y + tile, mask=rows, other=0.0), OPERAND)
-    S = narrow(tl.load(states + square), OPERAND)
-    dS = narrow(tl.load(grad_states + square), OPERAND)
-    X = inverse + unit * C * C + t[:, None] * C + t[None, :]
-    X = narrow(tl.load(X, mask=t[:, None] > 0, other=0.0), OPERAND)
-
     strict = t[:, None] > t[None, :]
     lower = t[:, None] >= t[None, :]
-    A = narrow(tl.where(strict, product(a_in, tl.trans(k_in)), 0.0), OPERAND)
-    z = add_product(product(A, values), narrow(a_out * scale_in, OPERAND), tl.trans(S))
-    u = narrow(add_product(z, X, narrow(z, OPERAND)), OPERAND)
+    first = (start * H + h) * N
+    unit = slot.to(tl.int64) * H + h
+    states += unit * N * N
+    grad_states += unit * N * N
+    inverse += unit * C * C
+    S_power = power_of(tl.load(inverse + (3 + n // V) * C - 1))
+    dS_power = tl.load(grad_powers + unit * (N // GRAD_V) + n // GRAD_V)
+    values, dy, u, dz, r_power, k_power, v_power, y_power, u_power, z_power = _row_gradients(
+        r + first,
+        w + first,
+        k + first,
+        v + first,
+        a + first,
+        b + first,
+        grad_y + first,
+        states,
+        grad_states,
+        inverse,
+        dv + first,
+        S_power,
+        dS_power,
+        t[:, None] * (H * N) + n[None, :],
+        rows,
+        C,
+        N,
+        WIDE,
+        FINE,
+    )
+    # The gradients of r and k stay divided by the power of r and k, like their operands.
+    dA_rk = product(dy, tl.trans(values)) * (r_power * y_power * k_power * v_power)
+    dA_rk = narrow(tl.where(lower, dA_rk, 0.0), WIDE)
+    dA_rb = product(dy, tl.trans(u)) * (r_power * y_power * u_power)
+    dA_rb = narrow(tl.where(lower, dA_rb, 0.0), WIDE)
+    dA_ak = product(dz, tl.trans(values)) * (z_power * k_power * v_power)
+    dA_ak = narrow(tl.where(strict, dA_ak, 0.0), WIDE)
+    dA_ab = product(dz, tl.trans(u)) * (z_power * u_power)
+    dA_ab = narrow(tl.where(strict, dA_ab, 0.0), WIDE)
+    S_most = tl.max(S_power, axis=0)
+    dS_most = tl.max(dS_power, axis=0)
+    dy = narrow(dy * (S_power / S_most)[None, :], FINE)
+    dz = narrow(dz * (S_power / S_most)[None, :], FINE)
+    values = narrow(values * (dS_power / dS_most)[None, :], FINE)
+    u = narrow(u * (dS_power / dS_most)[None, :], FINE)
+    for column in tl.range(0, N, K, num_stages=1):
+        columns = column + tl.arange(0, K)
+        square = n[:, None] * N + columns[None, :]
+        tile = t[:, None] * (H * N) + columns[None, :]
+        raw = tl.load(w + first + tile, mask=rows, other=0.0)
+        log_decay, L, middle, rest = _log_decays(raw, rows, C)
+        scale_in = tl.exp(middle)[None, :]
+        scale_out = tl.exp(rest)[None, :]
+        grow = tl.exp(-L)
+        r_out = tl.exp(L) / r_power
+        a_out = tl.exp(L - log_decay)
+        k_out = grow / k_power
+        r_in = narrow(tl.load(r + first + tile, mask=rows, other=0.0) * r_out, WIDE)
+        k_in = narrow(tl.load(k + first + tile, mask=rows, other=0.0) * k_out, WIDE)
+        a_in = narrow(tl.load(a + first + tile, mask=rows, other=0.0) * a_out, WIDE)
+        b_in = narrow(tl.load(b + first + tile, mask=rows, other=0.0) * grow, WIDE)
+        S = tl.load(states + square)
+        dS = tl.load(grad_states + square)
+        end = S.to(tl.float32) * dS.to(tl.float32) * (S_power * dS_power)[:, None]
+        end = tl.sum(end, axis=0)[None, :] * scale_in * scale_out
 
-    A_rb = narrow(tl.where(lower, product(r_in, tl.trans(b_in)), 0.0), OPERAND)
-    du = product(narrow(b_out * scale_out, OPERAND), tl.trans(dS))
-    du = add_product(du, tl.trans(A_rb), dy)
-    dz = narrow(add_product(du, tl.trans(X), narrow(du, OPERAND)), OPERAND)
+        grad = product(dy, S) * (scale_in * (r_power * y_power * S_most))
+        grad = add_product(add_product(grad, dA_rk, k_in), dA_rb, b_in)
+        tl.store(dr + first + tile, narrow(grad * r_out, WIDE), mask=rows)
+        dL = r_in.to(tl.float32) * grad
 
-    dvalues = product(narrow(k_out * scale_out, OPERAND), tl.trans(dS))
-    dvalues = add_product(dvalues, tl.trans(A), dz)
-    A_rk = narrow(tl.where(lower, product(r_in, tl.trans(k_in)), 0.0), OPERAND)
-    dvalues = add_product(dvalues, tl.trans(A_rk), dy)
-    tl.store(dv + tile, narrow(dvalues, OPERAND), mask=rows)
+        grad = product(dz, S) * (scale_in * (z_power * S_most))
+        grad = add_product(add_product(grad, dA_ak, k_in), dA_ab, b_in)
+        tl.store(da + first + tile, narrow(grad * a_out, WIDE), mask=rows)
+        before = a_in.to(tl.float32) * grad
+        dL += before
 
-    dA_rk = narrow(tl.where(lower, product(dy, tl.trans(values)), 0.0), OPERAND)
-    dA_rb = narrow(tl.where(lower, product(dy, tl.trans(u)), 0.0), OPERAND)
-    grad = product(dy, S) * scale_in
-    grad = add_product(add_product(grad, dA_rk, k_in), dA_rb, b_in)
-    tl.store(dr + tile, narrow(grad * tl.exp(L), OPERAND), mask=rows)
-    dL = r_in.to(tl.float32) * grad
+        grad = product(values, dS) * (scale_out * (k_power * v_power * dS_most))
+        end += tl.sum(k_in.to(tl.float32) * grad, axis=0)[None, :]
+        grad = add_product(add_product(grad, tl.trans(dA_rk), r_in), tl.trans(dA_ak), a_in)
+        tl.store(dk + first + tile, narrow(grad * k_out, WIDE), mask=rows)
+        dL -= k_in.to(tl.float32) * grad
 
-    dA_ak = narrow(tl.where(strict, product(dz, tl.trans(values)), 0.0), OPERAND)
-    dA_ab = narrow(tl.where(strict, product(dz, tl.trans(u)), 0.0), OPERAND)
-    grad = product(dz, S) * scale_in
-    grad = add_product(add_product(grad, dA_ak, k_in), dA_ab, b_in)
-    tl.store(da + tile, narrow(grad * tl.exp(L - log_decay), OPERAND), mask=rows)
-    before = a_in.to(tl.float32) * grad
-    dL += before
+        grad = product(u, dS) * (scale_out * (u_power * dS_most))
+        end += tl.sum(b_in.to(tl.float32) * grad, axis=0)[None, :]
+        grad = add_product(add_product(grad, tl.trans(dA_rb), r_in), tl.trans(dA_ab), a_in)
+        tl.store(db + first + tile, narrow(grad * grow, WIDE), mask=rows)
+        dL -= b_in.to(tl.float32) * grad
 
-    grad = product(values, dS) * scale_out
-    end = tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0)[None, :] * scale_in * scale_out
-    end += tl.sum(k_in.to(tl.float32) * grad, axis=0)[None, :]
-    grad = add_product(add_product(grad, tl.trans(dA_rk), r_in), tl.trans(dA_ak), a_in)
-    tl.store(dk + tile, narrow(grad * grow, OPERAND), mask=rows)
-    dL -= k_in.to(tl.float32) * grad
-
-    grad = product(u, dS) * scale_out
-    end += tl.sum(b_in.to(tl.float32) * grad, axis=0)[None, :]
-    grad = add_product(add_product(grad, tl.trans(dA_rb), r_in), tl.trans(dA_ab), a_in)
-    tl.store(db + tile, narrow(grad * grow, OPERAND), mask=rows)
-    dL -= b_in.to(tl.float32) * grad
-
-    dl = tl.cumsum(dL, axis=0, reverse=True) - before + end
-    tl.store(dw + tile, narrow(dl * log_decay, OPERAND), mask=rows)
+        dl = tl.cumsum(dL, axis=0, reverse=True) - before + end
+        tl.store(dw + first + tile, narrow(dl * log_decay, WIDE), mask=rows)
