@@ -94,29 +94,19 @@ def check(settings: Settings) -> None:
 
 def train(settings: Settings) -> int:
     """Prepare a run, print its plan and, unless it is a dry run, train."""
-    from data.store_cache import open_store
-    from data.token_store import split
     from rwkv.tokenizer import load_tokenizer
     from rwkv.training.model import read_config
 
-    model_flags, trainer, data = settings[ModelFlags], settings[TrainerFlags], settings[DataFlags]
+    model_flags, trainer = settings[ModelFlags], settings[TrainerFlags]
     device = choose_device(settings)
     vocab_size = model_flags.vocab_size
     if model_flags.load_model:
         vocab_size = read_config(model_flags).vocab_size
-    tokenizer = load_tokenizer(data.tokenizer or None, vocab_size)
+    tokenizer = load_tokenizer(settings[DataFlags].tokenizer or None, vocab_size)
     config = read_config(model_flags, tokenizer.vocab_size)
     layers = plan_layers(settings, config)
 
-    store, held_out = open_store(data.train_data_file, data, tokenizer), None
-    if data.val_data_file:
-        held_out = open_store(data.val_data_file, data, tokenizer)
-    elif data.val_fraction:
-        store, held_out = split(store, data.val_fraction, trainer.random_seed)
-    batches = Batches(
-        plan_batches(settings, store),
-        None if held_out is None else plan_batches(settings, held_out, training=False),
-    )
+    batches = open_data(settings, tokenizer)
     steps = count_steps(trainer, batches.training)
     for line in describe(settings, config, layers, batches.training, steps, device):
         say(line)
@@ -147,6 +137,23 @@ def plan_layers(settings: Settings, config: "RWKVConfig") -> "Plan":
             last = optimizer.lr_final if layer.lr_final is None else layer.lr_final
             check_rates(optimizer.lr_schedule, first, last, f"{layer.rule}: {name}")
     return plan
+
+
+def open_data(settings: Settings, tokenizer: "Tokenizer") -> Batches:
+    """The batches of the run's objective, from its files."""
+    from data.store_cache import open_store
+    from data.token_store import split
+
+    data = settings[DataFlags]
+    store, held_out = open_store(data.train_data_file, data, tokenizer), None
+    if data.val_data_file:
+        held_out = open_store(data.val_data_file, data, tokenizer)
+    elif data.val_fraction:
+        store, held_out = split(store, data.val_fraction, settings[TrainerFlags].random_seed)
+    return Batches(
+        plan_batches(settings, store),
+        None if held_out is None else plan_batches(settings, held_out, training=False),
+    )
 
 
 def plan_batches(settings: Settings, store: Any, *, training: bool = True) -> "BatchPlan":
@@ -393,14 +400,12 @@ def make_evaluation(
 ) -> Any:
     """The callback that measures the held-out loss and shows samples."""
     from data.datasets import make_loader
-    from losses.sft import evaluate_nll
-    from rwkv.training.evaluation import Evaluation, summarize_nll
+    from rwkv.training.evaluation import Evaluation
 
     every = settings[EvaluationFlags].val_every
     return Evaluation(
         batches=lambda rank: make_loader(held_out, rank, 0, held_out.steps_per_pass),
-        measure=lambda model, batch: evaluate_nll(model, batch, objective.chunks),
-        summarize=summarize_nll,
+        objective=objective,
         sample=make_sampler(settings, tokenizer),
         steps=lambda step: step in steps.epochs or bool(every and step % every == 0),
         step_log=log,
@@ -436,6 +441,7 @@ def make_sampler(
     if not flags.val_prompts:
         return None
     from rwkv.generate import generate
+    from rwkv.sampling_flags import Sampling
     from rwkv.templates import prompt_tokens
 
     lines = Path(flags.val_prompts).read_text(encoding="utf-8").splitlines()
@@ -443,8 +449,18 @@ def make_sampler(
     tokens = [prompt_tokens(line, settings[DataFlags], tokenizer) for line in prompts]
 
     def sample(model: "RWKV") -> list[str]:
-        answers = generate(model, tokens, tokenizer=tokenizer, max_tokens=flags.val_tokens)
-        return [f"  {p} -> {a!r}" for p, a in zip(prompts, answers, strict=True)]
+        answers = generate(
+            model,
+            tokens,
+            tokenizer=tokenizer,
+            max_tokens=flags.val_tokens,
+            stop=["\n\n"],
+            sampling=Sampling(temperature=0.0),
+        )
+        return [
+            f"  {prompt} -> {answer.text.strip()!r}"
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
     return sample
 

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: cross-entropy with label smoothing, and BlinkDL's L2Wrap."""
 
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,14 +54,23 @@ class SFT:
         loss, nll, hits = walk(model, batch, sums, self.chunks) / batch.count.clamp_min(1)
         return loss, {"nll": nll.detach(), "accuracy": hits.detach()}
 
+    def measure(self, model: LanguageModel, batch: TokenBatch) -> Tensor:
+        """(summed nll, correct tokens, scored tokens) of a held-out batch, [3], float64."""
 
-def evaluate_nll(model: Any, batch: TokenBatch, chunks: ChunkPlan | None = None) -> Tensor:
-    """(summed nll, correct tokens, scored tokens) of a batch, [3], float64, without gradient."""
+        def sums(hidden: Tensor, piece: TokenBatch) -> Tensor:
+            scores = score_tokens(model, hidden[piece.mask], piece.targets[piece.mask])
+            count = piece.mask.sum().to(scores.log_prob.dtype)
+            return torch.stack([-scores.log_prob.sum(), scores.hit.sum(), count])
 
-    def sums(hidden: Tensor, piece: TokenBatch) -> Tensor:
-        scores = score_tokens(model, hidden[piece.mask], piece.targets[piece.mask])
-        count = piece.mask.sum().to(scores.log_prob.dtype)
-        return torch.stack([-scores.log_prob.sum(), scores.hit.sum(), count])
+        with torch.no_grad():
+            return walk(model, batch, sums, self.chunks).double()
 
-    with torch.no_grad():
-        return walk(model, batch, sums, chunks).double()
+    def summarize(self, total: list[float]) -> dict[str, float]:
+        """From added-up measures: loss in nats a token, perplexity, share of tokens right."""
+        nll, correct, scored = total
+        loss = nll / max(scored, 1)
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "accuracy": correct / max(scored, 1),
+        }

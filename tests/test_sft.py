@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from losses import logprobs
 from losses.logprobs import score_logits, score_tokens
-from losses.sft import SFT, evaluate_nll, l2wrap, smoothed_nll
+from losses.sft import SFT, l2wrap, smoothed_nll
 from rwkv.batch import TokenBatch
 from rwkv.chunks import ChunkPlan, cut
 from rwkv.config import RWKVConfig, default_ranks
@@ -20,7 +20,7 @@ V = 37
 
 
 def small_model(version: int = 7, seed: int = 0) -> RWKV:
-    """Two layers whose every parameter differs from its start value, so that all gradients count."""
+    """Two layers with no parameter at its start value, so that all gradients count."""
     config = RWKVConfig(
         version=version,
         n_layer=2,
@@ -229,7 +229,7 @@ def test_log_probs_do_not_shift():
 def test_evaluation_is_the_training_loss_without_smoothing():
     model = small_model()
     batch = packed(TEXTS, COUNT)
-    nll, _, count = evaluate_nll(model, batch).tolist()
+    nll, _, count = SFT().measure(model, batch).tolist()
     _, metrics = SFT(smoothing=0.3)(model, batch)
     assert count == COUNT
     assert nll / COUNT == pytest.approx(metrics["nll"].item(), rel=1e-6)

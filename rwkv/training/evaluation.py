@@ -1,6 +1,5 @@
 """Held-out loss and samples while training."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv.training.distributed import sum_over_ranks
-from rwkv.training.lit import LitModel
+from rwkv.training.lit import LitModel, Objective
 from rwkv.training.step_log import StepLog
 
 
@@ -18,8 +17,7 @@ class Evaluation(pl.Callback):
 
     Args:
         batches: rank -> its held-out batches, made anew for each evaluation.
-        measure: (model, batch) -> quantities that add up over batches and ranks, [K].
-        summarize: the added-up quantities -> numbers for the log, their names without `val_`.
+        objective: what measures a batch and summarizes the added-up measures.
         sample: the model -> texts to show; None for none.
         steps: at which steps to evaluate.
         step_log: of the run.
@@ -29,13 +27,12 @@ class Evaluation(pl.Callback):
         self,
         *,
         batches: Callable[[int], Iterable[Any]],
-        measure: Callable[[nn.Module, Any], Tensor],
-        summarize: Callable[[list[float]], dict[str, float]],
+        objective: Objective,
         sample: Callable[[nn.Module], list[str]] | None,
         steps: Callable[[int], bool],
         step_log: StepLog,
     ):
-        self.batches, self.measure, self.summarize = batches, measure, summarize
+        self.batches, self.objective = batches, objective
         self.sample, self.steps, self.step_log = sample, steps, step_log
         self._done = -1
 
@@ -58,10 +55,10 @@ class Evaluation(pl.Callback):
             total: Tensor | None = None
             for held in self.batches(trainer.global_rank):
                 moved = trainer.strategy.batch_to_device(held, lit.device)
-                part = self.measure(lit.model, moved)
+                part = self.objective.measure(lit.model, moved)
                 total = part if total is None else total + part
             assert total is not None
-            numbers = self.summarize(sum_over_ranks(total).tolist())
+            numbers = self.objective.summarize(sum_over_ranks(total).tolist())
             texts = self.sample(lit.model) if self.sample else []
         lit.train(training)
         line = {f"val_{name}": value for name, value in numbers.items()}
@@ -75,11 +72,3 @@ class Evaluation(pl.Callback):
                 self.step_log.say(text)
         self.step_log.restart_clock()
         return line
-
-
-def summarize_nll(total: list[float]) -> dict[str, float]:
-    """(summed nll, correct, scored) -> loss in nats a token, perplexity, share correct."""
-    nll, correct, scored = total
-    loss = nll / max(scored, 1)
-    perplexity = math.exp(min(loss, 700.0))
-    return {"loss": loss, "perplexity": perplexity, "accuracy": correct / max(scored, 1)}

@@ -11,7 +11,21 @@ from torch.optim import Optimizer
 from rwkv.training.flags import OptimizerFlags
 from rwkv.training.optimizer import make_optimizer
 
-Objective = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
+
+class Objective(Protocol):
+    """What a run minimizes; losses/ has them."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch and its metrics; they add up over a step."""
+        ...
+
+    def measure(self, model: nn.Module, batch: Any) -> Tensor:
+        """Quantities of a held-out batch, [K]; they add up over batches and ranks."""
+        ...
+
+    def summarize(self, total: list[float]) -> dict[str, float]:
+        """From added-up measures to numbers for the log, their names without `val_`."""
+        ...
 
 
 class RateGroup(Protocol):
