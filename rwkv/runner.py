@@ -1,0 +1,136 @@
+"""What generate, chat and score share: the flags that name a model, and opening it.
+
+A tuned state is a file of `blocks.N.att.time_state`, [H, N, N], values on rows and keys on columns
+(RWKV-LM's kernels read it so in both versions; runners that keep keys on rows transpose it).
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rwkv.errors import InputError
+
+if TYPE_CHECKING:
+    from rwkv.checkpoint import TensorFile
+    from rwkv.model import RWKV
+    from rwkv.tokenizer import Tokenizer
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --load_model, --adapter, --alpha, --state, --tokenizer, --device, --dtype, --kernel."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--load_model", type=Path, required=True, help="the model's file or folder")
+    group.add_argument("--adapter", type=Path, help="an adapter file trained on it")
+    group.add_argument(
+        "--alpha", type=float, help="of LoRA and DoRA files that do not state it (RWKV-LM-RLHF's)"
+    )
+    group.add_argument("--state", type=Path, help="a tuned initial state")
+    group.add_argument(
+        "--tokenizer",
+        default="",
+        help="world, bytes, bytes:ENCODING or chars:CHARACTERS; if not given, by the vocabulary",
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    group.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 on a GPU, else fp32"
+    )
+    group.add_argument("--kernel", default="auto", help="backend of the wkv operator (auto)")
+
+
+def open_model(options: argparse.Namespace) -> "tuple[RWKV, Tokenizer]":
+    """The model and tokenizer that the flags of `add_model_arguments` name.
+
+    The adapter is merged into the weights, in the file's dtype, as `python -m peft.merge` does.
+
+    Raises:
+        InputError: a file is wrong, does not fit the model, or the device is not there.
+    """
+    import torch
+
+    from rwkv.checkpoint import config_of, load_model, read_tensors
+    from rwkv.ops import wkv6, wkv7
+    from rwkv.tokenizer import load_tokenizer
+
+    if options.kernel not in ("auto", *wkv6.BACKENDS, *wkv7.BACKENDS):
+        known = dict.fromkeys(("auto", *wkv7.BACKENDS, *wkv6.BACKENDS))
+        raise InputError(f"--kernel {options.kernel}: no such backend; choose {', '.join(known)}")
+    device = _device(options.device)
+    name = DTYPES.get(options.dtype, "float32" if device.type == "cpu" else "bfloat16")
+    dtype = getattr(torch, name)
+    config = config_of(read_tensors(options.load_model))
+    tokenizer = load_tokenizer(options.tokenizer or None, config.vocab_size)
+    model = load_model(options.load_model, device=device, dtype=dtype, backend=options.kernel)
+    model.requires_grad_(False).eval()
+    if options.adapter:
+        merge_adapter(model, options.load_model, options.adapter, options.alpha)
+    if options.state:
+        load_state(model, read_tensors(options.state))
+    return model, tokenizer
+
+
+def merge_adapter(model: "RWKV", base: Path, adapter: Path, alpha: float | None = None) -> None:
+    """Put an adapter's changes, and its tuned state if it has one, into a loaded model.
+
+    Raises:
+        InputError: the adapter's file is wrong or does not belong to the base's.
+    """
+    from peft.adapter_file import read_adapter
+    from peft.merging import merge
+    from rwkv.checkpoint import read_tensors, set_parameter
+
+    tensors, kinds, _ = read_adapter(adapter, alpha=alpha)
+    merged = merge(read_tensors(base), adapter, alpha=alpha)
+    changed = {f"{layer}.weight" for layer in kinds} | set(tensors)
+    for name, old in list(model.named_parameters()):
+        if name in changed:
+            set_parameter(model, name, merged[name].reshape(old.shape).to(old))
+    if any(name.endswith(".time_state") for name in tensors):
+        load_state(model, tensors)
+
+
+def load_state(model: "RWKV", tensors: "TensorFile") -> None:
+    """Give each layer its tuned initial wkv state; other tensors of the file are left alone.
+
+    Raises:
+        InputError: the file has no state, or one of another shape or number of layers.
+    """
+    import torch
+
+    config = model.config
+    expected = (config.n_head, config.head_size, config.head_size)
+    shapes = {n: shape for n, shape in tensors.shapes.items() if n.endswith(".att.time_state")}
+    if not shapes:
+        raise InputError(f"{tensors.path}: holds no time_state; name a file of a tuned state")
+    wanted = [f"blocks.{layer}.att.time_state" for layer in range(config.n_layer)]
+    if sorted(shapes) != sorted(wanted):
+        raise InputError(
+            f"{tensors.path}: has the states of {len(shapes)} layers, the model has "
+            f"{config.n_layer}; name a state tuned on this model"
+        )
+    for name in wanted:
+        if shapes[name] != expected:
+            raise InputError(
+                f"{tensors.path}: {name} is {list(shapes[name])}, the model's heads ask for "
+                f"{list(expected)}; name a state tuned on this model"
+            )
+        layer = model.get_submodule(name.removesuffix(".time_state"))
+        state = tensors[name].to(model.emb.weight.device, torch.float32, copy=True)
+        layer.time_state = torch.nn.Parameter(state, requires_grad=False)
+
+
+def _device(name: str):
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: no such device; choose auto, cpu or cuda") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; use --device cpu"
+        )
+    return device
