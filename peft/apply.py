@@ -8,6 +8,7 @@ from torch import nn
 from peft.flags import PeftFlags
 from peft.lora import lora_scale
 from peft.plan import STATE, Plan, make_plan
+from peft.quantized import read_store
 from peft.registry import ADAPTERS, make_adapter
 from peft.stores import make_store
 from rwkv.checkpoint import config_of, fill, read_tensors
@@ -29,7 +30,8 @@ def load_with_profile(
     model and one layer.
 
     Args:
-        path, device, dtype, backend: as for rwkv.checkpoint.load_model.
+        path, device, dtype, backend: as for rwkv.checkpoint.load_model; the file may be a
+            quantized one.
         flags: as for make_plan.
 
     Raises:
@@ -39,15 +41,21 @@ def load_with_profile(
     tensors = read_tensors(path)
     with torch.device("meta"):
         model = RWKV(config_of(tensors), backend)
-    plan = make_plan(model, flags)
+    quantized = {layer: entry["storage"] for layer, entry in tensors.quantized.items()}
+    plan = make_plan(model, flags, quantized)
     layer_of = {p: name for name, layer in plan.layers.items() for p in layer.parameters}
-    fill(
-        model,
-        tensors,
-        device=device,
-        dtype=dtype,
-        placed=lambda parameter: install(model, layer_of[parameter], plan),
-    )
+
+    def placed(parameter: str) -> None:
+        name = layer_of[parameter]
+        if name in quantized:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, Linear)
+            store = read_store(tensors, name).to(device)
+            store.dtype = dtype or store.dtype
+            layer.store_as(store)
+        install(model, name, plan)
+
+    fill(model, tensors, device=device, dtype=dtype, placed=placed)
     mark_trained(model, plan)
     return model, plan
 
@@ -72,8 +80,8 @@ def install(model: nn.Module, name: str, plan: Plan) -> None:
     if plan.layers[name].kind != "linear" or mine.mode == "full":
         return
     layer = model.get_submodule(name)
-    assert isinstance(layer, Linear) and layer.weight is not None
-    layer.weight.requires_grad_(False)
+    assert isinstance(layer, Linear)
+    layer.requires_grad_(False)
     late = mine.mode == "pissa"  # what it stores is the rest beside its first directions
     if not late:
         _store(layer, plan, name)
@@ -93,9 +101,8 @@ def install(model: nn.Module, name: str, plan: Plan) -> None:
 
 def _store(layer: Linear, plan: Plan, name: str) -> None:
     quant = plan.plans[name].quant
-    if quant is not None and quant != "none":
-        assert layer.weight is not None
-        layer.store_as(make_store(quant, layer.weight, double=plan.flags.quant_double))
+    if quant is not None and quant != "none" and layer.weight is not None:
+        layer.store_as(make_store(quant, layer.weight))
 
 
 def mark_trained(model: nn.Module, plan: Plan) -> None:

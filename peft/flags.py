@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from rwkv.flags import flag
 
-QUANT_MODES = ("nf4", "fp4", "int8", "fp8", "fp6", "fp6_e2m3", "fp5")
+QUANT_MODES = ("nf4", "nf4_double", "fp4", "int8", "fp8", "fp6", "fp6_e2m3", "fp5")
 QUANT_ALIASES = {"4bit": "nf4", "fp6ao": "fp6"}
 
 
@@ -32,6 +32,3 @@ class PeftFlags:
         choices=(*QUANT_MODES, *QUANT_ALIASES),
     )
     quant_head: bool = flag(False, "quantize the head too, if it is frozen")
-    quant_double: bool = flag(
-        False, "nf4 and fp4: quantize the scales too, 0.37 bits a weight less"
-    )

@@ -1,6 +1,6 @@
 """From a profile and flags to what happens to every layer of one model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,12 +73,16 @@ def model_layers(model: nn.Module) -> dict[str, Layer]:
     return layers
 
 
-def make_plan(model: nn.Module, flags: PeftFlags) -> Plan:
+def make_plan(
+    model: nn.Module, flags: PeftFlags, quantized: Mapping[str, str] | None = None
+) -> Plan:
     """Read the profile for this model; without one every layer trains in full.
 
     Args:
         model: without adapters; parameters may be on the meta device.
         flags: the profile's path, and what holds where it says nothing.
+        quantized: storage of the layers that the model's file holds in fewer bits already; it
+            outweighs profile and flags.
 
     Raises:
         InputError: the profile does not suit the model; the message names file, rule and layer.
@@ -87,10 +91,17 @@ def make_plan(model: nn.Module, flags: PeftFlags) -> Plan:
     if flags.layer_profile:
         plans = read_profile(flags.layer_profile, list(layers))
     else:
-        plans = dict.fromkeys(layers, LayerPlan(mode="full"))
-    return Plan(
-        layers, {name: _resolve(name, layers[name], plans[name], flags) for name in layers}, flags
-    )
+        plans = dict.fromkeys(layers, LayerPlan(mode="full", rule="without --layer_profile"))
+    resolved = {name: _resolve(name, layers[name], plans[name], flags) for name in layers}
+    for name, kind in (quantized or {}).items():
+        mode = resolved[name].mode
+        if mode in ("full", "pissa"):
+            raise InputError(
+                f"{resolved[name].rule}: {name} cannot be {mode!r}: the model file holds it as "
+                f"{kind}; choose freeze or another adapter, or load the model it was made from"
+            )
+        resolved[name] = replace(resolved[name], quant=kind)
+    return Plan(layers, resolved, flags)
 
 
 def _resolve(name: str, layer: Layer, plan: LayerPlan, flags: PeftFlags) -> LayerPlan:
@@ -148,7 +159,7 @@ def stored_bytes(plan: Plan, dtype: torch.dtype) -> dict[str, int]:
         quant = plan.plans[name].quant or "none"
         numbers = [torch.Size(shape).numel() for shape in trained_sizes(plan, name).values()]
         if quant != "none":
-            size = stored_size(quant, *layer.shape, double=plan.flags.quant_double)
+            size = stored_size(quant, *layer.shape)
             total[quant] = total.get(quant, 0) + size
         elif not plan.trains(name):
             numbers += [torch.Size(shape).numel() for shape in layer.parameters.values()]

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 class Store(nn.Module):
     """A frozen weight [out, in] kept as codes and scales.
 
-    A subclass quantizes in its constructor and gives `dense`; `output` may be replaced by a
-    product that works on the codes. Codes and scales are buffers of at least one dimension,
-    outside the state_dict, listed by `tensors`.
+    A subclass gives `size`, `quantize` and `dense`; it may replace the two products by ones that
+    work on the codes. Codes and scales are buffers of at least one dimension, outside the
+    state_dict, listed by `tensors`.
 
     Attributes:
         kind: the word for its format, such as nf4.
@@ -24,10 +24,26 @@ class Store(nn.Module):
     def __init__(self, kind: str, weight: Tensor):
         super().__init__()
         self.kind, self.shape, self.dtype = kind, tuple(weight.shape), weight.dtype
+        self.keep(self.quantize(weight.detach()))
+
+    @classmethod
+    def restored(
+        cls, kind: str, buffers: dict[str, Tensor], *, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> "Store":
+        """The store that `tensors` were taken from."""
+        store = cls.__new__(cls)
+        nn.Module.__init__(store)
+        store.kind, store.shape, store.dtype = kind, shape, dtype
+        store.keep(buffers)
+        return store
 
     @staticmethod
-    def size(out_features: int, in_features: int, **options: Any) -> int:
+    def size(kind: str, out_features: int, in_features: int) -> int:
         """Bytes that a weight [out, in] will occupy."""
+        raise NotImplementedError
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """Codes and scales of a weight, by name."""
         raise NotImplementedError
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -55,10 +71,10 @@ class Store(nn.Module):
         """Codes and scales by name: all that a file needs to hold."""
         return dict(self.named_buffers())
 
-    def keep(self, **buffers: Tensor) -> None:
-        """Hold codes and scales, by name."""
+    def keep(self, buffers: dict[str, Tensor]) -> None:
+        """Hold codes and scales."""
         for name, value in buffers.items():
-            self.register_buffer(name, value.detach().contiguous(), persistent=False)
+            self.register_buffer(name, value.contiguous(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Store":
         """Follow a move to a device, but no change of dtype.

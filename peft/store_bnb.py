@@ -28,28 +28,27 @@ class FourBitStore(Store):
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, kind: str, weight: Tensor, *, double: bool = False):
-        super().__init__(kind, weight)
-        codes, state = _functional().quantize_4bit(
-            weight.detach().contiguous(),
-            blocksize=BLOCK,
-            compress_statistics=double,
-            quant_type=kind,
-        )
-        self.keep(codes=codes, scale=state.absmax)
-        if double:
-            self.keep(
-                second=state.state2.absmax, table=state.state2.code, offset=state.offset.view(1)
-            )
-
     @staticmethod
-    def size(out_features: int, in_features: int, **options: Any) -> int:
+    def size(kind: str, out_features: int, in_features: int) -> int:
         weights = out_features * in_features
         scales = -(-weights // BLOCK)
+        if not _is_double(kind):
+            return -(-weights // 2) + 4 * scales
         seconds = -(-scales // BLOCK_OF_SCALES)
-        return -(-weights // 2) + (
-            scales + 4 * (seconds + 256 + 1) if options.get("double") else 4 * scales
+        return -(-weights // 2) + scales + 4 * (seconds + 256 + 1)
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        codes, state = _functional().quantize_4bit(
+            weight.contiguous(),
+            blocksize=BLOCK,
+            compress_statistics=_is_double(self.kind),
+            quant_type=_table_name(self.kind),
         )
+        buffers = {"codes": codes, "scale": state.absmax}
+        if _is_double(self.kind):
+            second = {"second": state.state2.absmax, "table": state.state2.code}
+            buffers |= second | {"offset": state.offset.view(1)}
+        return buffers
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         out: Tensor = _functional().dequantize_4bit(self.codes, self._state(dtype))
@@ -61,9 +60,9 @@ class FourBitStore(Store):
         first = functional.QuantState(
             absmax=buffers["scale"],
             shape=torch.Size(self.shape),
-            code=_table(self.kind, self.codes.device),
+            code=_table(_table_name(self.kind), self.codes.device),
             blocksize=BLOCK,
-            quant_type=self.kind,
+            quant_type=_table_name(self.kind),
             dtype=dtype,
         )
         if "second" in buffers:
@@ -76,6 +75,15 @@ class FourBitStore(Store):
             )
             first.nested = True
         return first
+
+
+def _is_double(kind: str) -> bool:
+    return kind.endswith("_double")
+
+
+def _table_name(kind: str) -> str:
+    """bitsandbytes' word for the codes: nf4 or fp4."""
+    return kind.removesuffix("_double")
 
 
 @cache

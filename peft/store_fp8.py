@@ -3,8 +3,6 @@
 Source: FP8 Formats for Deep Learning, arXiv:2209.05433.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -27,14 +25,13 @@ class Fp8Store(Store):
     codes: Tensor  # [out, in], float8_e4m3fn
     scale: Tensor  # [out, 1], float32
 
-    def __init__(self, kind: str, weight: Tensor):
-        super().__init__(kind, weight)
-        codes, scale = to_e4m3(weight.detach())
-        self.keep(codes=codes, scale=scale)
-
     @staticmethod
-    def size(out_features: int, in_features: int, **options: Any) -> int:
+    def size(kind: str, out_features: int, in_features: int) -> int:
         return out_features * in_features + 4 * out_features
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        codes, scale = to_e4m3(weight)
+        return {"codes": codes, "scale": scale}
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return (self.codes.float() * self.scale).to(dtype)

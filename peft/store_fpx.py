@@ -6,8 +6,6 @@ Source: OCP Microscaling Formats v1.0 for e3m2 and e2m3; FP6-LLM, arXiv:2401.141
 bits and for splitting the codes into a 4-bit and a narrow plane.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,32 +31,30 @@ class PackedFloatStore(Store):
     high: Tensor
     scale: Tensor
 
-    def __init__(self, kind: str, weight: Tensor):
-        super().__init__(kind, weight)
-        self.exponent_bits, self.mantissa_bits = FORMATS[kind]
-        flat = weight.detach().flatten().float()
+    @staticmethod
+    def size(kind: str, out_features: int, in_features: int) -> int:
+        bits = 1 + sum(FORMATS[kind])
+        blocks = -(-out_features * in_features // BLOCK)
+        return blocks * (BLOCK * bits // 8 + 2)
+
+    @property
+    def magnitude_bits(self) -> int:
+        """Of a code without its sign."""
+        return sum(FORMATS[self.kind])
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        flat = weight.flatten().float()
         blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
         grid = self._grid().to(blocks.device)
         scale = (blocks.abs().amax(dim=1) / grid[-1]).clamp_min(1e-30).to(torch.bfloat16)
         scaled = blocks / scale.float().unsqueeze(1)
         codes = torch.bucketize(scaled.abs(), (grid[1:] + grid[:-1]) / 2, out_int32=True)
-        codes |= (scaled < 0).int() << (self.exponent_bits + self.mantissa_bits)
-        low, high = _pack(codes.to(torch.uint8).flatten(), self.bits)
-        self.keep(low=low, high=high, scale=scale)
-
-    @property
-    def bits(self) -> int:
-        """Of one code."""
-        return 1 + self.exponent_bits + self.mantissa_bits
-
-    @staticmethod
-    def size(out_features: int, in_features: int, **options: Any) -> int:
-        bits = 1 + sum(FORMATS[options["kind"]])
-        blocks = -(-out_features * in_features // BLOCK)
-        return blocks * (BLOCK * bits // 8 + 2)
+        codes |= (scaled < 0).int() << self.magnitude_bits
+        low, high = _pack(codes.to(torch.uint8).flatten(), 1 + self.magnitude_bits)
+        return {"low": low, "high": high, "scale": scale}
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        codes = _unpack(self.low, self.high, self.bits)
+        codes = _unpack(self.low, self.high, 1 + self.magnitude_bits)
         values = self._values(codes).view(-1, BLOCK)
         # exact: at most 3 + 8 bits of mantissa before one rounding
         work = dtype if dtype == torch.bfloat16 else torch.float32
@@ -71,19 +67,20 @@ class PackedFloatStore(Store):
         A code is a float16 without its last bits and with fewer exponent bits, so moving it into
         place gives its value over 2^(15 - bias), subnormals included.
         """
-        magnitude_bits = self.exponent_bits + self.mantissa_bits
+        mantissa_bits = FORMATS[self.kind][1]
         wide = codes.to(torch.int16)
-        sign = (wide >> magnitude_bits) << 15
-        magnitude = (wide & ((1 << magnitude_bits) - 1)) << (HALF_MANTISSA - self.mantissa_bits)
+        sign = (wide >> self.magnitude_bits) << 15
+        magnitude = (wide & ((1 << self.magnitude_bits) - 1)) << (HALF_MANTISSA - mantissa_bits)
         return (sign | magnitude).view(torch.float16)
 
     def _one(self) -> float:
         """The power of two between a shifted code and its value."""
-        return 2.0 ** (HALF_BIAS - (2 ** (self.exponent_bits - 1) - 1))
+        exponent_bits = FORMATS[self.kind][0]
+        return 2.0 ** (HALF_BIAS - (2 ** (exponent_bits - 1) - 1))
 
     def _grid(self) -> Tensor:
         """The values of the codes without sign, rising, float32."""
-        codes = torch.arange(2 ** (self.exponent_bits + self.mantissa_bits), dtype=torch.uint8)
+        codes = torch.arange(2**self.magnitude_bits, dtype=torch.uint8)
         return self._values(codes).float() * self._one()
 
 

@@ -1,7 +1,5 @@
 """Row-wise int8 storage in plain torch."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,15 +15,14 @@ class Int8Store(Store):
     codes: Tensor  # [out, in], int8
     scale: Tensor  # [out, 1], float32
 
-    def __init__(self, kind: str, weight: Tensor):
-        super().__init__(kind, weight)
-        weight = weight.detach().float()
-        scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
-        self.keep(codes=torch.round(weight / scale).to(torch.int8), scale=scale)
-
     @staticmethod
-    def size(out_features: int, in_features: int, **options: Any) -> int:
+    def size(kind: str, out_features: int, in_features: int) -> int:
         return out_features * in_features + 4 * out_features
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        weight = weight.float()
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+        return {"codes": torch.round(weight / scale).to(torch.int8), "scale": scale}
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return (self.codes * self.scale).to(dtype)

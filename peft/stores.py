@@ -12,6 +12,7 @@ from peft.store import Store
 
 STORES = {  # word: (module, class)
     "nf4": ("peft.store_bnb", "FourBitStore"),
+    "nf4_double": ("peft.store_bnb", "FourBitStore"),
     "fp4": ("peft.store_bnb", "FourBitStore"),
     "int8": ("peft.store_int8", "Int8Store"),
     "fp8": ("peft.store_fp8", "Fp8Store"),
@@ -29,22 +30,15 @@ def store_class(kind: str) -> type[Store]:
     return cls
 
 
-def make_store(kind: str, weight: Tensor, *, double: bool = False) -> Store:
-    """Quantize a weight [out, in] where it lies.
-
-    Args:
-        kind: a key of STORES.
-        weight: any float dtype.
-        double: nf4 and fp4 quantize their scales too.
+def make_store(kind: str, weight: Tensor) -> Store:
+    """Quantize a weight [out, in] of any float dtype where it lies.
 
     Raises:
-        InputError: the weight's sides do not suit the format.
         RuntimeError: a package that the store needs is missing.
     """
-    options = {"double": double} if kind in ("nf4", "fp4") else {}
-    return store_class(kind)(kind, weight, **options)
+    return store_class(kind)(kind, weight)
 
 
-def stored_size(kind: str, out_features: int, in_features: int, *, double: bool = False) -> int:
+def stored_size(kind: str, out_features: int, in_features: int) -> int:
     """Bytes that a weight [out, in] will occupy, without making it."""
-    return store_class(kind).size(out_features, in_features, kind=kind, double=double)
+    return store_class(kind).size(kind, out_features, in_features)

@@ -31,13 +31,21 @@ UNREADABLE = (  # what torch.load raises over broken files
     TypeError,
     ValueError,
 )
+PARTS = ".store."  # between a quantized layer's name and the names of its codes and scales
 UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # written by some trainers
 
 
 class TensorFile(Mapping[str, Tensor]):
     """The tensors of a file or a folder of shards, read one by one as they are asked for.
 
-    `shapes` is known without reading a tensor. Keys come without DeepSpeed's prefix.
+    Keys come without DeepSpeed's prefix.
+
+    Attributes:
+        shapes: of every tensor, known without reading one.
+        quantized: what the `.json` of a quantized file (`python -m peft.quantize`) says of each
+            layer whose weight is stored in fewer bits. Its `LAYER.weight` has a shape here and
+            cannot be read; `parts` gives what stands for it.
+        base: the fingerprint of the model that a quantized file was made from, else None.
     """
 
     def __init__(self, path: Path | str):
@@ -57,8 +65,32 @@ class TensorFile(Mapping[str, Tensor]):
                     self.shapes[name] = tuple(opened.get_slice(key).get_shape())
         if not self.shapes:
             raise InputError(f"{self.path}: holds no tensors; is it the right file?")
+        metadata = read_metadata(self.path)
+        self.quantized: dict[str, dict[str, Any]] = metadata.get("quantized", {})
+        self.base: str | None = metadata.get("base") if self.quantized else None
+        for name in [name for name in self.shapes if PARTS in name]:
+            if name.partition(PARTS)[0] not in self.quantized:
+                raise InputError(
+                    f"{self.path}: is a quantized model without its "
+                    f"{self.path.with_suffix('.json').name}; put that file beside it"
+                )
+            del self.shapes[name]
+        for layer, entry in self.quantized.items():
+            self.shapes[f"{layer}.weight"] = tuple(entry["shape"])
+
+    def parts(self, layer: str) -> dict[str, Tensor]:
+        """The codes and scales of a quantized layer, by name."""
+        start = layer + PARTS
+        return {
+            name.removeprefix(start): self[name] for name in self._where if name.startswith(start)
+        }
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self.shapes and name not in self._where:
+            raise InputError(
+                f"{self.path}: {name} is quantized; such a file is for train.py --load_model, "
+                "name the model it was made from"
+            )
         opened, key = self._where[name]
         return opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
 
@@ -229,7 +261,7 @@ def fill(
         device, dtype: as for `load_model`.
         unused: keys of the file that the model may lack.
         placed: called with each parameter's name as soon as it holds its tensor; it may replace
-            that parameter's module.
+            that parameter's module. The weights of a quantized file are left to it.
 
     Raises:
         InputError: a tensor is missing, unexpected or of another shape.
@@ -245,6 +277,9 @@ def fill(
         ]
         raise InputError(f"{tensors.path}: {' and '.join(problems)}; is it a whole model file?")
     for name, parameter in names.items():
+        if placed is not None and name.removesuffix(".weight") in tensors.quantized:
+            placed(name)
+            continue
         tensor = tensors[name]
         if tensor.squeeze().shape != parameter.squeeze().shape:
             raise InputError(
@@ -318,8 +353,11 @@ def fingerprint(tensors: TensorFile) -> str:
     """A short hash that tells one model from another.
 
     It covers names, shapes, dtypes and 64 values of each tensor, so that it takes milliseconds
-    and is the same for a .pth and its .safetensors twin.
+    and is the same for a .pth and its .safetensors twin. A quantized file has that of the model
+    it was made from.
     """
+    if tensors.base is not None:
+        return tensors.base
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]

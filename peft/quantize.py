@@ -1,0 +1,75 @@
+"""Write a model with its linear layers in fewer bits, to load and train over without the original.
+
+    python -m peft.quantize --load_model MODEL.pth --quant_mode nf4 --output SMALL.pth
+
+train.py --load_model takes the file and uses its codes as they are. Merge adapters into the
+original model, which the file names by its fingerprint.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from peft.flags import QUANT_ALIASES, QUANT_MODES
+from rwkv.errors import InputError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m peft.quantize",
+        description="Write a model with its linear layers in fewer bits.",
+    )
+    parser.add_argument("--load_model", type=Path, required=True, help="the model")
+    parser.add_argument(
+        "--quant_mode", default="nf4", choices=(*QUANT_MODES, *QUANT_ALIASES), help="the storage"
+    )
+    parser.add_argument("--quant_head", action="store_true", help="quantize the head too")
+    parser.add_argument("--output", type=Path, required=True, help="the file to write")
+    parser.add_argument("--device", default="cpu", help="where to quantize: cpu or cuda")
+    options = parser.parse_args(argv)
+
+    import torch
+
+    from peft.adapter_file import project_version
+    from peft.plan import model_layers
+    from peft.quantized import quantize_tensors
+    from rwkv.checkpoint import config_of, fingerprint, read_tensors, write_tensors
+    from rwkv.model import RWKV
+
+    if options.output.resolve() == options.load_model.resolve():
+        raise InputError(f"--output {options.output}: is the model itself; choose another name")
+    tensors = read_tensors(options.load_model)
+    if tensors.quantized:
+        raise InputError(
+            f"{options.load_model}: is quantized already; name the model it was made from"
+        )
+    with torch.device("meta"):
+        layers = model_layers(RWKV(config_of(tensors)))
+    linear = {
+        name
+        for name, layer in layers.items()
+        if layer.kind == "linear" and (name != "head" or options.quant_head)
+    }
+    kind = QUANT_ALIASES.get(options.quant_mode, options.quant_mode)
+    written, described = quantize_tensors(tensors, linear, kind, options.device)
+    metadata = {
+        "kind": "quantized",
+        "project": project_version(),
+        "base": fingerprint(tensors),
+        "quantized": described,
+    }
+    write_tensors(options.output, written, metadata)
+    size, before = (
+        sum(t.numel() * t.element_size() for t in some.values()) for some in (written, tensors)
+    )
+    print(  # noqa: T201
+        f"{options.output}: {len(described)} layers as {kind}, "
+        f"{size / 1e6:,.1f} MB instead of {before / 1e6:,.1f} MB"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    from rwkv.cli import run
+
+    sys.exit(run(main))

@@ -1,0 +1,68 @@
+"""Quantized model files: some layers' weights as codes and scales, the rest as in the model.
+
+A layer `X` is held as `X.store.codes`, `X.store.scale` and so on; the `.json` beside the file says
+which storage, shape and dtype it has. rwkv.checkpoint knows the sizes, this module the codes.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft.store import Store
+from peft.stores import STORES, make_store, store_class
+from rwkv.checkpoint import PARTS, TensorFile
+from rwkv.errors import InputError
+
+
+def read_store(tensors: TensorFile, layer: str) -> Store:
+    """The store of one layer of a quantized file, bit for bit as it was written.
+
+    Raises:
+        InputError: the file is of a storage that this version does not know.
+    """
+    entry = tensors.quantized[layer]
+    kind = entry["storage"]
+    if kind not in STORES:
+        raise InputError(
+            f"{tensors.path}: {layer} is stored as {kind!r}, known are {', '.join(STORES)}; "
+            "quantize the model again"
+        )
+    return store_class(kind).restored(
+        kind,
+        tensors.parts(layer),
+        shape=tuple(entry["shape"]),
+        dtype=getattr(torch, entry["dtype"]),
+    )
+
+
+def quantize_tensors(
+    tensors: TensorFile, layers: Collection[str], kind: str, device: str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Quantize some layers of a model file.
+
+    Args:
+        tensors: the model.
+        layers: names of linear layers.
+        kind: a key of STORES.
+        device: where to quantize; one layer is there at a time.
+
+    Returns:
+        the tensors of the quantized file, and its metadata's `quantized`.
+    """
+    written: dict[str, Tensor] = {}
+    described: dict[str, Any] = {}
+    for name in tensors:
+        layer = name.removesuffix(".weight")
+        if layer not in layers:
+            written[name] = tensors[name]
+            continue
+        store = make_store(kind, tensors[name].to(device))
+        described[layer] = {
+            "storage": kind,
+            "shape": list(store.shape),
+            "dtype": str(store.dtype).removeprefix("torch."),
+        }
+        written |= {f"{layer}{PARTS}{n}": part.cpu() for n, part in store.tensors().items()}
+    return written, described

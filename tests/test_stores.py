@@ -1,0 +1,258 @@
+"""Stores: how far codes are from the weight, what they occupy, and that nothing changes them."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import peft.apply
+from peft.apply import install, load_with_profile
+from peft.flags import QUANT_MODES, PeftFlags
+from peft.plan import Plan
+from peft.quantize import main
+from peft.quantized import read_store
+from peft.store import Store
+from peft.store_fp8 import native_product
+from peft.store_fpx import FORMATS, PackedFloatStore
+from peft.stores import STORES, make_store, store_class, stored_size
+from rwkv.checkpoint import config_of, fingerprint, load_model, read_tensors, write_tensors
+from rwkv.config import LowRanks, RWKVConfig
+from rwkv.errors import InputError
+from rwkv.init import initialize
+from rwkv.linear import Linear
+from rwkv.model import RWKV
+
+OUT, IN = 96, 256
+kinds = pytest.mark.parametrize("kind", STORES)
+
+# relative error (root mean square) of 512 x 1024 Gaussian weights, measured, and bits a weight
+ERROR = {
+    "nf4": 0.0920,
+    "nf4_double": 0.0920,
+    "fp4": 0.1221,
+    "int8": 0.0079,
+    "fp8": 0.0264,
+    "fp6": 0.0500,
+    "fp6_e2m3": 0.0256,
+    "fp5": 0.0519,
+}
+BITS = {"nf4": 4.5, "nf4_double": 4.15, "fp4": 4.5, "int8": 8.1, "fp8": 8.1, "fp5": 5.3}
+BITS |= {"fp6": 6.3, "fp6_e2m3": 6.3}
+
+
+def weight(dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (OUT, IN)) -> torch.Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.float() - want.float()).norm() / want.float().norm()).item()
+
+
+def test_every_storage_has_a_flag_and_measured_numbers():
+    assert set(STORES) == set(QUANT_MODES) == set(ERROR) == set(BITS)
+
+
+@kinds
+def test_error_is_as_measured(kind):
+    w = weight(shape=(512, 1024))
+    error = relative(make_store(kind, w).dense(torch.float32), w)
+    assert error == pytest.approx(ERROR[kind], rel=0.03)
+
+
+@kinds
+def test_bits_are_as_stated(kind):
+    store = make_store(kind, weight(shape=(512, 1024)))
+    assert store.bytes() * 8 / (512 * 1024) <= BITS[kind]
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(OUT, IN), (12, 32), (7, 37)], ids=str)
+def test_any_shape_is_stored_in_the_size_foretold(kind, shape):
+    store = make_store(kind, weight(shape=shape))
+    assert store.dense(torch.float32).shape == shape
+    assert store.bytes() == stored_size(kind, *shape)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_product_and_gradient_are_those_of_the_dense_weight(kind, dtype):
+    store = make_store(kind, weight(dtype))
+    x = torch.randn(2, 3, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    outs = store.output(leaves[0]), F.linear(leaves[1], store.dense(dtype))
+    for out in outs:
+        out.square().sum().backward()
+    assert relative(outs[0], outs[1]) < 1e-6 and relative(leaves[0].grad, leaves[1].grad) < 1e-6
+
+
+@kinds
+def test_the_product_keeps_nothing_for_the_backward_pass(kind):
+    store, kept = make_store(kind, weight()), []
+    x = torch.randn(4, IN, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        store.output(x)
+    assert not kept
+
+
+@kinds
+@pytest.mark.parametrize(
+    "cast",
+    [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double(), lambda m: m.cpu()],
+    ids=["bfloat16", "half", "double", "cpu"],
+)
+def test_a_cast_of_the_model_leaves_the_codes_alone(kind, cast):
+    layer = Linear(IN, OUT)
+    layer.store_as(make_store(kind, weight()))
+    before = {name: part.clone() for name, part in layer.store.tensors().items()}
+    cast(torch.nn.Sequential(layer))
+    after = layer.store.tensors()
+    assert all(torch.equal(part, before[name]) for name, part in after.items())
+    assert [part.dtype for part in after.values()] == [part.dtype for part in before.values()]
+
+
+@kinds
+def test_zeros_stay_zeros(kind):
+    assert make_store(kind, torch.zeros(8, 64)).dense(torch.float32).abs().max() == 0
+
+
+@kinds
+def test_a_store_is_restored_bit_for_bit(kind):
+    store = make_store(kind, weight(torch.bfloat16))
+    again = store_class(kind).restored(kind, store.tensors(), shape=store.shape, dtype=store.dtype)
+    assert torch.equal(again.dense(torch.float32), store.dense(torch.float32))
+    assert (again.shape, again.dtype, again.bytes()) == (store.shape, store.dtype, store.bytes())
+
+
+def test_int8_error_bound():
+    """Half a step of 1/127 of the row's largest."""
+    w = weight()
+    error = (make_store("int8", w).dense(torch.float32) - w).abs()
+    assert (error <= w.abs().amax(dim=1, keepdim=True) / 254 * 1.001).all()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_values_of_a_format_are_kept_exactly(kind):
+    """Every code over one block: sign, exponent and mantissa written out; bias 2^(E-1) - 1."""
+    exponent_bits, mantissa_bits = FORMATS[kind]
+    bias, steps = 2 ** (exponent_bits - 1) - 1, 2**mantissa_bits
+    values = [
+        (m / steps) * 2.0 ** (1 - bias) if e == 0 else (1 + m / steps) * 2.0 ** (e - bias)
+        for e in range(2**exponent_bits)
+        for m in range(steps)
+    ]
+    block = torch.tensor([sign * v for v in values for sign in (1, -1)])
+    block = F.pad(block, (0, 64 - len(block))).view(1, 64)
+    assert torch.equal(make_store(kind, block).dense(torch.float32), block)
+    assert {"fp6": 28.0, "fp6_e2m3": 7.5, "fp5": 7.0}[kind] == max(values)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_weight_goes_to_the_nearest_value(kind):
+    w = weight(shape=(4, 64))
+    store = make_store(kind, w)
+    assert isinstance(store, PackedFloatStore)
+    grid = store._grid()
+    grid = torch.cat([-grid, grid]) * store.scale.float().unsqueeze(1)  # [blocks, values]
+    nearest = (w.unsqueeze(-1) - grid.unsqueeze(1)).abs().amin(dim=-1)
+    torch.testing.assert_close((w - store.dense(torch.float32)).abs(), nearest)
+
+
+def test_native_fp8_product_is_near_the_dense_one():
+    """Both factors have 3 bits of mantissa; torch runs the same product on a CPU."""
+    store = make_store("fp8", weight())
+    x = torch.randn(5, IN, generator=torch.Generator().manual_seed(1))
+    got = native_product(x, store.codes.T, store.scale.T)
+    assert relative(got, F.linear(x, store.dense(torch.float32))) < 4e-2
+
+
+def test_missing_bitsandbytes_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(RuntimeError, match="need bitsandbytes .*pip install bitsandbytes, or cho"):
+        make_store("nf4", weight())
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    config = RWKVConfig(
+        version=7, n_layer=2, n_embd=64, dim_ffn=256, vocab_size=64, head_size=16,
+        ranks=LowRanks(8, 8, 8, 8),
+    )  # fmt: skip
+    model = RWKV(config)
+    initialize(model)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    write_tensors(path, model.state_dict())
+    return path
+
+
+def stores_of(model: RWKV) -> dict[str, Store]:
+    return {n: m.store for n, m in model.named_modules() if getattr(m, "store", None) is not None}
+
+
+def profile(tmp_path, **keys) -> str:
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({"rules": [{"match": "blocks.*", **keys}]}))
+    return str(path)
+
+
+@kinds
+def test_a_quantized_file_holds_the_codes_that_training_makes(kind, model_file, tmp_path):
+    output = tmp_path / "small.pth"
+    command = ["--load_model", str(model_file), "--quant_mode", kind, "--output", str(output)]
+    assert main(command) == 0
+    layer_profile = profile(tmp_path, mode="lora", rank=8)
+    flags = PeftFlags(layer_profile=layer_profile, quant=True, quant_mode=kind)
+    made, _ = load_with_profile(model_file, flags)
+    read, plan = load_with_profile(output, PeftFlags(layer_profile=layer_profile))
+    assert len(stores_of(made)) == 12 and plan.plans["blocks.0.att.key"].quant == kind
+    for name, store in stores_of(made).items():
+        again = stores_of(read)[name].tensors()
+        assert all(
+            torch.equal(part, again[part_name]) for part_name, part in store.tensors().items()
+        )
+    for name, parameter in made.named_parameters():
+        if not name.endswith("lora_A"):
+            assert torch.equal(parameter, read.get_parameter(name))
+
+
+def test_a_quantized_file_belongs_to_its_model(model_file, tmp_path):
+    output = tmp_path / "small.safetensors"
+    main(["--load_model", str(model_file), "--quant_head", "--output", str(output)])
+    small = read_tensors(output)
+    assert fingerprint(small) == fingerprint(read_tensors(model_file))
+    assert config_of(small) == config_of(read_tensors(model_file))
+    assert "head" in small.quantized and read_store(small, "head").kind == "nf4"
+
+
+def test_a_quantized_file_is_not_read_as_a_model(model_file, tmp_path):
+    output = tmp_path / "small.pth"
+    main(["--load_model", str(model_file), "--output", str(output)])
+    with pytest.raises(InputError, match="att.receptance.weight is quantized; such a file is for"):
+        load_model(output)
+    with pytest.raises(InputError, match=r"small.pth: is quantized already; name the model it was"):
+        main(["--load_model", str(output), "--output", str(tmp_path / "again.pth")])
+    with pytest.raises(InputError, match=r"without --layer_profile: blocks.0.\S+ cannot be 'full'"):
+        load_with_profile(output, PeftFlags())
+    output.with_suffix(".json").unlink()
+    with pytest.raises(InputError, match=r"is a quantized model without its small\.json; put"):
+        read_tensors(output)
+
+
+def test_loading_holds_one_dense_layer_at_a_time(model_file, tmp_path, monkeypatch):
+    """Each weight is stored before the next one is read."""
+    most = 0
+
+    def counting(model: RWKV, name: str, plan: Plan) -> None:
+        nonlocal most
+        layers = [m for m in model.blocks.modules() if isinstance(m, Linear)]
+        dense = [m for m in layers if m.weight is not None and not m.weight.is_meta]
+        most = max(most, len(dense))
+        install(model, name, plan)
+
+    monkeypatch.setattr(peft.apply, "install", counting)
+    layer_profile = profile(tmp_path, mode="bone", rank=8, quant="int8")
+    model, _ = load_with_profile(model_file, PeftFlags(layer_profile=layer_profile))
+    assert most == 1 and len(stores_of(model)) == 12
