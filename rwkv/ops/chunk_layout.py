@@ -94,24 +94,27 @@ class ChunkLayout:
         return state.unflatten(0, (-1, self.H))[self._rank]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _layout(lengths: tuple[int, ...], H: int, C: int, device: torch.device) -> ChunkLayout:
     with torch.inference_mode(False):  # a later call may need gradients
         return ChunkLayout(lengths, H, C, device)
 
 
 def chunk_layout(x: Tensor, cu_seqlens: Tensor | None, C: int) -> ChunkLayout:
-    """The layout of x [B, T, H, N], or of the texts packed in it, in chunks of C tokens.
+    """The layout of x [B, T, H, N], or of the texts packed in it, in chunks of C tokens, or of the
+    power of two that holds the longest text if that is fewer.
 
     It is kept for the other layers, which ask for the same.
     """
     B, T, H, _ = x.shape
     lengths = [T] * B if cu_seqlens is None else text_lengths(cu_seqlens)
-    return _layout(tuple(lengths), H, C, x.device)
+    return _layout(tuple(lengths), H, min(C, 1 << (max(lengths) - 1).bit_length()), x.device)
 
 
 def _parts(steps: list[int], limit: int) -> list[Part]:
-    parts, begin, taken, total = [], 0, [], 0
+    parts: list[Part] = []
+    taken: list[int] = []
+    begin = total = 0
     for n in steps:
         if taken and total + n > limit:
             parts.append(Part(slice(begin, begin + total), taken))

@@ -13,6 +13,7 @@ blocks so short that one point serves; a single token in the worst case. No deca
 loses digits, nor does the gradient of a decay, to which only pairs on both sides of it add.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -49,48 +50,46 @@ class DecayedProducts:
         self.products = rate.new_zeros(P, len(self._x) * C, len(self._z) * C)
 
         used = rate.unflatten(1, (-1, size)).cumsum(2)  # [P, blocks, size, N]
-        middle, total = used[:, :, (size - 1) // 2], used[:, :, -1]  # [P, blocks, N]
+        middle = used[:, :, (size - 1) // 2]
         up = (middle.unsqueeze(2) - used).exp_()
         down = up.reciprocal()
-        # Where the block is one token, up before it may be huge, but multiplies a masked product.
-        up_before = _moved(up, middle.clamp(max=SPREAD).exp())
-        self._mask = rate.new_ones(len(self._x), size, 1, size, 1)
-        self._mask[: len(before), :, 0, :, 0].tril_(-1)
-        self._mask[len(before) :, :, 0, :, 0].tril_()
-        x, z = _blocks(self._x, size), _blocks(self._z, size)
-        self._within = _Pairs(x, self._weights(up_before, up), z, down)
-        torch.mul(self._within.products(), self._mask, out=self._spots(self.products, size))
+        to_middle = torch.exp(-middle)  # [P, blocks, N]
+        since = up * to_middle.unsqueeze(2)  # from the block's start through each token
+        until = down * up[:, :, -1:]  # after each token to the block's end
+        kept = since[:, :, -1]
+        self._within: _Pairs | None = None
+        if size > 1 or after:
+            # A block of one token may have a huge weight before it; its product is masked.
+            up_before = _moved(up, to_middle.reciprocal().clamp_(max=math.exp(SPREAD)))
+            x, z = _blocks(self._x, size), _blocks(self._z, size)
+            self._within = _Pairs(x, self._weights(up_before, up), z, down)
+            self._mask = rate.new_ones(len(self._x), size, 1, size, 1)
+            self._mask[: len(before), :, 0, :, 0].tril_(-1)
+            self._mask[len(before) :, :, 0, :, 0].tril_()
+            torch.mul(self._within.products(), self._mask, out=self._spots(self.products, size))
 
-        since = up * torch.exp(-middle).unsqueeze(2)  # from the block's start through each token
-        until = down * torch.exp(middle - total).unsqueeze(2)  # after each token to the end
-        kept = torch.exp(-total)
-        since_before = _moved(since, torch.ones_like(kept))
+        entry = self._weights(_moved(since, torch.ones_like(kept)), since)
         self._across: list[_Pairs] = []
         while size < C:
-            since, since_before, until, kept = (
-                weight.unflatten(1, (-1, 2)) for weight in (since, since_before, until, kept)
-            )
+            *entry, until, kept = (w.unflatten(1, (-1, 2)) for w in (*entry, until, kept))
             pairs = _Pairs(
                 [x[:, :, 1] for x in _halves(self._x, size)],
-                self._weights(since_before[:, :, 1], since[:, :, 1]),
+                [weight[:, :, 1] for weight in entry],
                 [z[:, :, 0] for z in _halves(self._z, size)],
                 until[:, :, 0],
             )
             self._spots(self.products, size, halves=True).copy_(pairs.products())
             self._across.append(pairs)
-            lower, upper = kept.unsqueeze(3).unbind(2)  # [P, blocks, 1, N]
-            later = torch.stack([torch.ones_like(lower), lower], dim=2)
-            earlier = torch.stack([upper, torch.ones_like(upper)], dim=2)
-            since, since_before, until = (
-                (weight * factor).flatten(2, 3)
-                for weight, factor in ((since, later), (since_before, later), (until, earlier))
-            )
+            one = torch.ones_like(kept[:, :, 0])
+            lower = torch.stack([one, kept[:, :, 0]], dim=2).unsqueeze(3)  # [P, blocks, 2, 1, N]
+            upper = torch.stack([kept[:, :, 1], one], dim=2).unsqueeze(3)
+            entry = [(weight * lower).flatten(2, 3) for weight in entry]
+            until = (until * upper).flatten(2, 3)
             kept = kept.prod(2)
             size *= 2
 
         self.kept = kept.squeeze(1)
-        self._entry = [weight.squeeze(1) for weight in self._weights(since_before, since)]
-        self._exit = until.squeeze(1)
+        self._entry, self._exit = [weight.squeeze(1) for weight in entry], until.squeeze(1)
         self.entry = rate.new_empty(P, len(self._x) * C, N)
         self.exit = rate.new_empty(P, len(self._z) * C, N)
         for x, weight, out in zip(self._x, self._entry, self.entry.split(C, 1), strict=True):
@@ -101,8 +100,7 @@ class DecayedProducts:
     def backward(
         self, products: Tensor, entry: Tensor, exit: Tensor, kept: Tensor
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """The gradients of the readers, the written and the log decay (minus the rate), from
-        those of the four attributes.
+        """The gradients of the readers, the written and the rate, from those of the attributes.
 
         The gradients of products that are 0 by definition are ignored.
         """
@@ -129,21 +127,22 @@ class DecayedProducts:
             since, until = since.flatten(1, 2), until.flatten(1, 2)
 
         own = self._own(dx)
-        up, down = self._within.backward(
-            self._spots(products, size) * self._mask, _blocks(dx, size), _blocks(dz, size)
-        )
-        if size == 1:  # where a pair of a token with itself adds nothing
-            return dx, dz, total + own
+        if self._within is not None:
+            up, down = self._within.backward(
+                self._spots(products, size) * self._mask, _blocks(dx, size), _blocks(dz, size)
+            )
+        if size == 1:  # where a pair of a token with itself has no decay
+            return dx, dz, -(total + own)
         # A token's decay is in the weights since of all later tokens and of its own readers after,
         # in those until of all earlier tokens, and in the total; down is the inverse of a since.
         since += up
         since -= down
         total = (total + since.sum(2)).unsqueeze(2)
-        log_decay = total - (since - until).cumsum(2) - until - down
-        return dx, dz, log_decay.flatten(1, 2) + self._own(dx)
+        rate = (since - until).cumsum(2).add_(until).add_(down).sub_(total).flatten(1, 2)
+        return dx, dz, rate - self._own(dx)
 
     def _own(self, dx: list[Tensor]) -> Tensor | float:
-        """The gradient of the log decays that readers after their token see as their own."""
+        """The gradient of each log decay from the readers after that same token."""
         after = slice(self._first_after, None)
         return _dot(dx[after], self._x[after]) if self._x[after] else 0.0
 

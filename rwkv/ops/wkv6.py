@@ -79,9 +79,10 @@ def wkv6(
             f"wkv6: state is {list(state.shape)}, expected [Q, H, N, N] = {[Q, H, N, N]}"
         )
     module = choose_backend("wkv6", BACKENDS, backend, v, cu_seqlens is not None).module
-    return module.run(
-        **{name: tensor.to(v.dtype) for name, tensor in inputs.items()},
-        u=u.to(v.dtype),
-        state=state.to(work),
-        cu_seqlens=cu_seqlens,
-    )
+    with torch.autocast(v.device.type, enabled=False):  # the backends choose their own precision
+        return module.run(
+            **{name: tensor.to(v.dtype) for name, tensor in inputs.items()},
+            u=u.to(v.dtype),
+            state=state.to(work),
+            cu_seqlens=cu_seqlens,
+        )

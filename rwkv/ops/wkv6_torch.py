@@ -23,7 +23,7 @@ from rwkv.ops.chunk_layout import ChunkLayout, Part, chunk_layout
 from rwkv.ops.decayed_products import DecayedProducts
 
 CHUNK = 32
-SHORTEST = 4  # tokens from which the chunks' fixed cost is less than the steps of the reference
+SHORTEST = 6  # tokens from which the chunks' fixed cost is less than the steps of the reference
 
 
 def why_not(sample: Tensor, packed: bool) -> str | None:
@@ -128,7 +128,7 @@ class _Local:
         """The gradients of r, w, k, v and u; S and dS are those at start and end."""
         d_products = torch.bmm(dy, self.v.mT)
         d_v = torch.bmm(self.products.mT, dy).baddbmm_(self.exit, dS.mT)
-        (d_r,), (d_k,), d_log = self.decayed.backward(
+        (d_r,), (d_k,), d_rate = self.decayed.backward(
             d_products, torch.bmm(dy, S), torch.bmm(self.v, dS), (S * dS).sum(1)
         )
         own = d_products.diagonal(dim1=1, dim2=2).unsqueeze(-1)  # [P, C, 1]
@@ -136,5 +136,5 @@ class _Local:
         d_u = (own_k * self.r).sum(1).unflatten(0, (-1, self.H)).sum(0)
         d_r.addcmul_(own_k, self.u)
         d_k.addcmul_(own * self.r, self.u)
-        d_w = (d_log * -self.rate).masked_fill_(self.rate == self.highest, 0)
+        d_w = (d_rate * self.rate).masked_fill_(self.rate == self.highest, 0)
         return [d_r, d_w, d_k, d_v, d_u]

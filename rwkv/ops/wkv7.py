@@ -42,7 +42,8 @@ def wkv7(
         r, k, v: receptance, key and value, each [B, T, H, N]. Every input is read in v's dtype;
             under autocast they may arrive in several.
         w: decay before its double exponential, [B, T, H, N]; a step keeps exp(-exp(w)) of the
-            state, a share in (0, 1). RWKV-7 gives w <= -0.5.
+            state, a share in (0, 1). RWKV-7 gives w <= -0.5, and the GPU kernels may
+            rely on it.
         a: direction read from the state, [B, T, H, N]; RWKV-7 passes -kk.
         b: direction written back, [B, T, H, N]; RWKV-7 passes kk * iclr.
         state: S_0 of each sequence, [Q, H, N, N], values on rows and keys on columns, float32,
@@ -79,8 +80,9 @@ def wkv7(
             f"wkv7: state is {list(state.shape)}, expected [Q, H, N, N] = {[Q, H, N, N]}"
         )
     module = choose_backend("wkv7", BACKENDS, backend, v, cu_seqlens is not None).module
-    return module.run(
-        **{name: tensor.to(v.dtype) for name, tensor in inputs.items()},
-        state=state.to(work),
-        cu_seqlens=cu_seqlens,
-    )
+    with torch.autocast(v.device.type, enabled=False):  # the backends choose their own precision
+        return module.run(
+            **{name: tensor.to(v.dtype) for name, tensor in inputs.items()},
+            state=state.to(work),
+            cu_seqlens=cu_seqlens,
+        )

@@ -25,7 +25,7 @@ from rwkv.ops.chunk_layout import ChunkLayout, Part, chunk_layout
 from rwkv.ops.decayed_products import DecayedProducts
 
 CHUNK = 32  # measured on two cores: 16 and 64 take 1.0 to 1.3 times as long
-SHORTEST = 4  # tokens from which the chunks' fixed cost is less than the steps of the reference
+SHORTEST = 6  # tokens from which the chunks' fixed cost is less than the steps of the reference
 
 
 def why_not(sample: Tensor, packed: bool) -> str | None:
@@ -152,11 +152,11 @@ class _Local:
         """The gradients of r, w, k, v, a and b; S and dS are those at start and end."""
         C = self.C
         d_v = d_uv[:, C:].baddbmm(self.products[:, :C, C:].mT, d_made[:, :C])
-        (d_a, d_r), (d_b, d_k), d_log = self.decayed.backward(
+        (d_a, d_r), (d_b, d_k), d_rate = self.decayed.backward(
             torch.bmm(d_made, self.uv.mT),
             torch.bmm(d_made, S),
             torch.bmm(self.uv, dS),
             (S * dS).sum(1),
         )
-        d_w = (d_log * -self.rate).masked_fill_(self.rate == self.highest, 0)
+        d_w = (d_rate * self.rate).masked_fill_(self.rate == self.highest, 0)
         return [d_r, d_w, d_k, d_v, d_a, d_b]
