@@ -6,6 +6,10 @@ Source: OCP Microscaling Formats v1.0 for e3m2 and e2m3; FP6-LLM, arXiv:2401.141
 bits and for splitting the codes into a 4-bit and a narrow plane.
 """
 
+import importlib
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,12 +58,25 @@ class PackedFloatStore(Store):
         return {"low": low, "high": high, "scale": scale}
 
     def dense(self, dtype: torch.dtype) -> Tensor:
+        total = self.shape[0] * self.shape[1]
+        kernel = _kernel() if self.low.is_cuda else None
+        if kernel is not None:
+            return kernel.unpack(
+                self.low,
+                self.high,
+                self.scale,
+                total=total,
+                one=self._one(),
+                bits=FORMATS[self.kind],
+                block=BLOCK,
+                dtype=dtype,
+            ).view(self.shape)
         codes = _unpack(self.low, self.high, 1 + self.magnitude_bits)
         values = self._values(codes).view(-1, BLOCK)
         # exact: at most 3 + 8 bits of mantissa before one rounding
         work = dtype if dtype == torch.bfloat16 else torch.float32
         out = values.to(work) * self.scale.to(work).unsqueeze(1) * self._one()
-        return out.flatten()[: self.shape[0] * self.shape[1]].view(self.shape).to(dtype)
+        return out.flatten()[:total].view(self.shape).to(dtype)
 
     def _values(self, codes: Tensor) -> Tensor:
         """What codes (uint8) mean, over `_one`, float16.
@@ -82,6 +99,15 @@ class PackedFloatStore(Store):
         """The values of the codes without sign, rising, float32."""
         codes = torch.arange(2**self.magnitude_bits, dtype=torch.uint8)
         return self._values(codes).float() * self._one()
+
+
+@cache
+def _kernel() -> ModuleType | None:
+    """The Triton kernel's module, or None on a machine without Triton."""
+    try:
+        return importlib.import_module("peft.fpx_triton")
+    except ImportError:
+        return None
 
 
 def _pack(codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:

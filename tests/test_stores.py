@@ -15,7 +15,7 @@ from peft.quantize import main
 from peft.quantized import read_store
 from peft.store import Store
 from peft.store_fp8 import native_product
-from peft.store_fpx import FORMATS, PackedFloatStore
+from peft.store_fpx import BLOCK, FORMATS, PackedFloatStore
 from peft.stores import STORES, make_store, store_class, stored_size
 from rwkv.checkpoint import config_of, fingerprint, load_model, read_tensors, write_tensors
 from rwkv.config import LowRanks, RWKVConfig
@@ -165,6 +165,60 @@ def test_native_fp8_product_is_near_the_dense_one():
     x = torch.randn(5, IN, generator=torch.Generator().manual_seed(1))
     got = native_product(x, store.codes.T, store.scale.T)
     assert relative(got, F.linear(x, store.dense(torch.float32))) < 4e-2
+
+
+def kernel_device() -> str:
+    """Where the Triton kernel runs; on a CPU it is interpreted, which cuts bfloat16 off."""
+    if torch.cuda.is_available():
+        return "cuda"
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+    return "cpu"
+
+
+@pytest.mark.parametrize("shape", [(7, 37), (16, 256)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_kernel_unpacks_what_torch_unpacks(kind, dtype, shape):
+    device = kernel_device()
+    from peft import fpx_triton
+
+    store = make_store(kind, weight(shape=shape))
+    want, store = store.dense(dtype), store.to(device)
+    planes = (store.low, store.high, store.scale)
+    got = fpx_triton.unpack(
+        *planes, total=shape[0] * shape[1], one=store._one(), bits=FORMATS[kind], block=BLOCK,
+        dtype=dtype,
+    )  # fmt: skip
+    atol = 2**-7 * want.abs().max().item() if (device, dtype) == ("cpu", torch.bfloat16) else 0
+    torch.testing.assert_close(got.cpu().view(shape), want, rtol=0, atol=atol)
+
+
+@pytest.mark.gpu
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_stores_and_unpacks_as_a_cpu_does(kind, dtype):
+    w = weight(dtype)
+    here, there = make_store(kind, w), make_store(kind, w.cuda())
+    moved = make_store(kind, w).cuda()
+    assert torch.equal(moved.dense(dtype).cpu(), here.dense(dtype))
+    assert relative(there.dense(torch.float32).cpu(), here.dense(torch.float32)) < 2e-3
+
+
+@pytest.mark.gpu
+@kinds
+def test_products_on_a_gpu_are_near_the_dense_ones(kind):
+    """Only fp8 rounds the activations and gradients as well: 3 bits of mantissa."""
+    store = make_store(kind, weight(torch.bfloat16).cuda())
+    x = torch.randn(64, IN, generator=torch.Generator().manual_seed(1)).cuda().bfloat16()
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    outs = store.output(leaves[0]), F.linear(leaves[1], store.dense(torch.bfloat16))
+    grad = torch.randn_like(outs[0])
+    for out in outs:
+        out.backward(grad)
+    bound = 4e-2 if kind == "fp8" else 1e-6
+    assert relative(outs[0], outs[1]) < bound and relative(leaves[0].grad, leaves[1].grad) < bound
 
 
 def test_missing_bitsandbytes_is_named(monkeypatch):
