@@ -145,8 +145,8 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
     except UnicodeDecodeError as error:
-        where = f"{path}:{error.object.count(b'\n', 0, error.start) + 1}"
-        raise InputError(f"{where}: not UTF-8; save the file as UTF-8") from None
+        before = error.object.count(b"\n", 0, error.start)
+        raise InputError(f"{path}:{before + 1}: not UTF-8; save the file as UTF-8") from None
     if kind == ".txt":
         yield str(path), text
         return
