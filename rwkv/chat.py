@@ -103,8 +103,9 @@ class Chat:
                     break
                 if not taken:
                     piece = piece.lstrip(" ")
-                taken += piece
-                yield piece
+                if piece:
+                    taken += piece
+                    yield piece
         finally:
             self._close(ended_by)
             self.messages.append(Message("assistant", taken.strip()))

@@ -75,7 +75,11 @@ class Score(NamedTuple):
 
 
 def score_texts(
-    model: "RWKV", texts: Sequence[Text], tokenizer: "Tokenizer | None" = None
+    model: "RWKV",
+    texts: Sequence[Text],
+    tokenizer: "Tokenizer | None" = None,
+    *,
+    piece: int = 4096,
 ) -> list[Score]:
     """The score of each text, in their order.
 
@@ -83,6 +87,7 @@ def score_texts(
         model: on any device; it is in eval mode meanwhile.
         texts: of any lengths; see rwkv.reading.read_texts.
         tokenizer: to count bytes; without it they are 0.
+        piece: tokens that the model reads at once.
     """
     from rwkv.generate import evaluating
     from rwkv.reading import read_texts
@@ -90,7 +95,8 @@ def score_texts(
     scores = [Score() for _ in texts]
     long = [n for n, text in enumerate(texts) if any(text.scored[1:])]
     with evaluating(model):
-        for spans, hidden, _ in read_texts(model, [texts[n].tokens[:-1] for n in long]):
+        rows = [texts[n].tokens[:-1] for n in long]
+        for spans, hidden, _ in read_texts(model, rows, piece=piece):
             begin = 0
             for text, start, stop in spans:
                 of_text = hidden[begin : begin + stop - start]
