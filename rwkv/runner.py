@@ -76,18 +76,17 @@ def merge_adapter(model: "RWKV", base: Path, adapter: Path, alpha: float | None 
     Raises:
         InputError: the adapter's file is wrong or does not belong to the base's.
     """
-    from peft.adapter_file import read_adapter
-    from peft.merging import merge
+    from peft.merging import merge, open_pair
     from rwkv.checkpoint import read_tensors, set_parameter
 
-    tensors, kinds, _ = read_adapter(adapter, alpha=alpha)
-    merged = merge(read_tensors(base), adapter, alpha=alpha)
-    changed = {f"{layer}.weight" for layer in kinds} | set(tensors)
+    pair = open_pair(read_tensors(base), adapter, alpha=alpha)
+    merged = merge(pair)
+    changed = {f"{layer}.weight" for layer in pair.kinds} | set(pair.whole)
     for name, old in list(model.named_parameters()):
         if name in changed:
             set_parameter(model, name, merged[name].reshape(old.shape).to(old))
-    if any(name.endswith(".time_state") for name in tensors):
-        load_state(model, tensors)
+    if any(name.endswith(".time_state") for name in pair.adapter):
+        load_state(model, pair.adapter)
 
 
 def load_state(model: "RWKV", tensors: "TensorFile") -> None:
