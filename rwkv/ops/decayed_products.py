@@ -61,8 +61,12 @@ class DecayedProducts:
         if size > 1 or after:
             # A block of one token may have a huge weight before it; its product is masked.
             up_before = _moved(up, to_middle.reciprocal().clamp_(max=math.exp(SPREAD)))
-            x, z = _blocks(self._x, size), _blocks(self._z, size)
-            self._within = _Pairs(x, self._weights(up_before, up), z, down)
+            self._within = _Pairs(
+                _blocks(self._x, size),
+                self._weights(up_before, up),
+                _blocks(self._z, size),
+                down,
+            )
             self._mask = rate.new_ones(len(self._x), size, 1, size, 1)
             self._mask[: len(before), :, 0, :, 0].tril_(-1)
             self._mask[len(before) :, :, 0, :, 0].tril_()

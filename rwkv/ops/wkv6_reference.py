@@ -26,14 +26,14 @@ def run(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if cu_seqlens is None:
-        return _one(r, w, k, v, u, state)
+        return _one(r, w, k, v, state, u)
     lengths = text_lengths(cu_seqlens)
     texts = zip(*(t.split(lengths, dim=1) for t in (r, w, k, v)), state.split(1), strict=True)
-    ys, states = zip(*(_one(*tensors, u, S) for *tensors, S in texts), strict=True)
+    ys, states = zip(*(_one(r, w, k, v, S, u) for r, w, k, v, S in texts), strict=True)
     return torch.cat(ys, dim=1), torch.cat(states)
 
 
-def _one(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+def _one(r: Tensor, w: Tensor, k: Tensor, v: Tensor, S: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     kept = torch.exp(-torch.exp(w.to(S.dtype).clamp(max=BEYOND)))
     # As columns over the state's rows (values) and rows over its columns (keys), step by step.
     columns = [x.to(S.dtype).unsqueeze(-1).unbind(1) for x in (r, v)]  # [B, H, N, 1]
