@@ -82,6 +82,7 @@ def adapter_metadata(
         "base": base,
         "profile": plan.flags.layer_profile,
         "layers": layers,
+        "storage": {n: mine.quant for n, mine in plan.plans.items() if mine.quant != "none"},
         "flags": dict(flags or {}),
     }
 
@@ -98,7 +99,7 @@ def _layer_metadata(
         entry["rank"] = plan.rank
     if module.MODE == "bone":
         entry["variant"] = "row"
-    return entry | {"storage": plan.quant}
+    return entry
 
 
 def project_version() -> str:

@@ -29,6 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--other_base", action="store_true", help="allow a base it was not trained on"
     )
+    parser.add_argument(
+        "--as_trained",
+        action="store_true",
+        help="merge into the weights as training over quantized ones saw them, not the base's own",
+    )
     parser.add_argument("--device", default="cpu", help="where to compare: cpu or cuda")
     parser.add_argument(
         "--tolerance",
@@ -39,14 +44,21 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     from peft.adapter_file import project_version
-    from peft.merging import compare, merge
+    from peft.merging import compare, merge, open_pair
     from rwkv.checkpoint import fingerprint, read_tensors, write_tensors
 
     if options.output.resolve() in (options.base.resolve(), options.adapter.resolve()):
         raise InputError(f"--output {options.output}: is an input too; choose another name")
     base = read_tensors(options.base)
-    merged = merge(base, options.adapter, alpha=options.alpha, other_base=options.other_base)
-    difference = compare(base, options.adapter, merged, alpha=options.alpha, device=options.device)
+    pair = open_pair(
+        base,
+        options.adapter,
+        alpha=options.alpha,
+        other_base=options.other_base,
+        as_trained=options.as_trained,
+    )
+    merged = merge(pair)
+    difference = compare(pair, merged, device=options.device)
     if not difference.kl <= options.tolerance:
         raise InputError(
             f"{options.output}: not written: {difference}; --tolerance is "

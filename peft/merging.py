@@ -12,12 +12,29 @@ from peft.adapter import AdapterLinear
 from peft.adapter_file import AdapterKind, read_adapter
 from peft.plan import STATE
 from peft.registry import make_adapter
+from peft.stores import make_store
 from rwkv.checkpoint import TensorFile, config_of, fill, fingerprint, set_parameter
 from rwkv.errors import InputError
 from rwkv.linear import Linear
 from rwkv.model import RWKV
 
 TOKENS = 96  # of the fixed text that both models read
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A base model's file and an adapter's that belongs to it.
+
+    kinds: the adapter of each adapted layer.
+    whole: keys of tensors that replace the base's; a tuned state is none of them.
+    storage: layers to take quantized and back, as the training saw them.
+    """
+
+    base: TensorFile
+    adapter: TensorFile
+    kinds: Mapping[str, AdapterKind]
+    whole: tuple[str, ...]
+    storage: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -41,133 +58,148 @@ class Difference:
         )
 
 
-def merge(
-    base: TensorFile, adapter: Path, *, alpha: float | None = None, other_base: bool = False
-) -> dict[str, Tensor]:
-    """The base's tensors with the adapter's changes, in the base's dtypes, in its order.
+def open_pair(
+    base: TensorFile,
+    path: Path,
+    *,
+    alpha: float | None = None,
+    other_base: bool = False,
+    as_trained: bool = False,
+) -> Pair:
+    """Read an adapter file and check it against its base.
 
     Args:
         base: the model's file.
-        adapter: an adapter file; see peft.adapter_file.read_adapter.
+        path: the adapter's; see peft.adapter_file.read_adapter.
         alpha: for adapter files that do not state it.
         other_base: allow a base that the adapter was not trained on.
+        as_trained: merge into the weights as the training saw them, quantized and back, where it
+            ran over quantized ones; else into the base's own.
 
     Raises:
         InputError: the adapter does not fit the base.
     """
-    tensors, kinds, metadata = read_adapter(adapter, alpha=alpha)
+    adapter, kinds, metadata = read_adapter(path, alpha=alpha)
     if metadata and not other_base and metadata.get("base") != fingerprint(base):
         raise InputError(
-            f"{adapter}: was trained on the base {metadata.get('base')}, {base.path} is "
+            f"{path}: was trained on the base {metadata.get('base')}, {base.path} is "
             f"{fingerprint(base)}; name the base it was trained on, or add --other_base"
         )
-    merged = dict(base)
-    for layer, kind in kinds.items():
-        merged[f"{layer}.weight"] = _merged_layer(base, tensors, layer, kind, adapter)
-    for name in _whole(tensors, kinds):
-        merged[name] = _replaced(base, tensors, name, adapter)
+    whole = tuple(
+        name
+        for name in adapter
+        if name.rpartition(".")[0] not in kinds and not name.endswith(f".{STATE}")
+    )
+    for name in (*whole, *(f"{layer}.weight" for layer in kinds)):
+        if name not in base:
+            raise InputError(f"{path}: changes {name}, which {base.path} lacks; name its own base")
+        if name in whole and _squeezed(adapter.shapes[name]) != _squeezed(base.shapes[name]):
+            raise InputError(
+                f"{path}: {name} is {list(adapter.shapes[name])}, in {base.path} it is "
+                f"{list(base.shapes[name])}; name the base it was trained on"
+            )
+    storage = metadata.get("storage") if as_trained else {}
+    if storage is None:
+        raise InputError(f"{path}: does not say how the base was stored; drop --as_trained")
+    for layer in storage:
+        if metadata["layers"].get(layer, {}).get("trained_as") == "pissa":
+            raise InputError(
+                f"{path}: {layer}: PiSSA stored another weight than the base's; drop --as_trained"
+            )
+    return Pair(base, adapter, kinds, whole, storage)
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+@torch.no_grad()
+def merge(pair: Pair) -> dict[str, Tensor]:
+    """The base's tensors with the adapter's changes, in the base's dtypes, in its order.
+
+    Raises:
+        InputError: an adapter's shapes do not fit the weight.
+    """
+    merged = dict(pair.base)
+    for layer in pair.kinds.keys() | pair.storage.keys():
+        key = f"{layer}.weight"
+        linear = _linear(pair, layer, pair.base[key].float())
+        merged[key] = linear.merged_weight().to(pair.base[key].dtype)
+    for name in pair.whole:
+        old = pair.base[name]
+        merged[name] = pair.adapter[name].reshape(old.shape).to(old.dtype)
     return merged
 
 
-def _whole(tensors: TensorFile, kinds: Mapping[str, AdapterKind]) -> list[str]:
-    """The keys of tensors that replace the base's; a tuned state is none of them."""
-    return [
-        name
-        for name in tensors
-        if name.rpartition(".")[0] not in kinds and not name.endswith(f".{STATE}")
-    ]
-
-
-def _merged_layer(
-    base: TensorFile, tensors: TensorFile, layer: str, kind: AdapterKind, adapter: Path
-) -> Tensor:
-    key = f"{layer}.weight"
-    if key not in base:
-        raise InputError(f"{adapter}: adapts {layer}, which {base.path} lacks; name its own base")
-    weight = base[key]
+def _linear(pair: Pair, layer: str, weight: Tensor) -> Linear:
+    """A layer over `weight`, with the pair's store and adapter for it."""
     with torch.device("meta"):
         linear = Linear(weight.shape[1], weight.shape[0])
-    linear.weight = nn.Parameter(weight.float(), requires_grad=False)
-    with torch.no_grad():
-        return _adapted(linear, tensors, layer, kind).merged_weight().to(weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if layer in pair.storage:
+        linear.store_as(make_store(pair.storage[layer], weight))
+    return _adapted(pair, layer, linear) if layer in pair.kinds else linear
 
 
-def _adapted(linear: Linear, tensors: TensorFile, layer: str, kind: AdapterKind) -> AdapterLinear:
-    """The layer with the file's adapter over it, in the layer's dtype."""
+def _adapted(pair: Pair, layer: str, linear: Linear) -> AdapterLinear:
+    kind, path = pair.kinds[layer], pair.adapter.path
     try:
         built = make_adapter(kind.mode, linear, rank=kind.rank, scale=kind.scale)
     except InputError as error:
-        raise InputError(f"{tensors.path}: {layer}: {error}") from None
+        raise InputError(f"{path}: {layer}: {error}") from None
     for part in built.PARTS:
-        found, expected = tensors.shapes[f"{layer}.{part}"], tuple(getattr(built, part).shape)
+        found = pair.adapter.shapes[f"{layer}.{part}"]
+        expected = tuple(getattr(built, part).shape)
         if found != expected:
             raise InputError(
-                f"{tensors.path}: {layer}.{part} is {list(found)}, over a "
+                f"{path}: {layer}.{part} is {list(found)}, over a "
                 f"[{linear.out_features}, {linear.in_features}] weight it would be "
                 f"{list(expected)}; name the base it was trained on"
             )
-    built.load({part: tensors[f"{layer}.{part}"] for part in built.PARTS})
+    built.load({part: pair.adapter[f"{layer}.{part}"] for part in built.PARTS})
     return built
 
 
-def _replaced(base: TensorFile, tensors: TensorFile, name: str, adapter: Path) -> Tensor:
-    if name not in base:
-        raise InputError(f"{adapter}: holds {name}, which {base.path} lacks; name its own base")
-    old, new = base[name], tensors[name]
-    if old.squeeze().shape != new.squeeze().shape:
-        raise InputError(
-            f"{adapter}: {name} is {list(new.shape)}, in {base.path} it is {list(old.shape)}; "
-            "name the base it was trained on"
-        )
-    return new.reshape(old.shape).to(old.dtype)
-
-
-def adapted_model(base: TensorFile, adapter: Path, *, alpha: float | None, device: str) -> RWKV:
-    """The base with the adapter beside it, in float32, to compare a merged model with."""
-    with torch.device("meta"):
-        model = RWKV(config_of(base))
-    fill(model, base, device=device, dtype=torch.float32)
-    tensors, kinds, _ = read_adapter(adapter, alpha=alpha)
-    for layer, kind in kinds.items():
-        linear = model.get_submodule(layer)
-        assert isinstance(linear, Linear)
-        model.set_submodule(layer, _adapted(linear, tensors, layer, kind))
-    for name in _whole(tensors, kinds):
-        shape = model.get_parameter(name).shape
-        set_parameter(model, name, tensors[name].to(device, torch.float32).reshape(shape))
-    return model
-
-
-def compare(
-    base: TensorFile,
-    adapter: Path,
-    merged: Mapping[str, Tensor],
-    *,
-    alpha: float | None = None,
-    device: str = "cpu",
-) -> Difference:
+def compare(pair: Pair, merged: Mapping[str, Tensor], *, device: str = "cpu") -> Difference:
     """Let base with adapter, then the merged weights, read the same tokens in float32.
 
     One model is in memory at a time.
     """
-    config = config_of(base)
+    vocab_size = config_of(pair.base).vocab_size
     draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (1, TOKENS), generator=draw).to(device)
+    tokens = torch.randint(vocab_size, (1, TOKENS), generator=draw).to(device)
+    before = _logits(_adapted_model(pair, device), tokens)
+    after = _logits(_merged_model(pair, merged, device), tokens)
+    gap = (after - before).abs()
+    kl = F.kl_div(
+        after.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    agreement = (after.argmax(-1) == before.argmax(-1)).float().mean()
+    return Difference(gap.max().item(), gap.mean().item(), kl.item(), agreement.item())
 
-    def logits(model: RWKV) -> Tensor:
-        with torch.no_grad():
-            return model.logits(model(tokens)[0])[0].cpu()
 
-    adapted = logits(adapted_model(base, adapter, alpha=alpha, device=device))
+@torch.no_grad()
+def _logits(model: RWKV, tokens: Tensor) -> Tensor:
+    """[T, V]."""
+    return model.logits(model(tokens)[0])[0].cpu()
+
+
+def _adapted_model(pair: Pair, device: str) -> RWKV:
     with torch.device("meta"):
-        model = RWKV(config)
+        model = RWKV(config_of(pair.base))
+    fill(model, pair.base, device=device, dtype=torch.float32)
+    for layer in pair.kinds.keys() | pair.storage.keys():
+        model.set_submodule(layer, _linear(pair, layer, model.get_parameter(f"{layer}.weight")))
+    for name in pair.whole:
+        shape = model.get_parameter(name).shape
+        set_parameter(model, name, pair.adapter[name].to(device, torch.float32).reshape(shape))
+    return model
+
+
+def _merged_model(pair: Pair, merged: Mapping[str, Tensor], device: str) -> RWKV:
+    with torch.device("meta"):
+        model = RWKV(config_of(pair.base))
     for name, parameter in list(model.named_parameters()):
         value = merged[name].to(device, torch.float32).reshape(parameter.shape)
         set_parameter(model, name, value)
-    after = logits(model)
-    gap = (after - adapted).abs()
-    kl = F.kl_div(
-        after.log_softmax(-1), adapted.log_softmax(-1), log_target=True, reduction="batchmean"
-    )
-    agreement = (after.argmax(-1) == adapted.argmax(-1)).float().mean()
-    return Difference(gap.max().item(), gap.mean().item(), kl.item(), agreement.item())
+    return model

@@ -11,7 +11,7 @@ from peft.apply import load_with_profile
 from peft.flags import PeftFlags
 from peft.layer_profile import ADAPTER_MODES
 from peft.merge import main
-from peft.merging import compare, merge
+from peft.merging import compare, merge, open_pair
 from rwkv.checkpoint import fingerprint, load_model, read_metadata, read_tensors, write_tensors
 from rwkv.config import LowRanks, RWKVConfig
 from rwkv.errors import InputError
@@ -101,7 +101,7 @@ def test_training_goes_on_from_a_file(mode, base, tmp_path):
 
 def test_full_training_is_merged_whole(base, tmp_path):
     model, adapter = saved(base, tmp_path, PeftFlags())
-    merged = merge(read_tensors(base), adapter)
+    merged = merge(open_pair(read_tensors(base), adapter))
     want = model.state_dict()
     assert merged.keys() == want.keys()
     assert all(torch.equal(merged[name], want[name]) for name in want)
@@ -119,9 +119,9 @@ def test_a_dtype_of_fewer_bits_is_kept(base, tmp_path):
     tensors = {name: tensor.bfloat16() for name, tensor in read_tensors(base).items()}
     write_tensors(narrow, tensors)
     _, adapter = saved(narrow, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode="lora")))
-    merged = merge(read_tensors(narrow), adapter)
+    merged = merge(open_pair(read_tensors(narrow), adapter))
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
-    difference = compare(read_tensors(narrow), adapter, merged)
+    difference = compare(open_pair(read_tensors(narrow), adapter), merged)
     assert 0 < difference.kl < 1e-3 and difference.agreement > 0.9
 
 
@@ -131,18 +131,18 @@ def test_unused_keys_of_the_base_are_kept(base, tmp_path):
     tensors = dict(read_tensors(base)) | {"blocks.0.att.v0": torch.ones(1, 1, 32)}
     write_tensors(wide, tensors)
     _, adapter = saved(wide, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode="bone")))
-    merged = merge(read_tensors(wide), adapter)
+    merged = merge(open_pair(read_tensors(wide), adapter))
     assert list(merged) == list(tensors) and torch.equal(
         merged["blocks.0.att.v0"], tensors["blocks.0.att.v0"]
     )
-    assert compare(read_tensors(wide), adapter, merged).kl < 1e-6
+    assert compare(open_pair(read_tensors(wide), adapter), merged).kl < 1e-6
 
 
 def test_a_tuned_state_is_not_part_of_the_model(base, tmp_path):
     model, metadata = trained(base, PeftFlags(layer_profile=profile(tmp_path, mode="bone")))
     tensors = trained_tensors(model) | {"blocks.0.att.time_state": torch.zeros(2, 16, 16)}
     write_tensors(tmp_path / "a.pth", tensors, metadata)
-    assert "blocks.0.att.time_state" not in merge(read_tensors(base), tmp_path / "a.pth")
+    assert "blocks.0.att.time_state" not in merge(open_pair(read_tensors(base), tmp_path / "a.pth"))
 
 
 def test_files_without_metadata_need_alpha_alone(base, tmp_path):
@@ -181,8 +181,33 @@ def test_another_base_is_refused(base, tmp_path):
     with pytest.raises(
         InputError, match=r"adapter.pth: was trained on the base \w+, .*other.pth is"
     ):
-        merge(read_tensors(other), adapter)
-    assert merge(read_tensors(other), adapter, other_base=True)
+        merge(open_pair(read_tensors(other), adapter))
+    assert merge(open_pair(read_tensors(other), adapter, other_base=True))
+
+
+@pytest.mark.parametrize("mode", ["lora", "dora", "bone"])
+def test_merging_as_trained_keeps_the_quantized_weights(mode, base, tmp_path):
+    """Else the merged model is another than the one that was trained over 4 bits."""
+    keys = {"match": "blocks.*", "mode": mode, "quant": "nf4", "train_small": False}
+    model, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, **keys)))
+    outputs = [tmp_path / "trained.pth", tmp_path / "plain.pth"]
+    for output, more in zip(outputs, (["--as_trained"], []), strict=True):
+        command = ["--base", str(base), "--adapter", str(adapter), "--output", str(output)]
+        assert main([*command, *more]) == 0
+    trained, plain = (logits(load_model(path, backend="reference")) for path in outputs)
+    torch.testing.assert_close(trained, logits(model), rtol=1e-3, atol=1e-4)
+    assert (plain - trained).abs().max() > 1e-2
+
+
+def test_merging_as_trained_needs_the_file_to_say_how(base, tmp_path):
+    path = tmp_path / "rwkv-0.pth"
+    write_tensors(path, {"head.bone": torch.zeros(4, 8, 8)})
+    with pytest.raises(InputError, match="does not say how the base was stored; drop --as_tr"):
+        open_pair(read_tensors(base), path, as_trained=True)
+    keys = {"mode": "pissa", "quant": "int8"}
+    _, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, **keys)))
+    with pytest.raises(InputError, match="PiSSA stored another weight than the base's; drop"):
+        open_pair(read_tensors(base), adapter, as_trained=True)
 
 
 def test_an_output_that_is_an_input_is_refused(base, tmp_path):
@@ -220,11 +245,11 @@ def test_a_profile_that_does_not_fit_the_file_is_refused(base, tmp_path, change,
     [
         ({"blocks.0.ffn.expert_0.key.lora_A_expert_0": (8, 32)}, "mixture-of-experts adapters are"),
         ({"blocks.0.att.key.lora_A": (8, 32)}, "att.key: holds lora_A alone"),
-        ({"blocks.9.att.key.bone": (4, 8, 8)}, "adapts blocks.9.att.key, which .* lacks"),
+        ({"blocks.9.att.key.bone": (4, 8, 8)}, "changes blocks.9.att.key.weight, which .* lacks"),
         ({"head.bone": (2, 8, 8)}, r"head.bone is \[2, 8, 8\], over a \[24, 32\] weight it would"),
         ({"head.bone": (2, 16, 16)}, "head: bone: rank 16 does not divide both sides"),
         ({"emb.weight": (24, 16)}, r"emb.weight is \[24, 16\], in .* it is \[24, 32\]"),
-        ({"extra": (3,)}, "holds extra, which .* lacks"),
+        ({"extra": (3,)}, "changes extra, which .* lacks"),
         ({"head.bone": (4, 8, 8), "head.weight": (24, 32)}, "an adapter for head and its whole"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
@@ -233,7 +258,7 @@ def test_files_that_do_not_fit_are_named(base, tmp_path, tensors, message):
     path = tmp_path / "odd.pth"
     write_tensors(path, {name: torch.zeros(shape) for name, shape in tensors.items()})
     with pytest.raises(InputError, match=message):
-        merge(read_tensors(base), path)
+        merge(open_pair(read_tensors(base), path))
 
 
 def test_real_models_merge_within_the_tolerance(assets, tmp_path):
