@@ -2,16 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rwkv.batch import TokenBatch
+from rwkv.batch import TeacherBatch, TokenBatch
 from rwkv.state import LayerState, State
 
-Sums = Callable[[Tensor, TokenBatch], Tensor]
+Batch = TypeVar("Batch", TokenBatch, TeacherBatch)
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,16 @@ class ChunkPlan:
     offload: bool = False
 
 
-def walk(model: Any, batch: TokenBatch, sums: Sums, plan: ChunkPlan | None) -> Tensor:
+def walk(
+    model: Any, batch: Batch, sums: Callable[[Any, Batch], Tensor], plan: ChunkPlan | None
+) -> Tensor:
     """Run the model over a batch and add up what `sums` makes of its hidden states.
 
     With a plan, each piece is recomputed in the backward pass from the state before it, so that
     only one piece's activations exist at a time.
 
     Args:
-        model: `model(tokens, state, cu_seqlens) -> (hidden, state)`.
+        model: `model(tokens, state, cu_seqlens) -> (hidden, state)` and `initial_state(Q)`.
         batch: rows, or texts packed into one row.
         sums: (hidden [B, t, C], the piece of the batch) -> quantities that add up over pieces.
         plan: None to run the batch in one piece.
@@ -45,14 +47,14 @@ def walk(model: Any, batch: TokenBatch, sums: Sums, plan: ChunkPlan | None) -> T
         what `sums` returns, added over the pieces.
     """
     T = batch.inputs.shape[1]
-    if plan is None or T <= plan.length:
+    if plan is None or plan.length >= T:
         hidden, _ = model(batch.inputs, None, batch.cu_seqlens)
         return sums(hidden, batch)
 
-    def run(piece: TokenBatch, carried: State | None, continues: bool) -> tuple[Tensor, State]:
+    def run(piece: Batch, carried: State | None, continues: bool) -> tuple[Tensor, State]:
         state = None if carried is None else _arrived(carried, batch.inputs.device)
         if piece.cu_seqlens is not None:
-            state = _with_new_texts(model, piece, state if continues else None)
+            state = _with_new_texts(model, len(piece.cu_seqlens) - 1, state if continues else None)
         hidden, after = model(piece.inputs, state, piece.cu_seqlens)
         if piece.cu_seqlens is not None:
             after = [LayerState(*(field[-1:] for field in layer)) for layer in after]
@@ -75,23 +77,22 @@ def walk(model: Any, batch: TokenBatch, sums: Sums, plan: ChunkPlan | None) -> T
     return total
 
 
-def cut(batch: TokenBatch, start: int, stop: int) -> tuple[TokenBatch, bool]:
+def cut(batch: Batch, start: int, stop: int) -> tuple[Batch, bool]:
     """The tokens [start, stop) of every row, and whether its first text began before `start`."""
-    inputs, targets, mask = (field[:, start:stop] for field in batch[:3])
+    piece = batch.columns(start, stop)
     if batch.cu_seqlens is None:
-        return TokenBatch(inputs, targets, mask, None, batch.count), start > 0
+        return piece, start > 0
     borders = batch.cu_seqlens
     inside = borders[(borders > start) & (borders < stop)]
     ends = torch.stack([borders.new_tensor(start), borders.new_tensor(stop)])
     cu_seqlens = torch.cat([ends[:1], inside, ends[1:]]) - start
     continues = start > 0 and not bool((borders == start).any())
-    return TokenBatch(inputs, targets, mask, cu_seqlens, batch.count), continues
+    return piece._replace(cu_seqlens=cu_seqlens), continues
 
 
-def _with_new_texts(model: Any, piece: TokenBatch, first: State | None) -> State:
+def _with_new_texts(model: Any, texts: int, first: State | None) -> State:
     """The state of a packed piece: `first` for its first text, if given, new ones for the rest."""
-    assert piece.cu_seqlens is not None
-    fresh = model.initial_state(piece.cu_seqlens.shape[0] - 1)
+    fresh = model.initial_state(texts)
     if first is None:
         return fresh
     return [
@@ -107,13 +108,16 @@ def _arrived(state: State, device: torch.device) -> State:
 
 
 class _ToHost(torch.autograd.Function):
-    """Copy to pinned host memory; the gradient travels back to the device."""
+    """Copy to pinned host memory; the gradient travels back to the device.
+
+    Nothing on the host reads the copy, so it need not wait: the stream keeps the copies in order.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.device = x.device
         host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
-        return host.copy_(x, non_blocking=False)
+        return host.copy_(x, non_blocking=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -122,3 +126,95 @@ class _ToHost(torch.autograd.Function):
 
 def _to_host(x: Tensor) -> Tensor:
     return _ToHost.apply(x)
+
+
+def read(
+    model: Any,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    state: State | None,
+    plan: ChunkPlan | None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """Run the model over packed texts, each from a state of its own, in pieces if there is a plan.
+
+    Args:
+        model: `model(tokens, state, cu_seqlens) -> (hidden, state)` and `initial_state(Q)`.
+        tokens: the texts end to end, [1, T].
+        cu_seqlens: where each text starts, and T, [Q + 1].
+        state: of each text before its first token; None for new texts.
+        plan: None to run the texts in one piece.
+        keep: positions whose hidden states are wanted, [K], rising; None for all T.
+
+    Returns:
+        the hidden states [K, C], and each text's state after its last token. Gradients flow
+        through both, over pieces and into `state`.
+    """
+    T = tokens.shape[1]
+    if plan is None or plan.length >= T:
+        hidden, after = model(tokens, state, cu_seqlens)
+        return hidden[0] if keep is None else hidden[0, keep], after
+
+    def run(
+        piece: Tensor, borders: Tensor, carried: State | None, fresh: State | None, kept: Any
+    ) -> tuple[Tensor, State]:
+        parts = [_arrived(part, tokens.device) for part in (carried, fresh) if part is not None]
+        hidden, after = model(piece, _joined(parts), borders)
+        return hidden[0, kept], after
+
+    borders = cu_seqlens.tolist()
+    wanted = torch.arange(T) if keep is None else keep.cpu()
+    found, ended = [], []
+    carried: State | None = None
+    first = 0  # the text that the piece begins in
+    for start in range(0, T, plan.length):
+        stop = min(start + plan.length, T)
+        last = first
+        while borders[last + 1] < stop:
+            last += 1
+        inside = [start, *borders[first + 1 : last + 1], stop]
+        new = range(first + (carried is not None), last + 1)
+        fresh = None
+        if len(new):
+            fresh = model.initial_state(len(new)) if state is None else _rows(state, new)
+        kept = wanted[(wanted >= start) & (wanted < stop)] - start
+        arguments = (
+            tokens[:, start:stop],
+            torch.tensor(inside, device=tokens.device) - start,
+            carried,
+            fresh,
+            kept.to(tokens.device),
+        )
+        if torch.is_grad_enabled():
+            hidden, after = checkpoint(run, *arguments, use_reentrant=False)
+        else:
+            hidden, after = run(*arguments)
+        found.append(hidden)
+        whole = borders[last + 1] == stop
+        done = last - first + whole
+        if done:
+            ended.append(_rows(after, range(done)))
+        carried = None
+        if not whole:
+            carried = _rows(after, range(last - first, last - first + 1))
+            if plan.truncated:
+                carried = [layer.detach() for layer in carried]
+            if plan.offload:
+                carried = [LayerState(*(_to_host(field) for field in layer)) for layer in carried]
+        first = last + whole
+    return torch.cat(found), _joined(ended)
+
+
+def _rows(state: State, texts: range) -> State:
+    """The state of some neighbouring texts."""
+    return [LayerState(*(field[texts.start : texts.stop] for field in layer)) for layer in state]
+
+
+def _joined(states: list[State]) -> State:
+    """The states of all texts, one after another."""
+    if len(states) == 1:
+        return states[0]
+    return [
+        LayerState(*(torch.cat(fields) for fields in zip(*layers, strict=True)))
+        for layers in zip(*states, strict=True)
+    ]
