@@ -8,6 +8,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# The tests' tensors are small: a second thread costs more in waiting than it computes, and far more
+# where the machine has other work.
+torch.set_num_threads(1)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--assets",
