@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens: the one definition that training, reference files and
 evaluation share."""
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,27 +51,41 @@ def score_logits(logits: Tensor, targets: Tensor) -> TokenScores:
 
 
 def score_tokens(model: LanguageModel, hidden: Tensor, targets: Tensor) -> TokenScores:
-    """Score targets [n] from hidden states [n, C], without ever holding all n x V logits.
+    """Score targets [n] from hidden states [n, C], without ever holding all n x V logits."""
+    return TokenScores(*map_logits(model, hidden, (targets,), score_logits))
+
+
+def map_logits(
+    model: LanguageModel,
+    hidden: Tensor,
+    arguments: Sequence[Tensor],
+    function: Callable[..., Sequence[Tensor]],
+) -> tuple[Tensor, ...]:
+    """Apply a function to the logits at n positions, without ever holding all n x V of them.
 
     The head runs on a piece of the positions at a time and runs again in the backward pass.
+
+    Args:
+        model: whose head.
+        hidden: hidden states, [n, C].
+        arguments: what the function takes beside the logits, each [n, ...].
+        function: (logits [m, V], *arguments [m, ...]) -> tensors [m, ...], for any m.
+
+    Returns:
+        the function's tensors, each [n, ...].
     """
     V = int(model.logits(hidden[:0]).shape[-1])
     rows = max(1, MAX_LOGITS // V)
 
-    def piece(h: Tensor, t: Tensor) -> TokenScores:
-        return score_logits(model.logits(h), t)
+    def piece(h: Tensor, *some: Tensor) -> tuple[Tensor, ...]:
+        return tuple(function(model.logits(h), *some))
 
-    if hidden.shape[0] <= rows:
-        pieces = [_recomputed(piece, hidden, targets)]
-    else:
-        pieces = [
-            _recomputed(piece, h, t)
-            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
-        ]
-    return TokenScores(*(torch.cat(field) for field in zip(*pieces, strict=True)))
+    parts = zip(*(tensor.split(rows) for tensor in (hidden, *arguments)), strict=True)
+    pieces = [_recomputed(piece, *part) for part in parts]
+    return tuple(torch.cat(field) for field in zip(*pieces, strict=True))
 
 
-def _recomputed(function, hidden: Tensor, targets: Tensor) -> TokenScores:
+def _recomputed(function: Callable[..., Any], *arguments: Tensor) -> Any:
     if not torch.is_grad_enabled():
-        return function(hidden, targets)
-    return checkpoint(function, hidden, targets, use_reentrant=False)
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False)
