@@ -20,6 +20,7 @@ from rwkv.batch import TeacherBatch, TokenBatch
 from rwkv.chunks import ChunkPlan, walk
 from rwkv.state import State
 
+RENORMALIZED = ("renormalized", "teacher_renormalized")  # kinds that need no log-sum-exp
 LARGEST_SUM = -1e-7  # log of the k tokens' probability; above it the rest is lost in float32
 
 

@@ -15,6 +15,30 @@ class SFTFlags:
 
 
 @dataclass(frozen=True)
+class DistillationFlags:
+    """Distillation; --smoothing and --l2wrap apply to its hard labels too"""
+
+    distillation: bool = flag(
+        False,
+        "learn from a teacher: --train_data_file made by data.make_teacher, or RWKV-LM-RLHF's",
+    )
+    kd_loss: str = flag(
+        "forward",
+        "how far student and teacher are apart: KL forward or reverse, or jsd between them (over "
+        "the file's tokens and one bucket for the rest, or the vocabulary with --teacher_model); "
+        "over the file's tokens alone renormalized (RWKV-LM-RLHF's) or teacher_renormalized",
+        choices=("forward", "reverse", "jsd", "renormalized", "teacher_renormalized"),
+    )
+    jsd_beta: float = flag(0.5, "weight of the teacher in jsd's mixture, 0 to 1")
+    temperature: float = flag(2.0, "what divides the logits of teacher and student")
+    alpha: float = flag(0.5, "weight of the hard labels; the teacher has the rest, 1 - alpha")
+    top_k: int = flag(100, "most teacher scores a token to use; the file may hold fewer")
+    teacher_model: str = flag(
+        "", "a model that runs beside the student; --train_data_file is then as for --sft"
+    )
+
+
+@dataclass(frozen=True)
 class ChunkFlags:
     """Long texts"""
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from losses.flags import ChunkFlags, SFTFlags
+from losses.flags import ChunkFlags, DistillationFlags, SFTFlags
 from rwkv.errors import InputError
 from rwkv.flags import Settings
 
-OBJECTIVES = ("sft",)
+OBJECTIVES = ("sft", "distillation")
 
 
 def chosen_objective(settings: Settings) -> str:
@@ -27,8 +27,12 @@ def chosen_objective(settings: Settings) -> str:
     raise InputError(f"train.py: {given} exclude each other; keep one of {choices}")
 
 
-def make_objective(settings: Settings) -> Callable[..., Any]:
+def make_objective(settings: Settings, teacher: Any = None) -> Callable[..., Any]:
     """The objective `(model, batch) -> (loss, metrics)` that the flags ask for.
+
+    Args:
+        settings: of the run.
+        teacher: the model of --teacher_model.
 
     Raises:
         InputError: a value is out of its range.
@@ -36,7 +40,7 @@ def make_objective(settings: Settings) -> Callable[..., Any]:
     from losses.sft import SFT
     from rwkv.chunks import ChunkPlan
 
-    chosen_objective(settings)
+    chosen = chosen_objective(settings)
     sft, chunks = settings[SFTFlags], settings[ChunkFlags]
     if not 0 <= sft.smoothing < 1:
         raise InputError(f"--smoothing {sft.smoothing}: outside 0 to below 1; 0.001 is usual")
@@ -49,4 +53,38 @@ def make_objective(settings: Settings) -> Callable[..., Any]:
             truncated=chunks.chunk_grad == "truncated",
             offload=chunks.chunk_offload,
         )
+    if chosen == "distillation":
+        return make_distillation(settings[DistillationFlags], sft, plan, teacher)
     return SFT(smoothing=sft.smoothing, l2wrap=sft.l2wrap, chunks=plan)
+
+
+def make_distillation(
+    flags: DistillationFlags, sft: SFTFlags, plan: Any, teacher: Any
+) -> Callable[..., Any]:
+    """The objective of --distillation.
+
+    Raises:
+        InputError: a value is out of its range, or the divergence needs a file of scores.
+    """
+    from losses.distill import RENORMALIZED, Distillation, Divergence
+
+    for name in ("alpha", "jsd_beta"):
+        if not 0 <= getattr(flags, name) <= 1:
+            raise InputError(f"--{name} {getattr(flags, name)}: must be from 0 to 1")
+    if flags.temperature <= 0:
+        raise InputError(f"--temperature {flags.temperature}: must be above 0; 2 is usual")
+    if flags.top_k < 1:
+        raise InputError(f"--top_k {flags.top_k}: must be at least 1")
+    if flags.teacher_model and flags.kd_loss in RENORMALIZED:
+        raise InputError(
+            f"--kd_loss {flags.kd_loss}: is for a file of top-k scores, --teacher_model knows the "
+            "whole vocabulary; use forward, reverse or jsd"
+        )
+    return Distillation(
+        Divergence(flags.kd_loss, flags.temperature, flags.jsd_beta),
+        alpha=flags.alpha,
+        smoothing=sft.smoothing,
+        l2wrap=sft.l2wrap,
+        teacher=teacher,
+        chunks=plan,
+    )

@@ -32,3 +32,14 @@ class PeftFlags:
         choices=(*QUANT_MODES, *QUANT_ALIASES),
     )
     quant_head: bool = flag(False, "quantize the head too, if it is frozen")
+
+
+@dataclass(frozen=True)
+class StateFlags:
+    """State tuning"""
+
+    state: bool = flag(
+        False,
+        "train the wkv state that texts start from, beside what the profile trains; its rates are "
+        "the profile's state_lr_init and state_lr_final, else --lr_init and --lr_final",
+    )

@@ -55,6 +55,7 @@ ABSENT = {
     "zerocot": (("0",), "ZeroCoT", "drop it; preference objectives are --dpo and --orpo"),
     "wpo": (("0",), "WPO", "drop it; --dpo is near"),
     "sft_kl_mode": (("0",), "a teacher behind HTTP", "use --distillation with a file of scores"),
+    "prefix_tuning": (("0",), "a prefix of soft tokens", "use --state 1"),
     "post_wkv_tuning": (("0",), "tuning an offset behind wkv", "use --state 1"),
     "load_cold_adapter": (("",), "a second, frozen adapter", "merge it with python -m peft.merge"),
     "load_adapter_pissa_init": (("",), "PiSSA's start values", "PiSSA adapters hold their own"),

@@ -73,7 +73,10 @@ class Saving(pl.Callback):
             self.step_log.restart_clock()
 
     def save_model(self, trainer: pl.Trainer, lit: LitModel, name: str, epoch: int) -> None:
-        """Write the trained tensors under `name`, once, from rank 0."""
+        """Write the trained tensors under `name`, once, from rank 0.
+
+        A tuned state is in a file of its own besides, which other runners read too.
+        """
         trained = [p for p in lit.model.parameters() if p.requires_grad]
         with whole_parameters(trainer, trained):
             tensors = self.tensors()
@@ -82,6 +85,11 @@ class Saving(pl.Callback):
                 metadata = self.metadata | {"step": lit.steps_done, "epoch": epoch}
                 write_tensors(path, tensors, metadata)
                 self.written.append(path)
+                states = {n: t.float() for n, t in tensors.items() if n.endswith(".time_state")}
+                if states:
+                    beside = path.with_stem(f"{path.stem}-state")
+                    write_tensors(beside, states, metadata | {"kind": "state"})
+                    self.written.append(beside)
         trainer.strategy.barrier()
 
     def teardown(self, trainer: pl.Trainer, lit: Any, stage: str) -> None:

@@ -1,0 +1,42 @@
+"""State tuning: the wkv state that every text starts from is trained.
+
+One parameter `blocks.N.att.time_state` a layer, [H, N, N], float32, values on rows and keys on
+columns. RWKV-LM-RLHF writes its states so, and the PyPI package `rwkv` reads them so; what keeps
+keys on rows inside (its RWKV-6) turns them as it loads.
+"""
+
+import torch
+from torch import nn
+
+from peft.plan import STATE
+from rwkv.config import RWKVConfig
+from rwkv.model import RWKV
+
+
+def add_tuned_state(model: RWKV) -> None:
+    """Give each layer an initial wkv state to train, zeros at first: nothing changes by it.
+
+    A state that is there already, from a file, is trained on. It stays float32 in a model of any
+    dtype, and on the model's device.
+    """
+    home = model.ln_out.weight.device
+    for block in model.blocks:
+        if block.att.time_state is None:
+            block.att.time_state = nn.Parameter(
+                torch.zeros(state_shape(model.config), dtype=torch.float32, device=home)
+            )
+        block.att.time_state.requires_grad_(True)
+
+
+def state_shape(config: RWKVConfig) -> tuple[int, int, int]:
+    """Of one layer's state, (H, N, N)."""
+    return config.n_head, config.head_size, config.head_size
+
+
+def describe_state(config: RWKVConfig) -> str:
+    """The line about the state in the plan of a run."""
+    H, N, _ = state_shape(config)
+    return (
+        f"state: {config.n_layer * H * N * N:,} parameters train besides, "
+        f"{STATE} [{H}, {N}, {N}] in each of {config.n_layer} layers"
+    )
