@@ -19,7 +19,7 @@ import numpy as np
 
 from data.conversations import read_conversations
 from data.records import DataError, RawRecord, RecordFile, parse_json
-from rwkv.errors import InputError
+from rwkv.errors import InputError, RunError
 from rwkv.templates import Message, Segment, Template, encode_segments
 from rwkv.tokenizer import Tokenizer, load_tokenizer
 
@@ -198,7 +198,7 @@ def _in_turn(pipes: list[Connection], chunks: Iterable[list[RawRecord]]) -> Iter
         try:
             result = pipe.recv()
         except EOFError:
-            raise RuntimeError(
+            raise RunError(
                 "a process that tokenizes was ended from outside (out of memory?)"
             ) from None
         if isinstance(result, Exception):

@@ -13,6 +13,7 @@ import numpy as np
 
 from data.records import DataError, check_file
 from data.tokenizing import Encoded
+from rwkv.errors import RunError
 from rwkv.tokenizer import Tokenizer
 
 RECORDS_A_READ = 1024
@@ -47,7 +48,7 @@ def _open(path: Path) -> Any:
     try:
         import h5py
     except ImportError:
-        raise RuntimeError(f"{path}: .h5 files need the package h5py; pip install h5py") from None
+        raise RunError(f"{path}: .h5 files need the package h5py; pip install h5py") from None
     try:
         return h5py.File(path, "r")
     except OSError as error:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peft.store import Store
+from rwkv.errors import RunError
 
 BLOCK = 64  # weights a scale, as in QLoRA
 BLOCK_OF_SCALES = 256  # scales a second-level scale, fixed by bitsandbytes
@@ -97,7 +98,7 @@ def _functional() -> Any:
     try:
         from bitsandbytes import functional
     except ImportError as error:
-        raise RuntimeError(
+        raise RunError(
             f"nf4 and fp4: need bitsandbytes ({error}); pip install bitsandbytes, or choose "
             "int8, fp8, fp6 or fp5"
         ) from None

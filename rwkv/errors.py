@@ -1,4 +1,4 @@
-"""The error that a user can mend: its message is all that a command prints."""
+"""The errors that a user can mend: their message is all that a command prints."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,12 @@ class InputError(ValueError):
 
     The message reads `WHERE: what is wrong, with the value; what to do`. Commands print it on one
     line and leave with status 2.
+    """
+
+
+class RunError(RuntimeError):
+    """The input is right, and yet it cannot be done here: software or a GPU is missing, or a loss
+    is no number any more.
+
+    Its message is like InputError's; commands print it and leave with status 1.
     """

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv.errors import InputError
+from rwkv.errors import InputError, RunError
 
 WORLD_IDS = 65530
 PADDED_WORLD_IDS = 65536  # rows of the published models' embedding; the last six are never used
@@ -85,7 +85,7 @@ class WorldTokenizer(Tokenizer):
     def __init__(self) -> None:
         spec = importlib.util.find_spec("pyrwkv_tokenizer")
         if spec is None or spec.origin is None:
-            raise RuntimeError(
+            raise RunError(
                 "tokenizer world: the package pyrwkv-tokenizer, which has the vocabulary, is "
                 "missing; pip install pyrwkv-tokenizer"
             )
@@ -245,7 +245,7 @@ def load_tokenizer(name: str | None = None, vocab_size: int | None = None) -> To
 
     Raises:
         InputError: no such tokenizer, or the model has fewer ids than it makes.
-        RuntimeError: the package with World's vocabulary is missing.
+        RunError: the package with World's vocabulary is missing.
     """
     if not name:
         if WORLD_IDS <= (vocab_size or 0) <= PADDED_WORLD_IDS:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv.errors import InputError
+from rwkv.errors import InputError, RunError
 
 
 class Choice(NamedTuple):
@@ -46,7 +46,7 @@ def choose_backend(
 
     Raises:
         InputError: `wanted` is not in `table`.
-        RuntimeError: the wanted backend (or, under "auto", every one) cannot run this call;
+        RunError: the wanted backend (or, under "auto", every one) cannot run this call;
             the message gives each backend's own reason.
     """
     if wanted != "auto" and wanted not in table:
@@ -69,7 +69,7 @@ def choose_backend(
     if slow is not None:
         return slow
     reasons = "".join(f"\n  {name}: {reason}" for name, reason in refusals.items())
-    raise RuntimeError(f"{op}: backend {wanted!r} cannot run this call{reasons}")
+    raise RunError(f"{op}: backend {wanted!r} cannot run this call{reasons}")
 
 
 def describe_choice(
@@ -94,7 +94,7 @@ def describe_choice(
         such as "wkv7: torch (cuda: needs a GPU, the tensors are on cpu; triton: ...)".
 
     Raises:
-        InputError, RuntimeError: as `choose_backend`.
+        InputError, RunError: as `choose_backend`.
     """
     table = importlib.import_module(f"rwkv.ops.{op}").BACKENDS
     sample = torch.empty((), device=device, dtype=dtype).expand(shape)

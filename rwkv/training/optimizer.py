@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rwkv.errors import RunError
 from rwkv.training.flags import OptimizerFlags
 
 
@@ -87,7 +88,7 @@ def make_optimizer(
         on_gpu: whether the parameters lie on a GPU.
 
     Raises:
-        RuntimeError: the package that the optimizer needs is missing.
+        RunError: the package that the optimizer needs is missing.
     """
     make = _maker(flags, strategy=strategy, on_gpu=on_gpu)
     if strategy.startswith("deepspeed"):  # keeps float32 masters itself
@@ -104,7 +105,7 @@ def _maker(
         try:
             import bitsandbytes.optim as bnb
         except ImportError as error:
-            raise RuntimeError(
+            raise RunError(
                 f"--optim {flags.optim}: needs bitsandbytes ({error}); pip install bitsandbytes"
             ) from None
         if kind == "lion":

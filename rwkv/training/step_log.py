@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from rwkv.errors import RunError
 from rwkv.files import replacing
 from rwkv.training.distributed import sum_over_ranks
 from rwkv.training.lit import LitModel
@@ -136,7 +137,7 @@ class StepLog(pl.Callback):
         self._tokens = 0
         self._summed = dict(zip([*names, "tokens", "stop"], total, strict=True))
         if not math.isfinite(self._summed["loss"]):
-            raise RuntimeError(
+            raise RunError(
                 f"step {lit.steps_done + 1}: the loss is {self._summed['loss']}; lower --lr_init, "
                 f"or look at the data; models saved so far are in {self.run_log.path.parent}"
             )

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rwkv.errors import InputError
+from rwkv.errors import InputError, RunError
 from rwkv.training.flags import TrainerFlags
 
 BUCKET = 200_000_000  # elements that ZeRO reduces or gathers at once
@@ -15,20 +15,20 @@ def chosen_device(flags: TrainerFlags) -> str:
     """`cuda` or `cpu`, as --accelerator says and the machine has.
 
     Raises:
-        RuntimeError: a GPU is asked for and there is none, or fewer than --devices.
+        RunError: a GPU is asked for and there is none, or fewer than --devices.
     """
     if flags.accelerator == "cpu":
         return "cpu"
     count = torch.cuda.device_count()
     if count == 0:
         if flags.accelerator == "gpu":
-            raise RuntimeError(
+            raise RunError(
                 "--accelerator gpu: torch finds no GPU here; use --accelerator cpu, "
                 "or install torch's build for your GPU"
             )
         return "cpu"
     if flags.devices > count:
-        raise RuntimeError(f"--devices {flags.devices}: this machine has {count} GPU(s)")
+        raise RunError(f"--devices {flags.devices}: this machine has {count} GPU(s)")
     return "cuda"
 
 
@@ -47,7 +47,7 @@ def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str) -> Any:
 
     Raises:
         InputError: DeepSpeed on a CPU.
-        RuntimeError: DeepSpeed is not installed.
+        RunError: DeepSpeed is not installed.
     """
     if not flags.strategy.startswith("deepspeed"):
         return (
@@ -63,7 +63,7 @@ def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str) -> Any:
         import deepspeed  # noqa: F401
         from pytorch_lightning.strategies import DeepSpeedStrategy
     except ImportError as error:
-        raise RuntimeError(
+        raise RunError(
             f"--strategy {flags.strategy}: needs DeepSpeed ({error}); pip install deepspeed"
         ) from None
     _name_plain_architecture()
