@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.flags import DataFlags
-from losses.flags import ChunkFlags, SFTFlags
+from losses.flags import ChunkFlags, DistillationFlags, SFTFlags
 from losses.objectives import chosen_objective, make_objective
-from peft.flags import PeftFlags
+from peft.flags import PeftFlags, StateFlags
 from rwkv import cli, upstream_flags
 from rwkv.errors import InputError
 from rwkv.flags import Settings, parse
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 FLAGS = (
     ModelFlags,
     SFTFlags,
+    DistillationFlags,
     DataFlags,
     PeftFlags,
+    StateFlags,
     TrainerFlags,
     OptimizerFlags,
     ChunkFlags,
@@ -218,6 +220,7 @@ def describe(
 ) -> Iterable[str]:
     """The plan of a run: model, kernel, what trains, data and steps."""
     from peft.plan import describe as describe_layers
+    from peft.tuned_state import describe_state
     from rwkv.ops.backends import describe_choice
 
     data, trainer = settings[DataFlags], settings[TrainerFlags]
@@ -235,6 +238,8 @@ def describe(
         backend=settings[ModelFlags].backend,
     )
     yield from describe_layers(layers, device.dtype)
+    if settings[StateFlags].state:
+        yield describe_state(config)
     report = ", ".join(f"{name} {count:,}" for name, count in plan.pieces.report.items() if count)
     yield f"data: {report}"
     yield (
@@ -251,6 +256,7 @@ def build(settings: Settings, config: "RWKVConfig", device: Device) -> tuple["RW
     """The model with its stores and adapters in place, the plan, and the base's fingerprint."""
     from peft.adapter_file import load_adapter
     from peft.apply import apply_profile, load_with_profile
+    from peft.tuned_state import add_tuned_state
     from rwkv.checkpoint import fingerprint, read_tensors
     from rwkv.training.model import new_model
 
@@ -265,6 +271,8 @@ def build(settings: Settings, config: "RWKVConfig", device: Device) -> tuple["RW
         base = f"new, seed {seed}"
         model = new_model(config, flags.backend, device=device.kind, dtype=device.dtype, seed=seed)
         plan = apply_profile(model, peft)
+    if settings[StateFlags].state:
+        add_tuned_state(model)
     if peft.load_adapter:
         load_adapter(model, peft.load_adapter, base=base)
     model.grad_cp = settings[TrainerFlags].grad_cp
@@ -309,6 +317,7 @@ def fit(
         "random_seed": flags.random_seed,
         "steps": steps.total,
         "trained parameters": trained_count(layers),
+        "tuned state": settings[StateFlags].state,
     }
     point = resume.newest(folder)
     first = 0
