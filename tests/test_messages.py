@@ -1,0 +1,446 @@
+"""What a user does wrong: one line on stderr, exit status 2, nothing half-written.
+
+Each case runs train.py in this process up to the error, which comes before Lightning is imported.
+"""
+
+import errno
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from rwkv import cli
+from rwkv.checkpoint import read_tensors, write_tensors
+from rwkv.config import RWKVConfig, default_ranks
+from rwkv.init import initialize
+from rwkv.model import RWKV
+from rwkv.upstream_flags import ABSENT
+
+CSV_HEADER = (
+    "Layer,Mode,Rank,Alpha,Dropout,Weight_lr_init,Weight_lr_final,Weight_decay,"
+    "State_lr_init,State_lr_final,RejectParts"
+)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    """A folder with a model of two blocks, data and a profile, none of them at fault."""
+    folder = tmp_path_factory.mktemp("good")
+    config = RWKVConfig(
+        version=7,
+        n_layer=2,
+        n_embd=48,
+        dim_ffn=96,
+        vocab_size=256,
+        head_size=16,
+        ranks=default_ranks(7, 48),
+    )
+    model = RWKV(config)
+    initialize(model, seed=0)
+    write_tensors(folder / "base.pth", model.state_dict())
+    rows = [{"prompt": f"Say {n}", "completion": f"{n}."} for n in range(20)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_profile(folder / "lora.json", mode="lora", rank=4)
+    return folder
+
+
+def write_profile(path: Path, **keys: object) -> Path:
+    path.write_text(json.dumps({"rules": [{"match": "blocks.*", **keys}]}))
+    return path
+
+
+@pytest.fixture
+def fails(good, tmp_path, capsys):
+    """`fails(flag=value, ...)` runs train.py, asserts how it fails, and gives the message.
+
+    A flag that is None is left out. `status` is the exit status to expect.
+    """
+
+    def run(*words: str, status: int = 2, **flags: object) -> str:
+        given = {
+            "load_model": good / "base.pth",
+            "train_data_file": good / "train.jsonl",
+            "proj_dir": tmp_path / "out",
+            "cache_dir": tmp_path / "cache",
+            "sft": 1,
+            "ctx_len": 64,
+            "accelerator": "cpu",
+        } | flags
+        named = [w for k, v in given.items() if v is not None for w in (f"--{k}", str(v))]
+        found = cli.run(lambda: train.main([*named, *words]))
+        text = capsys.readouterr().err
+        assert found == status, text
+        lines = text.splitlines()
+        assert lines[-1].startswith("error: "), text
+        assert sum(line.startswith("error: ") for line in lines) == 1
+        assert "Traceback" not in text
+        assert not list(tmp_path.rglob("*.part")), "something half-written is left"
+        written = sorted(p.name for p in tmp_path.glob("out/*"))
+        assert not written or "proj_dir" in flags, f"{written} was written"
+        return lines[-1].removeprefix("error: ")
+
+    return run
+
+
+# Data files: (name, content, what the message says)
+DATA = {
+    "empty file": ("empty.jsonl", b"", ["empty.jsonl: the file is empty"]),
+    "blank lines alone": ("blank.jsonl", b"\n\n", ["blank.jsonl"]),
+    "not JSON": ("cut.jsonl", b'{"text": "a"}\n{"text": \n', ["cut.jsonl:2: not JSON"]),
+    "no text": ("odd.jsonl", b'{"title": "a"}\n', ["odd.jsonl:1: has 'title'; needs 'text'"]),
+    "empty text": ("void.jsonl", b'{"text": " "}\n', ["void.jsonl:1: 'text' is empty"]),
+    "no answer": (
+        "half.jsonl",
+        b'{"prompt": "a"}\n',
+        ["half.jsonl:1: has 'prompt'; needs 'text'; a prompt"],
+    ),
+    "unknown role": (
+        "role.jsonl",
+        b'{"messages": [{"role": "wizard", "content": "a"}]}\n',
+        ["role.jsonl:1: message 1: its role is 'wizard'; known are system"],
+    ),
+    "a number for a text": ("number.jsonl", b'{"text": 5}\n', ["number.jsonl:1", "a number (5)"]),
+    "not UTF-8": ("latin.jsonl", b'{"text": "caf\xe9"}\n', ["latin.jsonl:1: not UTF-8", "0xe9"]),
+    "unknown ending": (
+        "data.parquet",
+        b"PAR1",
+        ["data.parquet: unknown kind of file; give .jsonl"],
+    ),
+    "CSV of uneven rows": ("odd.csv", b"text,more\na,b\nc\n", ["odd.csv:3: has 1 fields"]),
+    "not HDF5": ("odd.h5", b"not hdf5", ["odd.h5: not a whole HDF5 file"]),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_a_bad_data_file_is_named_with_its_line(fails, tmp_path, case):
+    name, content, wanted = DATA[case]
+    (tmp_path / name).write_bytes(content)
+    text = fails(train_data_file=tmp_path / name)
+    for part in wanted:
+        assert part in text
+    assert not list((tmp_path / "cache").glob("*-*"))
+
+
+def test_a_missing_data_file_is_named(fails, tmp_path):
+    for flag in ("train_data_file", "val_data_file"):
+        text = fails(**{flag: tmp_path / "gone.jsonl"})
+        assert text == f"{tmp_path}/gone.jsonl: no such file; check the path"
+
+
+def test_no_data_file_asks_for_one(fails):
+    assert fails(train_data_file=None).startswith("--train_data_file: names no file")
+
+
+def test_a_folder_that_is_no_store_says_how_to_make_one(fails, tmp_path):
+    (tmp_path / "some").mkdir()
+    assert "python -m data.make_sft" in fails(train_data_file=tmp_path / "some")
+
+
+def test_ids_of_another_tokenizer_are_named(fails, tmp_path):
+    write_h5(tmp_path / "other.h5", [[1, 2, 40_000]])
+    text = fails(train_data_file=tmp_path / "other.h5")
+    assert "tokens[0]: has the token 40000" in text and "another tokenizer" in text
+
+
+# Model files
+class Harmful:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def truncated(path: Path, base: Path) -> None:
+    content = base.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def without_tensor(path: Path, base: Path) -> None:
+    tensors = dict(read_tensors(base))
+    del tensors["ln_out.weight"]
+    torch.save(tensors, path)
+
+
+def adapter(path: Path, base: Path) -> None:
+    torch.save({"blocks.0.att.key.lora_A": torch.zeros(2, 2)}, path)
+
+
+def transformer(path: Path, base: Path) -> None:
+    torch.save({"model.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}, path)
+
+
+def rwkv_5(path: Path, base: Path) -> None:
+    torch.save({"blocks.0.att.key.weight": torch.zeros(2, 2)}, path)
+
+
+def pickled_code(path: Path, base: Path) -> None:
+    harmful = Harmful(path.with_name("harm"))
+    path.write_bytes(pickle.dumps({"emb.weight": harmful}, protocol=2))
+
+
+def pickled_code_in_an_archive(path: Path, base: Path) -> None:
+    harmful = Harmful(path.with_name("harm"))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", pickle.dumps({"emb.weight": harmful}, protocol=2))
+        archive.writestr("model/version", "3")
+        archive.writestr("model/byteorder", "little")
+
+
+MODELS = {
+    "missing": (None, "no such file"),
+    "empty": (lambda path, base: path.touch(), "is empty"),
+    "truncated": (truncated, "is cut off or damaged; copy or download it again"),
+    "text": (lambda path, base: path.write_text("weights"), "is no file of torch"),
+    "pickled code": (pickled_code, "holds pickled code, which is never run here"),
+    "pickled code, zipped": (pickled_code_in_an_archive, "holds pickled code"),
+    "another model": (transformer, "is no RWKV model (its tensors are model.layers.0"),
+    "older RWKV": (rwkv_5, "is an older RWKV"),
+    "an adapter": (adapter, "is an adapter or state file; name the base model's file"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_bad_model_file_says_what_is_wrong_with_it(fails, good, tmp_path, case):
+    make, wanted = MODELS[case]
+    path = tmp_path / "model.pth"
+    if make is not None:
+        make(path, good / "base.pth")
+    text = fails(load_model=path)
+    assert f"{path}: " in text and wanted in text
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_model_file_that_lacks_a_tensor_names_it(fails, good, tmp_path):
+    without_tensor(tmp_path / "model.pth", good / "base.pth")
+    assert "model.pth: lacks ln_out.weight" in fails(load_model=tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("n_layer", 32), ("n_embd", 64), ("vocab_size", 65536), ("my_testing", "x060")],
+)
+def test_a_size_that_disagrees_with_the_file_shows_both(fails, flag, value):
+    text = fails(**{flag: value})
+    assert f"--{flag} says {value}; drop --{flag}" in text and f"has {flag} " in text
+
+
+def test_a_new_model_without_sizes_asks_for_them(fails):
+    assert "--n_layer: a new model needs it" in fails(load_model=None, tokenizer="bytes")
+
+
+def test_a_vocabulary_that_tells_no_tokenizer_asks_for_one(fails):
+    text = fails(load_model=None, n_layer=1, n_embd=64, vocab_size=1000)
+    assert "--tokenizer: cannot be told from a vocabulary of 1000; give world, bytes" in text
+
+
+# Layer profiles
+def test_an_unknown_key_in_a_profile_names_the_nearest(fails, tmp_path):
+    path = write_profile(tmp_path / "p.json", mode="lora", rnak=4)
+    wanted = f"{path}: rule 1: unknown key 'rnak'; did you mean 'rank'?"
+    assert fails(layer_profile=path) == wanted
+
+
+PROFILES = {
+    "unknown mode": ({"mode": "lorra", "rank": 4}, "did you mean 'lora'?"),
+    "no rank": ({"mode": "lora"}, "needs a rank for blocks.0"),
+    "rank of a wrong type": ({"mode": "lora", "rank": "4"}, "rank is '4'; write a whole number"),
+    "rank that does not divide": ({"mode": "bone", "rank": 32}, "rank 32 does not divide"),
+    "rank above the layer": ({"mode": "lora", "rank": 4096}, "4096"),
+    "matches nothing": ({"match": "block.*", "mode": "freeze"}, "'block.*' matches no layer"),
+    "adapter on emb": ({"match": "emb", "mode": "lora", "rank": 4}, "emb can be full or freeze"),
+    "rate of zero": ({"mode": "full", "lr_init": 0}, "write more than 0"),
+    "unknown storage": ({"mode": "freeze", "quant": "nf5"}, "did you mean 'nf4'?"),
+}
+
+
+@pytest.mark.parametrize("case", PROFILES)
+def test_a_bad_rule_is_named_by_file_and_number(fails, tmp_path, case):
+    keys, wanted = PROFILES[case]
+    text = fails(layer_profile=write_profile(tmp_path / "p.json", **keys))
+    assert "p.json: rule 1: " in text and wanted in text
+
+
+def test_a_profile_that_is_no_profile(fails, tmp_path):
+    (tmp_path / "p.json").write_text("{")
+    assert "p.json:1: not JSON" in fails(layer_profile=tmp_path / "p.json")
+    assert "gone.json: no such file" in fails(layer_profile=tmp_path / "gone.json")
+    (tmp_path / "p.csv").write_text(f"{CSV_HEADER}\nemb,freeze,0,0,0,0,0,0,0,0,\n")
+    assert "has no row for head" in fails(layer_profile=tmp_path / "p.csv")
+
+
+# Flags
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--micro_bs", "2"], "--micro_bs: no such flag; did you mean --micro_bsz?"),
+        (["--zzzzzz", "2"], "--zzzzzz: no such flag; --help lists the known ones"),
+        (["--ctx_len", "0"], "--ctx_len 0: must be at least 1"),
+        (["--ctx_len", "-5"], "--ctx_len -5: must be at least 1"),
+        (["--ctx_len", "long"], "ctx_len"),
+        (["--lr_init", "fast"], "lr_init"),
+        (["--packing", "perhaps"], "packing"),
+        (["--lr_schedule", "cosin"], "lr_schedule"),
+        (["--precision", "fp64"], "precision"),
+        (["--micro_bsz", "0"], "--micro_bsz 0: must be at least 1"),
+        (["--epoch_count", "0"], "--epoch_count 0: must be at least 1"),
+        (["--devices", "0"], "--devices 0: must be at least 1"),
+        (["--smoothing", "1.5"], "--smoothing 1.5: outside 0 to below 1"),
+        (["--infctx", "1", "--chunk_ctx", "0"], "--chunk_ctx 0: a chunk needs at least 1 token"),
+        (["--lr_final", "0"], "an exponential schedule cannot go from 0.0001 to 0"),
+        (["--lr_init", "-1"], "learning rates -1 to 1e-05; use positive ones"),
+        (["--val_fraction", "1.5"], "--val_fraction 1.5"),
+        (["--template", "chatml"], "--template chatml: no such template; choose auto, world"),
+        (["--turn_end", "full-stop"], "--turn_end full-stop: is not one of suffix, eot, both"),
+        (["--tokenizer", "gpt2"], "--tokenizer gpt2: no such tokenizer; choose world, bytes"),
+        (["--tokenizer", "world"], "makes 65530 ids, the model's vocabulary has 256"),
+        (["--load_adapter", "gone.pth"], "gone.pth: no such file"),
+        (["--my_testing", "x070m"], "--my_testing x070m: is not supported"),
+        (["--val_prompts", "gone.txt"], "--val_prompts gone.txt: no such file"),
+        (["--config", "gone.yaml"], "gone.yaml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_flag_is_named_with_its_mend(fails, words, wanted):
+    assert wanted in fails(*words)
+
+
+def test_no_objective_lists_the_objectives(fails):
+    text = fails(sft=0)
+    assert text.startswith("train.py: no objective is chosen; add one of --sft 1")
+
+
+def test_contradicting_flags_are_both_named(fails):
+    text = fails(fla=1, kernel="triton")
+    assert text == "--fla 1: contradicts --kernel triton; keep one of them"
+
+
+def test_deepspeed_on_a_cpu_names_what_works_there(fails):
+    text = fails(strategy="deepspeed_stage_2")
+    assert text.startswith("--strategy deepspeed_stage_2: DeepSpeed needs a GPU; use")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_an_error(fails):
+    text = fails(accelerator="gpu", status=1)
+    assert text.startswith("--accelerator gpu: torch finds no GPU here; use --accelerator cpu")
+
+
+@pytest.mark.parametrize("flag", ABSENT)
+def test_an_absent_feature_is_never_ignored(fails, flag):
+    text = fails(f"--{flag}", "2")
+    assert text.startswith(f"--{flag} 2: ") and "is absent here" in text
+
+
+# Files of a run
+def test_a_folder_that_holds_a_run_is_not_written_over(fails, tmp_path):
+    point = tmp_path / "out" / "resume" / "step-3"
+    point.mkdir(parents=True)
+    text = fails(proj_dir=tmp_path / "out")
+    assert "already holds a run (step 3); add --resume 1" in text
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["resume"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0"),
+    ],
+    ids=["from the system", "as torch reports it"],
+)
+def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch, capsys, error):
+    """The second saving finds no room: the first file stays whole, and nothing lies beside it."""
+    path = tmp_path / "rwkv-0.pth"
+    write_tensors(path, {"ln_out.weight": torch.ones(4)}, {"kind": "adapter"})
+
+    def fill_the_disk(tensors, handle):
+        handle.write(b"half of a f")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    status = cli.run(lambda: write_tensors(path, {"ln_out.weight": torch.zeros(4)}) or 0)
+    assert status == 2
+    wanted = f"error: {path}: no space left on the device; free some or choose another folder\n"
+    assert capsys.readouterr().err == wanted
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rwkv-0.json", "rwkv-0.pth"]
+    assert torch.equal(read_tensors(path)["ln_out.weight"], torch.ones(4))
+
+
+# Commands of RWKV-LM-RLHF, whose flags and files are taken as they are
+def write_h5(path: Path, rows: list[list[int]]) -> Path:
+    """An SFT file as RWKV-LM-RLHF writes it: `tokens`, an array of int64 a record, gzip 9."""
+    import h5py
+    import numpy as np
+
+    with h5py.File(path, "w") as file:
+        tokens = file.create_dataset(
+            "tokens",
+            (len(rows),),
+            dtype=h5py.special_dtype(vlen=np.dtype("int64")),
+            compression="gzip",
+            compression_opts=9,
+        )
+        for number, row in enumerate(rows):
+            tokens[number] = np.array(row, dtype=np.int64)
+    return path
+
+
+def cut_profile(source: Path, path: Path, n_layer: int) -> Path:
+    """The CSV profile with the rows of its first blocks, its embedding and its head."""
+    lines = source.read_text(encoding="utf-8-sig").splitlines()
+    kept = [line for line in lines if not line[:1].isdigit() or int(line.split(",")[0]) < n_layer]
+    path.write_text("\n".join(kept) + "\n")
+    return path
+
+
+def sft_command(folder: Path, profile: Path, n_layer: int, n_embd: int) -> list[str]:
+    """The words of example/SFT's script there, with this model's sizes and these files."""
+    text = f"""--load_model {folder}/model.pth --wandb SFT --proj_dir {folder}/out
+        --infctx 1 --chunk_ctx 512 --vocab_size 65536 --ctx_len 4096 --epoch_steps 200
+        --epoch_count 200 --epoch_begin 0 --epoch_save 1 --micro_bsz 1 --n_layer {n_layer}
+        --n_embd {n_embd} --lr_init 2e-5 --lr_final 1e-6 --warmup_steps 100 --beta1 0.9
+        --beta2 0.999 --adam_eps 1e-8 --accelerator gpu --devices 1 --precision bf16 --grad_cp 1
+        --my_testing x070 --strategy deepspeed_stage_2_offload --layer_profile {profile} --quant 1
+        --quant_mode nf4 --gpu_arch cuda --limited_lora 0 --sft 1 --smoothing 0.005
+        --random_mode 1 --optim "" --train_data_file {folder}/f.h5
+        --infctx_dataset_multiplier 8 --accumulate_grad_batches 1"""
+    return ["" if word == '""' else word for word in text.split()]
+
+
+@pytest.mark.parametrize("name", ["24_TEST_lora.csv", "24_TEST_bone.csv"])
+def test_the_sft_command_of_rwkv_lm_rlhf_starts(assets, tmp_path, capsys, name):
+    """Word for word but for sizes and paths, on two blocks of the published models' shape."""
+    config = RWKVConfig(
+        version=7,
+        n_layer=2,
+        n_embd=512,
+        dim_ffn=2048,
+        vocab_size=65536,
+        head_size=64,
+        ranks=default_ranks(7, 512),
+    )
+    with torch.device("meta"):
+        shapes = RWKV(config).state_dict()
+    write_tensors(
+        tmp_path / "model.pth",
+        {k: torch.zeros(v.shape, dtype=torch.bfloat16) for k, v in shapes.items()},
+    )
+    write_h5(tmp_path / "f.h5", [[11, 12, 13] * 30, [21, 22] * 50])
+    profile = cut_profile(assets / "upstream" / "layerprofile" / name, tmp_path / name, 2)
+    words = [*sft_command(tmp_path, profile, 2, 512), "--cache_dir", str(tmp_path / "cache")]
+    assert cli.run(lambda: train.main([*words, "--dry_run"])) == 0
+    shown = capsys.readouterr().err
+    assert "--gpu_arch: no effect (kernels are chosen by --kernel)" in shown
+    assert "--infctx_dataset_multiplier: no effect" in shown
+    assert "RWKV-7 L2-D512" in shown and "nf4" in shown
+    assert name.split("_")[2].removesuffix(".csv") in shown
+    assert "40,000 steps" in shown and "strategy deepspeed_stage_2_offload" in shown
+    assert not (tmp_path / "out").exists()
