@@ -71,18 +71,16 @@ def test_more_chunks_than_are_worked_on_at_once(monkeypatch):
     check(x, random_state(x, Q=2), "torch", cu_seqlens=ends)
 
 
-@pytest.mark.parametrize(
-    "decay",
-    [
-        lambda w: torch.full_like(w, -20.0),
-        lambda w: w + 2.0,
-        lambda w: w + 5.0,
-        lambda w: torch.full_like(w, 30.0),
-        lambda w: 8 * w,
-        lambda w: torch.where(w > w.median(), 1e30, -1e30),
-    ],
-    ids=["none", "strong", "stronger", "all", "mixed", "all or none"],
-)
+DECAYS = {
+    "none": lambda w: torch.full_like(w, -20.0),
+    **{f"w = {w}": lambda x, w=w: torch.full_like(x, w) for w in (-0.5, 0.7, 1.5, 2.0, 3.0)},
+    "all": lambda w: torch.full_like(w, 30.0),
+    "mixed": lambda w: 8 * w,
+    "all or none": lambda w: torch.where(w > w.median(), 1e30, -1e30),
+}
+
+
+@pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)
 def test_every_decay(decay):
     """RWKV-6 bounds none; nothing overflows, and no digit is lost."""
     x = wkv6_inputs(T=70)

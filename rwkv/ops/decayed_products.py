@@ -19,21 +19,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SPREAD = 20.0  # largest |log decay| of a block around one point; its factors stay within exp(20)
+# The most that a block around one point may use up: its factors stay within exp(20). In the
+# gradient of its decays, terms of pairs on one side cancel, and leave exp(rate) times a float's
+# last digit; so no block is shorter than 8 tokens (rates up to 2.5), but for single ones.
+SPREAD, SHORTEST = 20.0, 8
 
 
 class DecayedProducts:
     """The products of P chunks of C tokens, and their gradient.
 
     Args:
-        before, after: readers of the state before and after their own token, [P, C, N] each;
-            X of them together, those before first.
+        before: reader of the state before its own token, [P, C, N], C a power of two.
+        after: reader of the state after its own token, [P, C, N], or None. X counts the readers.
         written: what tokens add to the state, Z tensors [P, C, N].
-        rate: minus the natural log of what each token keeps, [P, C, N], >= 0, finite. C is a
-            power of two.
+        rate: minus the natural log of what each token keeps, [P, C, N], >= 0, finite.
 
     Attributes:
-        products: as above, [P, X C, Z C].
+        products: as above, [P, X C, Z C], the reader before first.
         entry: the readers, weighted by the decay since the chunk's start, [P, X C, N]: what reads
             the state at the start.
         exit: the written, weighted by the decay until the chunk's end, [P, Z C, N]: what is left
@@ -41,11 +43,9 @@ class DecayedProducts:
         kept: the share of the state that the whole chunk keeps, [P, N].
     """
 
-    def __init__(
-        self, before: list[Tensor], after: list[Tensor], written: list[Tensor], rate: Tensor
-    ):
+    def __init__(self, before: Tensor, after: Tensor | None, written: list[Tensor], rate: Tensor):
         P, C, N = rate.shape
-        self._x, self._z, self._first_after = [*before, *after], written, len(before)
+        self._x, self._z = [before] if after is None else [before, after], written
         self._leaf = size = _leaf_size(rate)
         self.products = rate.new_zeros(P, len(self._x) * C, len(self._z) * C)
 
@@ -56,9 +56,9 @@ class DecayedProducts:
         to_middle = torch.exp(-middle)  # [P, blocks, N]
         since = up * to_middle.unsqueeze(2)  # from the block's start through each token
         until = down * up[:, :, -1:]  # after each token to the block's end
-        kept = since[:, :, -1]
+        kept = since[:, :, -1].clone()
         self._within: _Pairs | None = None
-        if size > 1 or after:
+        if size > 1 or after is not None:
             # A block of one token may have a huge weight before it; its product is masked.
             up_before = _moved(up, to_middle.reciprocal().clamp_(max=math.exp(SPREAD)))
             self._within = _Pairs(
@@ -68,27 +68,27 @@ class DecayedProducts:
                 down,
             )
             self._mask = rate.new_ones(len(self._x), size, 1, size, 1)
-            self._mask[: len(before), :, 0, :, 0].tril_(-1)
-            self._mask[len(before) :, :, 0, :, 0].tril_()
+            self._mask[0, :, 0, :, 0].tril_(-1)
+            self._mask[1:, :, 0, :, 0].tril_()
             torch.mul(self._within.products(), self._mask, out=self._spots(self.products, size))
 
         entry = self._weights(_moved(since, torch.ones_like(kept)), since)
         self._across: list[_Pairs] = []
         while size < C:
             *entry, until, kept = (w.unflatten(1, (-1, 2)) for w in (*entry, until, kept))
+            upper, lower = [weight[:, :, 1] for weight in entry], until[:, :, 0]
             pairs = _Pairs(
                 [x[:, :, 1] for x in _halves(self._x, size)],
-                [weight[:, :, 1] for weight in entry],
+                [weight.clone() for weight in upper],
                 [z[:, :, 0] for z in _halves(self._z, size)],
-                until[:, :, 0],
+                lower.clone(),
             )
             self._spots(self.products, size, halves=True).copy_(pairs.products())
             self._across.append(pairs)
-            one = torch.ones_like(kept[:, :, 0])
-            lower = torch.stack([one, kept[:, :, 0]], dim=2).unsqueeze(3)  # [P, blocks, 2, 1, N]
-            upper = torch.stack([kept[:, :, 1], one], dim=2).unsqueeze(3)
-            entry = [(weight * lower).flatten(2, 3) for weight in entry]
-            until = (until * upper).flatten(2, 3)
+            for weight in upper:
+                weight *= kept[:, :, :1]
+            lower *= kept[:, :, 1:]
+            *entry, until = (weight.flatten(2, 3) for weight in (*entry, until))
             kept = kept.prod(2)
             size *= 2
 
@@ -146,13 +146,12 @@ class DecayedProducts:
         return dx, dz, rate - self._own(dx)
 
     def _own(self, dx: list[Tensor]) -> Tensor | float:
-        """The gradient of each log decay from the readers after that same token."""
-        after = slice(self._first_after, None)
-        return _dot(dx[after], self._x[after]) if self._x[after] else 0.0
+        """The gradient of each log decay from the reader after that same token."""
+        return _dot(dx[1:], self._x[1:]) if len(dx) > 1 else 0.0
 
     def _weights(self, before: Tensor, after: Tensor) -> list[Tensor]:
         """One a reader."""
-        return [before if reader < self._first_after else after for reader in range(len(self._x))]
+        return [before, after][: len(self._x)]
 
     def _spots(self, products: Tensor, size: int, *, halves: bool = False) -> Tensor:
         """Where the pairs within blocks lie in `products`, or of upper with lower halves:
@@ -206,10 +205,10 @@ class _Pairs:
 
 
 def _leaf_size(rate: Tensor) -> int:
-    """The longest halving of a chunk in which no block can use up more than SPREAD."""
+    """The longest halving of a chunk that may be a block around one point."""
     size, strongest = rate.shape[1], rate.max().item()
-    while size > 1 and size * strongest > SPREAD:
-        size //= 2
+    while size * strongest > SPREAD and size > 1:
+        size = size // 2 if size > SHORTEST else 1
     return size
 
 

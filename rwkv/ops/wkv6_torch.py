@@ -117,7 +117,7 @@ class _Local:
         self.rate = w.exp_().clamp_(max=self.highest)
         if layout.real is not None:
             self.rate *= layout.real[part.rows]
-        self.decayed = DecayedProducts([self.r], [], [self.k], self.rate)
+        self.decayed = DecayedProducts(self.r, None, [self.k], self.rate)
         self.products, self.kept = self.decayed.products, self.decayed.kept.unsqueeze(1)
         self.entry, self.exit = self.decayed.entry, self.decayed.exit
         self.u = u.to(dtype).unsqueeze(1).repeat(len(self.v) // layout.H, 1, 1)  # [P, 1, N]

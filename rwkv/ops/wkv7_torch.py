@@ -132,7 +132,7 @@ class _Local:
         self.rate = w.exp_().clamp_(max=self.highest)
         if layout.real is not None:
             self.rate *= layout.real[part.rows]
-        self.decayed = DecayedProducts([a], [r], [b, k], self.rate)
+        self.decayed = DecayedProducts(a, r, [b, k], self.rate)
         self.products, self.kept = self.decayed.products, self.decayed.kept.unsqueeze(1)
         self.entry, self.exit = self.decayed.entry, self.decayed.exit
         one = torch.eye(C, dtype=dtype, device=v.device)
