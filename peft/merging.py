@@ -80,9 +80,9 @@ def open_pair(
         InputError: the adapter does not fit the base.
     """
     adapter, kinds, metadata = read_adapter(path, alpha=alpha)
-    if metadata and not other_base and metadata.get("base") != fingerprint(base):
+    if "base" in metadata and not other_base and metadata["base"] != fingerprint(base):
         raise InputError(
-            f"{path}: was trained on the base {metadata.get('base')}, {base.path} is "
+            f"{path}: was trained on the base {metadata['base']}, {base.path} is "
             f"{fingerprint(base)}; name the base it was trained on, or add --other_base"
         )
     whole = tuple(
