@@ -1,0 +1,261 @@
+"""Infinite context: pieces of any length give the numbers and gradients of the whole text."""
+
+import json
+import time
+
+import pytest
+import torch
+from test_sft import V, packed, padded, small_model, texts
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+
+import train
+from losses.distill import Distillation, Divergence
+from losses.sft import SFT
+from peft.apply import apply_profile
+from peft.flags import PeftFlags
+from peft.tuned_state import add_tuned_state
+from rwkv.batch import TeacherBatch, TokenBatch
+from rwkv.checkpoint import write_tensors
+from rwkv.chunks import ChunkPlan, walk
+from rwkv.training.step_log import read_log
+
+TEXTS = texts([11, 5, 18, 7])
+COUNT = sum(int(mask.sum()) for _, mask in TEXTS)
+BATCHES = {"padded": padded(TEXTS, COUNT), "packed": packed(TEXTS, COUNT)}
+LENGTHS = {"divides": 6, "leaves a rest": 7, "one token": 1, "nearly all": 40}
+
+
+def with_teacher(batch: TokenBatch, k: int = 4) -> TeacherBatch:
+    """The batch with a random teacher's scores."""
+    draw = torch.Generator().manual_seed(7)
+    logits = torch.randn(*batch.inputs.shape, V, generator=draw, dtype=torch.float64)
+    values, ids = torch.log_softmax(logits, dim=-1).topk(k)
+    lse = torch.logsumexp(torch.log_softmax(logits, dim=-1) / 2, dim=-1)
+    return TeacherBatch(
+        *batch,
+        ids=ids.to(torch.int16),
+        values=values.half().view(torch.int16),
+        lse=lse.float().view(torch.int32),
+    )
+
+
+def with_state(version: int):
+    model = small_model(version)
+    add_tuned_state(model)
+    model.double()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.att.time_state.normal_(generator=torch.Generator().manual_seed(5))
+    return model
+
+
+def gradients(model, batch, objective):
+    model.zero_grad(set_to_none=True)
+    loss, _ = objective(model, batch)
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_equal_gradients(got, want, ratio=1e-8):
+    """In float64, and so to far less than the 1e-5 that float32 has to hold."""
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        assert gradient.abs().max() > 0, f"{name} has no gradient to compare"
+        error = (got[name] - gradient).norm() / gradient.norm()
+        assert error <= ratio, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("how", BATCHES)
+def test_chunks_give_every_gradient_of_the_whole(how, length, version):
+    """Every parameter trains, the initial states included."""
+    model, batch = with_state(version), BATCHES[how]
+    want, expected = gradients(model, batch, SFT(smoothing=0.01))
+    got, found = gradients(model, batch, SFT(smoothing=0.01, chunks=ChunkPlan(length)))
+    assert got == pytest.approx(want, rel=1e-9)
+    assert_equal_gradients(found, expected)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_in_float32_within_1e_5(version):
+    """By relative RMS for each parameter, as long texts accumulate rounding."""
+    model, batch = with_state(version).float(), packed(texts([61, 35]), 96)
+    _, expected = gradients(model, batch, SFT())
+    _, found = gradients(model, batch, SFT(chunks=ChunkPlan(13)))
+    for name, want in expected.items():
+        error = (found[name] - want).norm() / want.norm()
+        assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("mode", ["lora", "bone", "miss", "dora"])
+def test_adapters_get_the_whole_gradient(mode, version, tmp_path):
+    profile = tmp_path / "profile.json"
+    rule = {"match": "blocks.*", "mode": mode, "rank": 4}
+    profile.write_text(json.dumps({"rules": [rule]}))
+    model = small_model(version)
+    torch.manual_seed(0)
+    apply_profile(model, PeftFlags(layer_profile=str(profile)))
+    add_tuned_state(model)
+    model.double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    _, expected = gradients(model, BATCHES["packed"], SFT())
+    _, found = gradients(model, BATCHES["packed"], SFT(chunks=ChunkPlan(9)))
+    assert any(mode.startswith(("lora", "dora")) or name.endswith(mode) for name in expected)
+    # DoRA takes its norms in float32
+    assert_equal_gradients(found, expected, 1e-6 if mode == "dora" else 1e-8)
+
+
+@pytest.mark.parametrize("how", BATCHES)
+def test_distillation_in_chunks(how):
+    batch = with_teacher(BATCHES[how])
+    model, divergence = with_state(7), Divergence("forward", 2.0)
+    want, expected = gradients(model, batch, Distillation(divergence))
+    chunked = Distillation(divergence, chunks=ChunkPlan(7, offload=True))
+    got, found = gradients(model, batch, chunked)
+    assert got == pytest.approx(want, rel=1e-9)
+    assert_equal_gradients(found, expected)
+
+
+def test_a_teacher_beside_the_student_in_chunks():
+    teacher = small_model(6, seed=4).double().requires_grad_(False)
+    model = with_state(7)
+    whole = Distillation(Divergence("jsd", 1.0, 0.3), teacher=teacher)
+    parts = Distillation(Divergence("jsd", 1.0, 0.3), teacher=teacher, chunks=ChunkPlan(8))
+    want, expected = gradients(model, BATCHES["packed"], whole)
+    got, found = gradients(model, BATCHES["packed"], parts)
+    assert got == pytest.approx(want, rel=1e-9)
+    assert_equal_gradients(found, expected)
+
+
+def test_truncated_equals_each_chunk_with_a_state_from_outside():
+    """What --chunk_grad truncated means: the state enters a chunk as a constant."""
+    model, batch = with_state(7), BATCHES["padded"]
+    _, found = gradients(model, batch, SFT(chunks=ChunkPlan(7, truncated=True)))
+    model.zero_grad(set_to_none=True)
+    state = None
+    for start in range(0, batch.inputs.shape[1], 7):
+        piece = batch.columns(start, start + 7)
+        hidden, after = model(piece.inputs, state)
+        logits = model.logits(hidden[piece.mask])
+        loss = F.cross_entropy(logits, piece.targets[piece.mask], reduction="sum")
+        (loss / COUNT + 0.5e-4 * logits.amax(dim=-1).square().sum() / COUNT).backward()
+        state = [layer.detach() for layer in after]
+    assert_equal_gradients(found, {n: p.grad for n, p in model.named_parameters()})
+
+
+def test_nested_recomputation_changes_nothing():
+    model = with_state(7)
+    _, expected = gradients(model, BATCHES["packed"], SFT(chunks=ChunkPlan(7)))
+    model.grad_cp = True
+    _, found = gradients(model, BATCHES["packed"], SFT(chunks=ChunkPlan(7)))
+    assert_equal_gradients(found, expected)
+
+
+@pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS.keys())
+def test_evaluation_in_chunks(length):
+    model = with_state(7)
+    want = SFT().measure(model, BATCHES["packed"])
+    got = SFT(chunks=ChunkPlan(length, offload=True)).measure(model, BATCHES["packed"])
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
+
+
+def most_alive(T: int) -> int:
+    """How many of the blocks' outputs live at once in a training step over T tokens."""
+    model, outputs, most = small_model(7), [], 0
+
+    def note(module, arguments, output):
+        nonlocal most
+        outputs.append(StorageWeakRef(output[0].untyped_storage()))
+        most = max(most, sum(not one.expired() for one in outputs))
+
+    for block in model.blocks:
+        block.register_forward_hook(note)
+    SFT(chunks=ChunkPlan(16))(model, padded(texts([T]), T))[0].backward()
+    assert len(outputs) == 2 * 2 * T / 16, "each block runs twice over each chunk"
+    return most
+
+
+def test_activations_of_one_chunk_at_a_time():
+    assert most_alive(256) == most_alive(32)
+
+
+@pytest.mark.slow
+def test_time_is_linear():
+    """Four times the length takes four times as long, give or take the noise of a shared CPU."""
+    seconds = {}
+    model = small_model(7)
+    for T in (2048, 8192):
+        batch = padded(texts([T]), T)
+        best = float("inf")
+        for _ in range(2):
+            start = time.perf_counter()
+            SFT(chunks=ChunkPlan(256))(model, batch)[0].backward()
+            best = min(best, time.perf_counter() - start)
+        seconds[T] = best
+    assert seconds[8192] < 6 * seconds[2048]
+
+
+def test_walk_without_gradient_keeps_no_graph():
+    model, batch = with_state(7), BATCHES["packed"]
+    with torch.no_grad():
+        total = walk(model, batch, lambda hidden, piece: hidden.sum(), ChunkPlan(5))
+    assert not total.requires_grad
+
+
+@pytest.mark.parametrize("version, grad", [(6, "exact"), (7, "exact"), (7, "truncated")])
+def test_from_the_command_line(tmp_path, version, grad):
+    """With accumulation, clipping, evaluation and a tuned state; the losses are the whole rows'."""
+    write_tensors(tmp_path / "base.pth", byte_model(version).state_dict())
+    rows = "".join(json.dumps({"text": f"{n} " * (20 + n % 7)}) + "\n" for n in range(24))
+    (tmp_path / "train.jsonl").write_text(rows)
+    (tmp_path / "profile.json").write_text(
+        json.dumps({"rules": [{"match": "blocks.*", "mode": "lora", "rank": 4}]})
+    )
+    words = (
+        f"--load_model {tmp_path}/base.pth --train_data_file {tmp_path}/train.jsonl --sft 1 "
+        f"--layer_profile {tmp_path}/profile.json --cache_dir {tmp_path}/cache --state 1 "
+        "--accelerator cpu --ctx_len 200 --accumulate_grad_batches 2 --epoch_steps 6 "
+        "--lr_init 1e-2 --lr_final 1e-2 --num_workers 0 --val_fraction 0.2 --kernel torch"
+    ).split()
+    losses = {}
+    for name, more in {
+        "whole": [],
+        "chunks": ["--infctx", "1", "--chunk_ctx", "48", "--chunk_grad", grad],
+    }.items():
+        assert train.main([*words, *more, "--proj_dir", str(tmp_path / name)]) == 0
+        log = read_log(tmp_path / name / "train_log.jsonl")
+        losses[name] = [line[key] for line in log for key in ("loss", "val_loss") if key in line]
+    assert len(losses["whole"]) == 5  # three steps, an evaluation before and one after
+    exact = grad == "exact"
+    assert losses["chunks"][:2] == pytest.approx(losses["whole"][:2], rel=1e-5)
+    assert (losses["chunks"] == pytest.approx(losses["whole"], rel=1e-4)) == exact
+
+
+def byte_model(version: int):
+    """As small_model, with a vocabulary of bytes."""
+    from rwkv.config import RWKVConfig, default_ranks
+    from rwkv.init import initialize
+    from rwkv.model import RWKV
+
+    config = RWKVConfig(
+        version=version,
+        n_layer=2,
+        n_embd=32,
+        dim_ffn=64,
+        vocab_size=256,
+        head_size=16,
+        ranks=default_ranks(version, 32),
+    )
+    model = RWKV(config, "torch")
+    initialize(model, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter.add_(0.1 * noise)
+    return model
