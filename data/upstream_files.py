@@ -1,7 +1,9 @@
 """Files in the formats of RWKV-LM-RLHF.
 
 SFT and distillation .h5: `tokens`, one array of token ids a record. They carry no mask, so every
-token is scored, and no name of the tokenizer that made them.
+token is scored, and no name of the tokenizer that made them. Distillation files have besides
+`top_k_values` and `top_k_indices`, k logits and ids a token, end to end; k is what their length
+says, and the log-sum-exp over the vocabulary is not known.
 """
 
 from collections import Counter
@@ -33,7 +35,7 @@ def read_sft_h5(
         DataError: the file is no HDF5, has no `tokens` as described above, or a record is empty
             or has ids outside the vocabulary.
     """
-    with _open(path) as file:
+    with open_h5(path) as file:
         tokens = _dataset(path, file, "tokens")
         for first in range(0, len(tokens), RECORDS_A_READ):
             rows = [np.asarray(row) for row in tokens[first : first + RECORDS_A_READ]]
@@ -43,7 +45,73 @@ def read_sft_h5(
             yield _encoded(rows, tokenizer.end_of_text)
 
 
-def _open(path: Path) -> Any:
+def distillation_k(path: Path) -> int:
+    """How many scores a token of a distillation .h5 file has.
+
+    Raises:
+        DataError: it is no such file, or its first record's scores do not come out even.
+    """
+    with open_h5(path) as file:
+        tokens, ids = _dataset(path, file, "tokens"), _dataset(path, file, "top_k_indices")
+        if not len(tokens):
+            raise DataError(f"{path}: has no records")
+        return _k(path, 0, len(tokens[0]), len(ids[0]))
+
+
+def read_distillation_h5(
+    path: Path, tokenizer: Tokenizer
+) -> Iterator[tuple[Encoded, np.ndarray, np.ndarray]]:
+    """Yield the records of a distillation .h5 file with their scores.
+
+    Args:
+        path: the file.
+        tokenizer: its vocabulary bounds the ids.
+
+    Returns:
+        records, and the ids and logits of their tokens, [tokens, k], uint16 and float16 (upstream
+        takes its logits from bfloat16, which float16 holds exactly where they are not tiny),
+        largest first.
+
+    Raises:
+        DataError: the file is not as described above, or k differs between records.
+    """
+    k = distillation_k(path)
+    with open_h5(path) as file:
+        tokens, ids = _dataset(path, file, "tokens"), _dataset(path, file, "top_k_indices")
+        values = _dataset(path, file, "top_k_values", kinds="f")
+        for number in range(len(tokens)):
+            row = np.asarray(tokens[number])
+            where = f"{path}: tokens[{number}]"
+            _check_ids(where, row, tokenizer)
+            for scores in (ids[number], values[number]):
+                if _k(path, number, len(row), len(scores)) != k:
+                    raise DataError(
+                        f"{where}: has {len(scores)} scores for {len(row)} tokens, record 0 has "
+                        f"{k} a token; make the file again"
+                    )
+            numbers = np.asarray(values[number], np.float16).reshape(-1, k)
+            names = np.asarray(ids[number]).reshape(-1, k)
+            _check_ids(f"{path}: top_k_indices[{number}]", names.ravel(), tokenizer)
+            order = np.argsort(-numbers, axis=1, kind="stable")
+            yield (
+                _encoded([row], None),
+                np.take_along_axis(names, order, axis=1).astype(np.uint16),
+                np.take_along_axis(numbers, order, axis=1),
+            )
+
+
+def _k(path: Path, number: int, tokens: int, scores: int) -> int:
+    """Scores a token, from the lengths of a record's arrays."""
+    if not tokens or not scores or scores % tokens:
+        raise DataError(
+            f"{path}: record {number} has {scores} scores for {tokens} tokens, which is no whole "
+            "number a token; is it a distillation file?"
+        )
+    return scores // tokens
+
+
+def open_h5(path: Path) -> Any:
+    """Open an HDF5 file for reading; one that is not whole is a DataError."""
     check_file(path)
     try:
         import h5py
@@ -55,18 +123,19 @@ def _open(path: Path) -> Any:
         raise DataError(f"{path}: not a whole HDF5 file ({error})") from None
 
 
-def _dataset(path: Path, file: Any, name: str) -> Any:
+def _dataset(path: Path, file: Any, name: str, kinds: str = "iu") -> Any:
+    """An array of one array a record; `kinds` are numpy's letters of the types it may have."""
     import h5py
 
     data = file.get(name)
     if not isinstance(data, h5py.Dataset):
         found = ", ".join(file) or "nothing"
-        raise DataError(f"{path}: has no array {name!r}, only {found}; is it an SFT file?")
+        raise DataError(f"{path}: has no array {name!r}, only {found}; is it the right file?")
     kind = h5py.check_vlen_dtype(data.dtype)
-    if len(data.shape) != 1 or kind is None or np.dtype(kind).kind not in "iu":
+    if len(data.shape) != 1 or kind is None or np.dtype(kind).kind not in kinds:
         raise DataError(
             f"{path}: {name!r} has shape {list(data.shape)} and type {data.dtype}; needed is one "
-            "array of whole numbers a record"
+            f"array of {'whole ' if kinds == 'iu' else ''}numbers a record"
         )
     return data
 
