@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.flags import DataFlags
+from data.flags import DataFlags, PairFlags
 from losses.flags import ChunkFlags, DistillationFlags, SFTFlags
 from losses.objectives import chosen_objective, make_objective
+from losses.preference_flags import PREFERENCE_FLAGS, PREFERENCES, REFERENCED
 from peft.flags import PeftFlags, StateFlags
 from rwkv import cli, upstream_flags
 from rwkv.errors import InputError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from data.batch_plan import BatchPlan
+    from data.pair_store import PairStore
+    from data.teacher_store import TeacherStore
     from peft.plan import Plan
     from rwkv.config import RWKVConfig
     from rwkv.model import RWKV
@@ -32,7 +35,9 @@ FLAGS = (
     ModelFlags,
     SFTFlags,
     DistillationFlags,
+    *PREFERENCE_FLAGS,
     DataFlags,
+    PairFlags,
     PeftFlags,
     StateFlags,
     TrainerFlags,
@@ -111,7 +116,7 @@ def train(settings: Settings) -> int:
     config = read_config(model_flags, tokenizer.vocab_size)
     layers = plan_layers(settings, config)
 
-    batches = open_data(settings, tokenizer)
+    batches = open_data(settings, tokenizer, layers)
     steps = count_steps(trainer, batches.training)
     for line in describe(settings, config, layers, batches.training, steps, device):
         say(line)
@@ -144,21 +149,107 @@ def plan_layers(settings: Settings, config: "RWKVConfig") -> "Plan":
     return plan
 
 
-def open_data(settings: Settings, tokenizer: "Tokenizer") -> Batches:
+def open_data(settings: Settings, tokenizer: "Tokenizer", layers: "Plan") -> Batches:
     """The batches of the run's objective, from its files."""
     from data.store_cache import open_store
     from data.token_store import split
 
-    data = settings[DataFlags]
-    store, held_out = open_store(data.train_data_file, data, tokenizer), None
+    data, paths = settings[DataFlags], settings[DataFlags].train_data_file
+
+    def open_files(paths: str) -> Any:
+        if chosen_objective(settings) in PREFERENCES:
+            return open_preferences(settings, paths, tokenizer, layers)
+        if settings[DistillationFlags].reads_scores:
+            return open_scores(settings, paths, tokenizer)
+        return open_store(paths, data, tokenizer)
+
+    if chosen_objective(settings) in PREFERENCES:
+        paths = settings[PairFlags].rlhf_train_file or paths
+    store, held_out = open_files(paths), None
     if data.val_data_file:
-        held_out = open_store(data.val_data_file, data, tokenizer)
+        held_out = open_files(data.val_data_file)
     elif data.val_fraction:
         store, held_out = split(store, data.val_fraction, settings[TrainerFlags].random_seed)
     return Batches(
         plan_batches(settings, store),
         None if held_out is None else plan_batches(settings, held_out, training=False),
     )
+
+
+def open_preferences(
+    settings: Settings, paths: str, tokenizer: "Tokenizer", layers: "Plan"
+) -> "PairStore":
+    """Preference records, with reference scores where the objective needs them.
+
+    Raises:
+        InputError: the files are wrong, or there is no reference to be had.
+    """
+    from data.open_pairs import open_pairs
+    from data.reference_scores import Scorer, file_fingerprint
+    from rwkv.checkpoint import fingerprint, read_tensors
+
+    objective, adapter = chosen_objective(settings), settings[PeftFlags].load_adapter
+    path, live, scorer = settings[ModelFlags].load_model, is_own_reference(settings, layers), None
+    if objective == "kto" and not live:
+        raise InputError(
+            "--kto 1: compares with the model before training on answers that no file has scores "
+            "of; use a profile like layerprofile/lora-adapters-only.json, without --load_adapter"
+        )
+    if objective in REFERENCED:
+        base = fingerprint(read_tensors(path)) if path else "new"
+        scorer = Scorer(base, file_fingerprint(adapter) if adapter else "")
+    return open_pairs(
+        paths,
+        settings[DataFlags],
+        tokenizer,
+        longest=settings[PairFlags].rlhf_max_corpus_len,
+        singles=objective == "kto",
+        scorer=None if objective == "kto" else scorer,
+        live=live,
+    )
+
+
+def is_own_reference(settings: Settings, layers: "Plan") -> bool:
+    """Whether the model with its adapters off is the model that the run starts from."""
+    full = any(
+        plan.mode == "full" and layers.layers[n].parameters for n, plan in layers.plans.items()
+    )
+    return not (full or settings[StateFlags].state or settings[PeftFlags].load_adapter)
+
+
+def open_scores(settings: Settings, paths: str, tokenizer: "Tokenizer") -> "TeacherStore":
+    """Records with a teacher's scores.
+
+    Raises:
+        InputError: the files are wrong, or lack what the divergence needs.
+    """
+    from data.teacher_store import Wanted, open_teacher
+    from losses.distill import RENORMALIZED
+
+    flags = settings[DistillationFlags]
+    wanted = Wanted(flags.top_k, flags.temperature, flags.kd_loss not in RENORMALIZED)
+    return open_teacher(paths, settings[DataFlags].cache_dir, tokenizer, wanted)
+
+
+def load_teacher(settings: Settings, config: "RWKVConfig", device: Device) -> "RWKV | None":
+    """The model of --teacher_model, frozen, or None without one.
+
+    Raises:
+        InputError: the file is wrong, or its vocabulary is not the student's.
+    """
+    from rwkv.checkpoint import load_model
+
+    path = settings[DistillationFlags].teacher_model
+    if not path:
+        return None
+    backend = settings[ModelFlags].backend
+    teacher = load_model(path, device=device.kind, dtype=device.dtype, backend=backend)
+    if teacher.config.vocab_size != config.vocab_size:
+        raise InputError(
+            f"--teacher_model {path}: has a vocabulary of {teacher.config.vocab_size:,}, the "
+            f"student's is {config.vocab_size:,}; distillation needs one vocabulary"
+        )
+    return teacher.requires_grad_(False).eval()
 
 
 def plan_batches(settings: Settings, store: Any, *, training: bool = True) -> "BatchPlan":
@@ -243,7 +334,7 @@ def describe(
     report = ", ".join(f"{name} {count:,}" for name, count in plan.pieces.report.items() if count)
     yield f"data: {report}"
     yield (
-        f"rows: {plan.rows_per_pass:,} of {data.ctx_len:,} tokens, {plan.fill:.0%} full; "
+        f"rows: {plan.rows_per_pass:,} of {plan.pieces.room:,} tokens, {plan.fill:.0%} full; "
         f"{plan.rows_per_step} a step"
     )
     yield (
@@ -288,9 +379,12 @@ def fit(
     tokenizer: "Tokenizer",
 ) -> int:
     """Train; returns 0, or 128 plus the number of the signal that stopped the run."""
+    from dataclasses import replace
+
     import pytorch_lightning as pl
 
     from data.datasets import make_loader
+    from peft.adapter import adapters_off
     from peft.adapter_file import adapter_metadata, trained_tensors
     from peft.groups import parameter_groups
     from peft.plan import trained_count
@@ -305,9 +399,11 @@ def fit(
     optimizer, evaluation = settings[OptimizerFlags], settings[EvaluationFlags]
     folder, plan = Path(flags.proj_dir), batches.training
     strategy = make_strategy(flags, device.dtype, device.kind)
-    objective = make_objective(settings)
+    objective: Any = make_objective(settings, load_teacher(settings, config, device))
     pl.seed_everything(flags.random_seed, workers=True, verbose=False)  # new adapters are random
     model, layers, base = build(settings, config, device)
+    if chosen_objective(settings) in REFERENCED and plan.pieces.store.reference is None:
+        objective = replace(objective, reference=adapters_off)
     run = {
         "base model": base,
         "data": plan.pieces.store.fingerprint,
@@ -348,7 +444,7 @@ def fit(
         RunLog(folder),
         Schedule(optimizer.lr_schedule, steps.total, optimizer.warmup_steps),
         every=evaluation.log_every,
-        step_tokens=plan.rows_per_step * data.ctx_len,
+        step_tokens=plan.rows_per_step * plan.pieces.room,
         loggers=loggers,
     )
     saving = Saving(

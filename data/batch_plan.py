@@ -14,7 +14,10 @@ from data.packing import best_fit, in_order, one_each
 
 
 class Cuttable(Protocol):
-    """A store whose records can be cut into pieces that have `sizes`, `scored` and `batch`."""
+    """A store whose records can be cut into pieces.
+
+    Pieces have `sizes` (the room each takes), `room` (of a row), `scored` and `batch`.
+    """
 
     def pieces(self, ctx_len: int, overlong: str) -> Any: ...
 
@@ -84,13 +87,13 @@ class BatchPlan:
         if not packing:
             self._order, self._bounds = one_each(self.pieces.sizes)
         elif shuffle:
-            self._order, self._bounds = best_fit(self.pieces.sizes, ctx_len)
+            self._order, self._bounds = best_fit(self.pieces.sizes, self.pieces.room)
         else:
-            self._order, self._bounds = in_order(self.pieces.sizes, ctx_len)
+            self._order, self._bounds = in_order(self.pieces.sizes, self.pieces.room)
         self.rows_per_step = world * micro_bsz * accumulate
         self.rows_per_pass = len(self._bounds) - 1
         self.steps_per_pass = -(-self.rows_per_pass // self.rows_per_step)
-        self.fill = int(self.pieces.sizes.sum()) / (self.rows_per_pass * ctx_len)
+        self.fill = int(self.pieces.sizes.sum()) / (self.rows_per_pass * self.pieces.room)
         self._passes: dict[int, _Pass] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,10 +112,14 @@ class BatchPlan:
         made, positions = self._positions(step)
         return [made.row(position) for position in positions]
 
-    def count(self, step: int) -> int:
-        """Scored targets of an optimizer step, over all its rows."""
+    def count(self, step: int) -> Any:
+        """What the pieces count as scored, over all rows of an optimizer step.
+
+        Returns:
+            an int for records of tokens; a list where pieces count several things.
+        """
         number, within = self.locate(step)
-        return int(self._pass(number).step_counts[within])
+        return self._pass(number).step_counts[within].tolist()
 
     def micro_batch(self, number: int, rank: int) -> Any:
         """A rank's batch.

@@ -41,3 +41,17 @@ class DataFlags:
     )
     num_workers: int = flag(1, "processes that prepare batches")
     cache_dir: str = flag("~/.cache/rwkv-lm-rlhf", "where tokenized files are kept")
+
+
+@dataclass(frozen=True)
+class PairFlags:
+    """Preference data"""
+
+    rlhf_train_file: str = flag(
+        "",
+        "preference data: .jsonl .json .csv (each also .gz), RWKV-LM-RLHF's .save or .h5, or a "
+        "folder made by python -m data.make_pairs; --train_data_file does as well",
+    )
+    rlhf_max_corpus_len: int = flag(
+        0, "leave out pairs whose prompt and longer answer have more tokens; 0: --ctx_len"
+    )

@@ -54,6 +54,11 @@ class PairStore(TokenStore):
         self.longest = 0
         self.reference: np.ndarray | None = None
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """The number of each record among all records of the folders."""
+        return np.arange(len(self)) if self._chosen is None else self._chosen
+
     def __reduce__(self) -> Any:
         rebuild, arguments = super().__reduce__()
         return rebuild, arguments, {"longest": self.longest, "reference": self.reference}

@@ -32,6 +32,7 @@ class Pieces:
     store: where the tokens are.
     record, start, stop: which tokens of which record each piece has, int64.
     scored: scored targets of each piece, int64.
+    room: inputs that a row has room for.
     report: how many records were split, cut or left out, and scored targets lost by that.
     """
 
@@ -40,6 +41,7 @@ class Pieces:
     start: np.ndarray
     stop: np.ndarray
     scored: np.ndarray
+    room: int
     report: dict[str, int]
 
     @property
@@ -128,7 +130,7 @@ def cut(store: TokenStore, ctx_len: int, overlong: str = "auto") -> Pieces:
         "scored targets": int(scored.sum()),
         "scored targets lost": int(store.scored.sum() - scored.sum()),
     }
-    return Pieces(store, record[kept], start[kept], stop[kept], scored[kept], report)
+    return Pieces(store, record[kept], start[kept], stop[kept], scored[kept], ctx_len, report)
 
 
 def _scored(

@@ -10,10 +10,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.progress import Progress
 from data.records import DataError, check_file, record_suffix
@@ -39,8 +39,26 @@ class StoreSettings:
     cache_dir: str = "~/.cache/rwkv-lm-rlhf"
 
 
+class StoreKind(NamedTuple):
+    """How files become a store of one kind.
+
+    suffixes: endings of the files it is made of, beside those of records.
+    encode: (file, recipe, tokenizer, processes) -> encoded records.
+    write: (folder, encoded records, meta) -> meta.json of the folder that it makes.
+    open: the store's class.
+    """
+
+    suffixes: tuple[str, ...]
+    encode: Callable[[Path, Recipe, Tokenizer, int | None], Iterator[Any]]
+    write: Callable[[Path, Iterable[Any], dict[str, Any]], dict[str, Any]]
+    open: type[TokenStore]
+
+
 def open_store(
-    paths: str | Path | Sequence[str | Path], flags: Any, tokenizer: Tokenizer
+    paths: str | Path | Sequence[str | Path],
+    flags: Any,
+    tokenizer: Tokenizer,
+    kind: StoreKind | None = None,
 ) -> TokenStore:
     """The records of one or more files and folders, one after another.
 
@@ -49,11 +67,13 @@ def open_store(
             several with commas between them.
         flags: a DataFlags or StoreSettings.
         tokenizer: the model's.
+        kind: of the store; None for SFT.
 
     Raises:
         DataError: a file is missing, empty or wrong, or a folder is another tokenizer's.
         InputError: the template or the cache cannot be used.
     """
+    kind = kind or SFT
     template = load_template(flags.template, tokenizer, flags.turn_end or None)
     recipe = Recipe(tokenizer.name, template, flags.mask_prompt)
     cache = Path(flags.cache_dir).expanduser()
@@ -61,9 +81,9 @@ def open_store(
     if not found:
         raise InputError("--train_data_file: names no file")
     folders = [
-        path if is_store(path) else _cached(path, cache, recipe, tokenizer) for path in found
+        path if is_store(path) else _cached(path, cache, recipe, tokenizer, kind) for path in found
     ]
-    store = TokenStore(folders)
+    store = kind.open(folders)
     store.check_tokenizer(tokenizer)
     return store
 
@@ -91,12 +111,16 @@ def encode_any(
         progress.finish()
 
 
+SFT = StoreKind(H5_SUFFIXES, encode_any, write_store, TokenStore)
+
+
 def build_store(
     folder: Path,
     paths: Iterable[Path],
     recipe: Recipe,
     tokenizer: Tokenizer,
     workers: int | None = None,
+    kind: StoreKind = SFT,
 ) -> dict[str, Any]:
     """Tokenize files into a folder, all of it or nothing; return its meta.json.
 
@@ -106,7 +130,7 @@ def build_store(
     for left in folder.parent.glob(f".{folder.name}.*.part"):
         if not _alive(int(left.name.split(".")[-2])):
             remove(left)
-    sources = [{"path": str(path), "content": _content_hash(path)} for path in paths]
+    sources = [{"path": str(path), "content": content_hash(path)} for path in paths]
     meta = {
         "tokenizer": tokenizer.name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -117,39 +141,39 @@ def build_store(
         "mask_prompt": recipe.mask_prompt,
         "sources": sources,
     }
-    chunks = (chunk for path in paths for chunk in encode_any(path, recipe, tokenizer, workers))
-    return write_store(folder, chunks, meta)
+    chunks = (chunk for path in paths for chunk in kind.encode(path, recipe, tokenizer, workers))
+    return kind.write(folder, chunks, meta)
 
 
-def _cached(path: Path, cache: Path, recipe: Recipe, tokenizer: Tokenizer) -> Path:
+def _cached(path: Path, cache: Path, recipe: Recipe, tokenizer: Tokenizer, kind: StoreKind) -> Path:
     """The folder with the tokens of a file, made if need be."""
-    if not record_suffix(path) and path.suffix.lower() not in H5_SUFFIXES and path.exists():
+    if not record_suffix(path) and path.suffix.lower() not in kind.suffixes and path.exists():
         check_file(path)
-    key = _key(path, _content_hash(path, cache), recipe, tokenizer)
+    key = _key(path, content_hash(path, cache), recipe, tokenizer, kind)
     folder = cache / f"{path.name.split('.')[0][:40]}-{key}"
-    if _usable(folder):
+    if _usable(folder, kind):
         return folder
-    with _one_at_a_time(cache):
-        if not _usable(folder):  # another process may have made it meanwhile
-            build_store(folder, [path], recipe, tokenizer)
+    with one_at_a_time(cache):
+        if not _usable(folder, kind):  # another process may have made it meanwhile
+            build_store(folder, [path], recipe, tokenizer, None, kind)
     return folder
 
 
-def _usable(folder: Path) -> bool:
+def _usable(folder: Path, kind: StoreKind) -> bool:
     try:
-        return is_store(folder) and len(TokenStore([folder])) > 0
+        return is_store(folder) and len(kind.open([folder])) > 0
     except DataError:
         return False
 
 
-def _key(path: Path, content: str, recipe: Recipe, tokenizer: Tokenizer) -> str:
-    kind = record_suffix(path) or path.suffix.lower()
+def _key(path: Path, content: str, recipe: Recipe, tokenizer: Tokenizer, kind: StoreKind) -> str:
+    suffix = record_suffix(path) or path.suffix.lower()
     settings = [recipe.template.fingerprint, tokenizer.fingerprint, recipe.mask_prompt]
-    text = json.dumps([FORMAT, content, kind, path.suffix == ".gz", *settings])
+    text = json.dumps([FORMAT, kind.open.kind, content, suffix, path.suffix == ".gz", *settings])
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
 
-def _content_hash(path: Path, cache: Path | None = None) -> str:
+def content_hash(path: Path, cache: Path | None = None) -> str:
     """Hash of a file's bytes; with `cache`, remembered for as long as the file looks the same."""
     check_file(path)
     stat = path.stat()
@@ -182,7 +206,7 @@ def _alive(process: int) -> bool:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(cache: Path) -> Iterator[None]:
+def one_at_a_time(cache: Path) -> Iterator[None]:
     """Hold the cache's lock, so that the ranks of one machine make a store once."""
     try:
         import fcntl

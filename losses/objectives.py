@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from losses.flags import ChunkFlags, DistillationFlags, SFTFlags
+from losses.preference_flags import PREFERENCES
 from rwkv.errors import InputError
 from rwkv.flags import Settings
 
-OBJECTIVES = ("sft", "distillation")
+OBJECTIVES = ("sft", "distillation", *PREFERENCES)
 
 
 def chosen_objective(settings: Settings) -> str:
@@ -55,6 +56,10 @@ def make_objective(settings: Settings, teacher: Any = None) -> Callable[..., Any
         )
     if chosen == "distillation":
         return make_distillation(settings[DistillationFlags], sft, plan, teacher)
+    if chosen in PREFERENCES:
+        from losses.preference_objectives import make_preference
+
+        return make_preference(chosen, settings, plan)
     return SFT(smoothing=sft.smoothing, l2wrap=sft.l2wrap, chunks=plan)
 
 

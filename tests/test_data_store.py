@@ -194,12 +194,12 @@ import sys, time
 from pathlib import Path
 from data import store_cache
 from data.make_sft import main
-chunks = store_cache.encode_any
+chunks = store_cache.encode_file
 def slow(*arguments):
     yield from chunks(*arguments)
     print("wrote", flush=True)
     time.sleep(60)
-store_cache.encode_any = slow
+store_cache.encode_file = slow
 main(sys.argv[1:])
 """
 

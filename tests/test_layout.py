@@ -15,7 +15,7 @@ OURS = {
     "rwkv": (),
     "losses": ("rwkv.batch", "rwkv.flags", "rwkv.chunks", "rwkv.errors"),
     "peft": ("rwkv",),
-    "data": ("rwkv", "losses.logprobs"),
+    "data": ("rwkv", "losses.logprobs", "losses.preference"),
 }
 ONLY_IN = {
     "pytorch_lightning": ("rwkv/training",),
