@@ -44,11 +44,7 @@ class Fp8Store(Store):
     def backward_product(self, grad: Tensor) -> Tensor:
         if not multiplies_natively(grad, self.codes):
             return super().backward_product(grad)
-        # the rows' scales lie along the summed side here, so they go into the gradient
-        scaled = grad.float() * self.scale.T
-        columns = self.codes.T.contiguous().T  # cuBLAS reads its second factor by columns
-        ones = self.scale.new_ones(1, self.codes.shape[1])
-        return native_product(scaled, columns, ones).to(grad.dtype)
+        return native_gradient(grad, self.codes, self.scale).to(grad.dtype)
 
 
 def to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,3 +81,20 @@ def native_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     )
     dtype = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
     return out.unflatten(0, x.shape[:-1]).to(dtype)
+
+
+def native_gradient(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of the input of x W^T, in 8-bit floats.
+
+    The scales of W's rows lie along the summed side here, so they go into the gradient before it
+    is rounded.
+
+    Args:
+        grad: of the output, [..., out].
+        codes, scale: as Fp8Store keeps them.
+
+    Returns:
+        [..., in], bfloat16.
+    """
+    columns = codes.T.contiguous().T  # the product reads its second factor by columns
+    return native_product(grad.float() * scale.T, columns, scale.new_ones(1, codes.shape[1]))

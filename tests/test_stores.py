@@ -14,7 +14,7 @@ from peft.plan import Plan
 from peft.quantize import main
 from peft.quantized import read_store
 from peft.store import Store
-from peft.store_fp8 import native_product
+from peft.store_fp8 import native_gradient, native_product
 from peft.store_fpx import BLOCK, FORMATS, PackedFloatStore
 from peft.stores import STORES, make_store, store_class, stored_size
 from rwkv.checkpoint import config_of, fingerprint, load_model, read_tensors, write_tensors
@@ -159,12 +159,14 @@ def test_a_weight_goes_to_the_nearest_value(kind):
     torch.testing.assert_close((w - store.dense(torch.float32)).abs(), nearest)
 
 
-def test_native_fp8_product_is_near_the_dense_one():
-    """Both factors have 3 bits of mantissa; torch runs the same product on a CPU."""
-    store = make_store("fp8", weight())
-    x = torch.randn(5, IN, generator=torch.Generator().manual_seed(1))
-    got = native_product(x, store.codes.T, store.scale.T)
-    assert relative(got, F.linear(x, store.dense(torch.float32))) < 4e-2
+def test_native_fp8_products_are_near_the_dense_ones():
+    """Both factors have 3 bits of mantissa; torch runs the same products on a CPU."""
+    store = make_store("fp8", weight() * torch.logspace(-2, 0, OUT).unsqueeze(1))
+    draw = torch.Generator().manual_seed(1)
+    x, grad = torch.randn(2, 5, IN, generator=draw), torch.randn(2, 5, OUT, generator=draw)
+    dense = store.dense(torch.float32)
+    assert relative(native_product(x, store.codes.T, store.scale.T), F.linear(x, dense)) < 4e-2
+    assert relative(native_gradient(grad, store.codes, store.scale), grad @ dense) < 4e-2
 
 
 def kernel_device() -> str:
