@@ -37,6 +37,11 @@ class DistillationFlags:
         "", "a model that runs beside the student; --train_data_file is then as for --sft"
     )
 
+    @property
+    def reads_scores(self) -> bool:
+        """Whether the training data are a teacher's scores."""
+        return self.distillation and not self.teacher_model
+
 
 @dataclass(frozen=True)
 class ChunkFlags:
