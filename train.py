@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.flags import DataFlags, PairFlags
 from losses.flags import ChunkFlags, DistillationFlags, SFTFlags
-from losses.objectives import chosen_objective, make_objective
+from losses.objectives import check_distillation, chosen_objective, make_objective
 from losses.preference_flags import PREFERENCE_FLAGS, PREFERENCES, REFERENCED
 from peft.flags import PeftFlags, StateFlags
 from rwkv import cli, upstream_flags
@@ -88,7 +88,8 @@ def check(settings: Settings) -> None:
     Raises:
         InputError: the message names the flag and the mend.
     """
-    chosen_objective(settings)
+    if chosen_objective(settings) == "distillation":
+        check_distillation(settings[DistillationFlags])
     trainer, model = settings[TrainerFlags], settings[ModelFlags]
     for name in ("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "epoch_count"):
         if getattr(trainer, name) < 1:

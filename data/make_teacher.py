@@ -173,7 +173,7 @@ def make_shard(
                 "choose another --output, or remove the folder"
             )
         return
-    for left in output.glob(f".{shard.name}.*.part"):  # of a command that was killed
+    for left in output.glob(f".*{shard.name}.*.part"):  # of a command that was killed
         remove(left)
     groups = list(_groups(store, shard))
     write_shard(

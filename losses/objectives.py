@@ -66,25 +66,9 @@ def make_objective(settings: Settings, teacher: Any = None) -> Callable[..., Any
 def make_distillation(
     flags: DistillationFlags, sft: SFTFlags, plan: Any, teacher: Any
 ) -> Callable[..., Any]:
-    """The objective of --distillation.
+    """The objective of --distillation; `check_distillation` has seen its flags."""
+    from losses.distill import Distillation, Divergence
 
-    Raises:
-        InputError: a value is out of its range, or the divergence needs a file of scores.
-    """
-    from losses.distill import RENORMALIZED, Distillation, Divergence
-
-    for name in ("alpha", "jsd_beta"):
-        if not 0 <= getattr(flags, name) <= 1:
-            raise InputError(f"--{name} {getattr(flags, name)}: must be from 0 to 1")
-    if flags.temperature <= 0:
-        raise InputError(f"--temperature {flags.temperature}: must be above 0; 2 is usual")
-    if flags.top_k < 1:
-        raise InputError(f"--top_k {flags.top_k}: must be at least 1")
-    if flags.teacher_model and flags.kd_loss in RENORMALIZED:
-        raise InputError(
-            f"--kd_loss {flags.kd_loss}: is for a file of top-k scores, --teacher_model knows the "
-            "whole vocabulary; use forward, reverse or jsd"
-        )
     return Distillation(
         Divergence(flags.kd_loss, flags.temperature, flags.jsd_beta),
         alpha=flags.alpha,
@@ -93,3 +77,23 @@ def make_distillation(
         teacher=teacher,
         chunks=plan,
     )
+
+
+def check_distillation(flags: DistillationFlags) -> None:
+    """Stop at values that are wrong by themselves.
+
+    Raises:
+        InputError: a value is out of its range, or the divergence needs a file of scores.
+    """
+    for name in ("alpha", "jsd_beta"):
+        if not 0 <= getattr(flags, name) <= 1:
+            raise InputError(f"--{name} {getattr(flags, name)}: must be from 0 to 1")
+    if flags.temperature <= 0:
+        raise InputError(f"--temperature {flags.temperature}: must be above 0; 2 is usual")
+    if flags.top_k < 1:
+        raise InputError(f"--top_k {flags.top_k}: must be at least 1")
+    if flags.teacher_model and flags.kd_loss.endswith("renormalized"):
+        raise InputError(
+            f"--kd_loss {flags.kd_loss}: is for a file of top-k scores, --teacher_model knows the "
+            "whole vocabulary; use forward, reverse or jsd"
+        )
