@@ -7,7 +7,7 @@ prompt, completion (or response), label                  one answer, good or bad
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -51,8 +51,17 @@ class Located(NamedTuple):
     pair: TextPair
 
 
-def read_text_pairs(path: Path, progress: Progress | None = None) -> Iterator[Located]:
+def read_text_pairs(
+    path: Path,
+    progress: Progress | None = None,
+    parse: Callable[[Any, str], "TextPair"] | None = None,
+) -> Iterator[Located]:
     """Yield the records of a .jsonl, .json or .csv file.
+
+    Args:
+        path: the file.
+        progress: called now and then.
+        parse: from a record and where it stands to its texts; None for parse_pair.
 
     Raises:
         DataError: names path and line: a column is missing, an answer is empty, or a value has
@@ -61,7 +70,7 @@ def read_text_pairs(path: Path, progress: Progress | None = None) -> Iterator[Lo
     file = RecordFile(path)
     for number, raw in enumerate(file, start=1):
         where = f"{path}:{raw.line}"
-        yield Located(raw.line, parse_pair(parse_json(path, raw), where))
+        yield Located(raw.line, (parse or parse_pair)(parse_json(path, raw), where))
         if progress is not None and number % RECORDS_A_CHUNK == 0:
             progress(file.position(), file.size, number)
 
@@ -92,6 +101,18 @@ def parse_pair(record: Any, where: str) -> TextPair:
         if side and (len(side) != 1 or side[0].role != "assistant"):
             _stop(where, "an answer must be one message of the assistant")
     return replace(pair, prompt=[replace(message, scored=False) for message in pair.prompt])
+
+
+def parse_prompt(record: Any, where: str) -> TextPair:
+    """The prompt and chosen answer of one parsed record; a rejected answer is not looked at.
+
+    Raises:
+        DataError: as in read_text_pairs.
+    """
+    if not isinstance(record, dict) or record.get("chosen") is None:
+        _stop(where, "has no chosen answer; needs prompt and chosen")
+    rest = {key: value for key, value in record.items() if key not in (*REJECTED, "label")}
+    return replace(parse_pair({**rest, "rejected": rest["chosen"]}, where), rejected=[])
 
 
 def _prompt(record: dict[str, Any], where: str) -> list[Message]:

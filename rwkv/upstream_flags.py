@@ -26,6 +26,7 @@ NO_EFFECT = {
     "my_pile_edecay": "see --lr_schedule",
     "my_exit": "the run ends after --epoch_count epochs",
     "weight_decay_final": "weight decay is constant",
+    "orpo_mode": "the odds ratio is the paper's, over the answers' average log-probabilities",
     "grpo_debug": "GRPO is absent",
     "sft_kl_accesspoint": "there is no HTTP teacher",
     "sft_kl_targetmodel": "there is no HTTP teacher",

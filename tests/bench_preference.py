@@ -1,0 +1,242 @@
+"""Preference training in numbers, for tests/RESULTS.md.
+
+    python tests/bench_preference.py reversal --model rwkv7-reverse-60digits.pth --output FOLDER
+    python tests/bench_preference.py persona --data agreeableness.jsonl.gz --output FOLDER
+    python tests/bench_preference.py sharing --prompt 1024 --answer 128
+
+`reversal` turns a model that reverses numbers into one that copies them, and back, by DPO and by
+ORPO. `persona` teaches a model to answer as a persona would. `sharing` times a step with the
+prompt read once against two passes over prompt and answer.
+"""
+
+import argparse
+import gzip
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+DIGITS = "chars:0123456789,#"
+QUICKSTART = ROOT / "example" / "Quickstart" / "base.pth"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    reversal = commands.add_parser("reversal")
+    reversal.add_argument("--model", type=Path, required=True)
+    persona = commands.add_parser("persona")
+    persona.add_argument("--data", type=Path, required=True)
+    persona.add_argument("--model", type=Path, default=QUICKSTART)
+    for command in (reversal, persona):
+        command.add_argument("--output", type=Path, required=True)
+        command.add_argument("--objectives", nargs="+", default=["dpo", "orpo"])
+    sharing = commands.add_parser("sharing")
+    sharing.add_argument("--prompt", type=int, default=1024)
+    sharing.add_argument("--answer", type=int, default=128)
+    sharing.add_argument("--pairs", type=int, default=4)
+    sharing.add_argument("--layers", type=int, default=4)
+    sharing.add_argument("--width", type=int, default=256)
+    sharing.add_argument("--vocab", type=int, default=4096)
+    sharing.add_argument("--head_size", type=int, default=64)
+    sharing.add_argument("--repeats", type=int, default=3)
+    sharing.add_argument("--kernel", default="auto")
+    sharing.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    {"reversal": run_reversal, "persona": run_persona, "sharing": run_sharing}[options.command](
+        options
+    )
+    return 0
+
+
+def write_pairs(path: Path, pairs: list[tuple[str, str, str]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def number_pairs(count: int, seed: int) -> list[tuple[str, str, str]]:
+    """(number, its copy, its reverse), 4 to 10 digits, no palindromes."""
+    draw, pairs = random.Random(seed), []
+    while len(pairs) < count:
+        digits = "".join(draw.choice("0123456789") for _ in range(draw.randint(4, 10)))
+        if digits != digits[::-1]:
+            pairs.append((digits + ",", digits + "#", digits[::-1] + "#"))
+    return pairs
+
+
+def preferred(model_path: Path, data: Path, tokenizer_name: str, cache: Path) -> float:
+    """Share of pairs whose chosen answer is likelier a token than the rejected one."""
+    from data.open_pairs import open_pairs
+    from data.store_cache import StoreSettings
+    from losses.orpo import ORPO
+    from losses.preference import Preference
+    from rwkv.checkpoint import load_model
+    from rwkv.tokenizer import load_tokenizer
+
+    model = load_model(model_path)
+    store = open_pairs(
+        str(data), StoreSettings(cache_dir=str(cache)), load_tokenizer(tokenizer_name)
+    )
+    pieces, objective = store.pieces(512), Preference(ORPO())
+    rows = [list(range(n, min(n + 16, len(store)))) for n in range(0, len(store), 16)]
+    total = sum(
+        objective.measure(model, pieces.batch(rows=[row], count=[1, 1, 1], packed=True))
+        for row in rows
+    )
+    return objective.summarize(total.tolist())["rewards/accuracies"]
+
+
+def train(
+    objective: str, model: Path, tokenizer: str, data: Path, output: Path, *flags: object
+) -> Path:
+    """A run of train.py over all weights; returns the model it wrote."""
+    shared = ["--load_model", model, "--tokenizer", tokenizer]
+    shared += ["--cache_dir", output.parent / "cache"]
+    if objective == "dpo":
+        call("-m", "data.make_reference", "--data", data, *shared)
+    words = ["--rlhf_train_file", data, "--proj_dir", output, f"--{objective}", 1]
+    call("train.py", *shared, *words, "--num_workers", 0, *flags)
+    return output / "rwkv-0.pth"
+
+
+def call(*words: object) -> None:
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+
+
+def run_reversal(options: argparse.Namespace) -> None:
+    print("| objective | direction | preferred before | after | seconds |\n|---|---|---|---|---|")
+    rates = {"dpo": (1e-3, 1e-4), "orpo": (1e-3, 1e-4)}
+    directions = {
+        "reverse to copy": lambda prompt, copy, turned: (prompt, copy, turned),
+        "copy to reverse": lambda prompt, copy, turned: (prompt, turned, copy),
+    }
+    for objective in options.objectives:
+        model = options.model
+        for name, order in directions.items():
+            folder = options.output / objective / name.replace(" ", "-")
+            data = write_pairs(folder / "train.jsonl", [order(*p) for p in number_pairs(1600, 0)])
+            held_out = write_pairs(folder / "val.jsonl", [order(*p) for p in number_pairs(200, 1)])
+            before = preferred(model, held_out, DIGITS, folder / "cache")
+            start, (first, last) = time.perf_counter(), rates[objective]
+            model = train(
+                objective,
+                model,
+                DIGITS,
+                data,
+                folder / "run",
+                *("--lr_init", first, "--lr_final", last, "--warmup_steps", 5),
+                *("--ctx_len", 256, "--micro_bsz", 1, "--grad_cp", 0, "--epoch_steps", 150),
+            )
+            seconds = time.perf_counter() - start
+            after = preferred(model, held_out, DIGITS, folder / "cache")
+            print(
+                f"| {objective} | {name} | {before:.3f} | {after:.3f} | {seconds:.0f} |", flush=True
+            )
+
+
+def run_persona(options: argparse.Namespace) -> None:
+    with gzip.open(options.data, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    random.Random(0).shuffle(rows)
+    pairs = [
+        (
+            row["question"],
+            row["answer_matching_behavior"].strip(),
+            row["answer_not_matching_behavior"].strip(),
+        )
+        for row in rows
+    ]
+    folder = options.output / options.data.name.split(".")[0]
+    data = write_pairs(folder / "train.jsonl", pairs[:-200])
+    held_out = write_pairs(folder / "val.jsonl", pairs[-200:])
+    print(f"{options.data.name}: {len(pairs) - 200} pairs, 200 held out")
+    print("| objective | preferred before | after | seconds |\n|---|---|---|---|")
+    for objective in options.objectives:
+        before = preferred(options.model, held_out, "bytes", folder / "cache")
+        start = time.perf_counter()
+        model = train(
+            objective,
+            options.model,
+            "bytes",
+            data,
+            folder / objective,
+            *("--lr_init", 1e-3, "--lr_final", 1e-4, "--warmup_steps", 5),
+            *("--ctx_len", 512, "--micro_bsz", 1, "--grad_cp", 0, "--epoch_steps", 200),
+        )
+        seconds = time.perf_counter() - start
+        after = preferred(model, held_out, "bytes", folder / "cache")
+        print(f"| {objective} | {before:.3f} | {after:.3f} | {seconds:.0f} |", flush=True)
+
+
+def run_sharing(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from data.pair_pieces import Pair, make_batch
+    from losses.preference import answer_log_probs
+    from rwkv.config import RWKVConfig, default_ffn, default_ranks
+    from rwkv.init import initialize
+    from rwkv.model import RWKV
+
+    on_gpu = options.device.startswith("cuda")
+    config = RWKVConfig(
+        version=7,
+        n_layer=options.layers,
+        n_embd=options.width,
+        dim_ffn=default_ffn(7, options.width),
+        vocab_size=options.vocab,
+        head_size=options.head_size,
+        ranks=default_ranks(7, options.width),
+    )
+    model = RWKV(config, options.kernel)
+    initialize(model, 0)
+    model = model.to(options.device, torch.bfloat16 if on_gpu else torch.float32)
+    draw = np.random.default_rng(0)
+
+    def tokens(count: int) -> np.ndarray:
+        return draw.integers(0, options.vocab, count)
+
+    none = np.zeros(0, np.int64)
+    pairs = [
+        Pair(tokens(options.prompt), tokens(options.answer), tokens(options.answer))
+        for _ in range(options.pairs)
+    ]
+    twice = [p._replace(rejected=none) for p in pairs]
+    twice += [p._replace(chosen=p.rejected, rejected=none) for p in pairs]
+
+    def seconds(some: list[Pair]) -> float:
+        batch = make_batch(some)
+        batch = batch._replace(
+            **{n: t.to(options.device) for n, t in batch._asdict().items() if t is not None}
+        )
+        best = float("inf")
+        for _ in range(options.repeats + 1):
+            model.zero_grad(set_to_none=True)
+            start = time.perf_counter()
+            answer_log_probs(model, batch).sum().backward()
+            if on_gpu:
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    shared, separate = seconds(pairs), seconds(twice)
+    print(
+        f"{config.name} on {options.device}, {options.pairs} pairs, prompts {options.prompt}, "
+        f"answers {options.answer}: shared {shared:.3f} s a step, two passes {separate:.3f} s, "
+        f"ratio {separate / shared:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
