@@ -39,6 +39,8 @@ NO_EFFECT = {
     "grpo_gen_temperature": "GRPO is absent",
     "grpo_gen_topp": "GRPO is absent",
     "grpo_kl_beta": "GRPO is absent",
+    "wpo_alpha": "WPO is absent",
+    "wpo_beta": "WPO is absent",
     "moe_experts": "mixtures of experts are absent",
     "moe_active": "mixtures of experts are absent",
     "moe_shared": "mixtures of experts are absent",
@@ -61,6 +63,7 @@ ABSENT = {
     "load_cold_adapter": (("",), "a second, frozen adapter", "merge it with python -m peft.merge"),
     "load_adapter_pissa_init": (("",), "PiSSA's start values", "PiSSA adapters hold their own"),
     "head_qk": (("0",), "head QK", "drop it"),
+    "dropout": (("0", "0.0"), "dropout in the model", "a layer profile has it for adapters"),
     "tiny_att_dim": (("0", "-1"), "tiny attention", "drop it"),
     "tiny_att_layer": (("0", "-1", "-999"), "tiny attention", "drop it"),
 }

@@ -322,6 +322,10 @@ def test_contradicting_flags_are_both_named(fails):
     assert text == "--fla 1: contradicts --kernel triton; keep one of them"
 
 
+def test_two_objectives_are_both_named(fails):
+    assert fails(dpo=1).startswith("train.py: --sft and --dpo exclude each other; keep one of")
+
+
 def test_deepspeed_on_a_cpu_names_what_works_there(fails):
     text = fails(strategy="deepspeed_stage_2")
     assert text.startswith("--strategy deepspeed_stage_2: DeepSpeed needs a GPU; use")
