@@ -104,15 +104,21 @@ def parse_pair(record: Any, where: str) -> TextPair:
 
 
 def parse_prompt(record: Any, where: str) -> TextPair:
-    """The prompt and chosen answer of one parsed record; a rejected answer is not looked at.
+    """The prompt and good answer of one parsed record; a rejected answer is not looked at.
+
+    The good answer is `chosen`, or a `completion` (or `response`, `answer`, `output`).
 
     Raises:
         DataError: as in read_text_pairs.
     """
-    if not isinstance(record, dict) or record.get("chosen") is None:
-        _stop(where, "has no chosen answer; needs prompt and chosen")
-    rest = {key: value for key, value in record.items() if key not in (*REJECTED, "label")}
-    return replace(parse_pair({**rest, "rejected": rest["chosen"]}, where), rejected=[])
+    key = None
+    if isinstance(record, dict):
+        key = next((k for k in ("chosen", *ANSWERS) if record.get(k) is not None), None)
+    if key is None:
+        _stop(where, "has no good answer; needs prompt and chosen (or completion)")
+    rest = {k: v for k, v in record.items() if k not in (*REJECTED, *ANSWERS, "label")}
+    answer = record[key]
+    return replace(parse_pair({**rest, "chosen": answer, "rejected": answer}, where), rejected=[])
 
 
 def _prompt(record: dict[str, Any], where: str) -> list[Message]:

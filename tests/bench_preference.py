@@ -138,6 +138,7 @@ def run_reversal(options: argparse.Namespace) -> None:
                 folder / "run",
                 *("--lr_init", first, "--lr_final", last, "--warmup_steps", 5),
                 *("--ctx_len", 256, "--micro_bsz", 1, "--grad_cp", 0, "--epoch_steps", 150),
+                *("--dpo_beta", 0.03),  # 50 nats lie between the answers at first
             )
             seconds = time.perf_counter() - start
             after = preferred(model, held_out, DIGITS, folder / "cache")
