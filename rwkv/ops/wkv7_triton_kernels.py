@@ -24,52 +24,71 @@ from rwkv.ops.triton_chunks import (
     add_product,
     exponent_of,
     narrow,
+    narrow_where,
     power_below,
     power_of,
     product,
     sequence_slots,
     slot_tokens,
+    widen,
 )
 
-
-@triton.jit
-def _log_decays(w, rows, C: tl.constexpr):
-    """For raw decays [C, N]: l, L - L_middle, L_middle and L_C - L_middle."""
-    log_decay = tl.where(rows, -tl.exp(w.to(tl.float32)), 0.0)
-    first_half = (tl.arange(0, C) < C // 2)[:, None]
-    middle = tl.sum(tl.where(first_half, log_decay, 0.0), axis=0)
-    rest = tl.sum(tl.where(first_half, 0.0, log_decay), axis=0)
-    return log_decay, tl.cumsum(log_decay, axis=0) - middle[None, :], middle, rest
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_LOG2_E = tl.constexpr(0.5287663729448977)
 
 
 @triton.jit
-def _inverse_less_identity(A, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I - A)^-1 - I for a strictly lower triangular A, [C, C], float32.
+def _load(pointers, rows):
+    return widen(tl.load(pointers, mask=rows, other=0.0))
 
-    Blocks of 16 on the diagonal by forward substitution in float32, column by column, then pairs
-    of blocks are joined: the block below the diagonal of the joined inverse is X2 A21 X1. Both are
-    stable where powers of A are not (equal keys in a row make them grow like binomials).
+
+@triton.jit
+def _load_again(pointers, rows):
+    """As `_load`, in a form that the compiler does not replace by registers full of old values."""
+    return widen(tl.load(pointers, mask=rows, other=0.0, eviction_policy="evict_first"))
+
+
+@triton.jit
+def _largest(pointers, rows):
+    """The power of two at or below the largest value of a tile that is loaded again later."""
+    return power_below(widen(tl.load(pointers, mask=rows, other=0.0, eviction_policy="evict_last")))
+
+
+@triton.jit
+def _log2_decays(w, rows, ones, C: tl.constexpr, FINE: tl.constexpr):
+    """For raw decays [C, N], in units of log2: L_t, L_(t-1), and the sums of l over both halves.
+
+    L is relative to the middle. It is a product with `ones`, the lower triangle, in one pass of
+    float16: its rounding of l, 2^-12 relative, is far below that of w itself.
     """
-    G: tl.constexpr = C // 16
-    g = tl.arange(0, G)
-    same = g[:, None, None, None] == g[None, None, :, None]
-    blocks = tl.sum(tl.where(same, tl.reshape(A, (G, 16, G, 16)), 0.0), axis=2)  # [G, 16, 16]
-    i = tl.arange(0, 16)
-    X = blocks
-    for j in tl.static_range(1, 15):
-        column = tl.sum(tl.where(i[None, None, :] == j, blocks, 0.0), axis=2)
-        row = tl.sum(tl.where(i[None, :, None] == j, X, 0.0), axis=1)
-        X += column[:, :, None] * row[:, None, :]
-    wide = tl.broadcast_to(X[:, :, None, :], (G, 16, G, 16))
-    X = tl.reshape(tl.where(same, wide, 0.0), (C, C))
+    step = tl.where(rows, -tl.exp2(w * LOG2_E + LOG2_LOG2_E), 0.0)
+    halves = tl.sum(tl.reshape(step, (2, C // 2, step.shape[1])), axis=1)
+    first = (tl.arange(0, 2) == 0)[:, None]
+    middle = tl.sum(tl.where(first, halves, 0.0), axis=0)
+    rest = tl.sum(tl.where(first, 0.0, halves), axis=0)
+    L = product(ones, narrow(step, FINE)) - middle[None, :]
+    return L, L - step, middle, rest
+
+
+@triton.jit
+def _inverse_less_identity(A, C: tl.constexpr, FINE: tl.constexpr):
+    """(I - A)^-1 - I for a strictly lower triangular A, [C, C]; FINE.
+
+    Blocks on the diagonal are joined in pairs, from one row to C: the block below the diagonal of
+    a joined inverse is X2 A21 X1. This is stable where powers of A are not: with equal keys in a
+    row they grow like binomials.
+    """
     t = tl.arange(0, C)
-    for level in tl.static_range(4, 7):
+    apart = t[:, None] ^ t[None, :]
+    zero = tl.zeros_like(A)
+    total = tl.where(apart == 1, A, zero).to(tl.float32)
+    X = narrow(total, FINE)
+    for level in tl.static_range(1, 7):
         if 2**level < C:
-            row = t[:, None] >> level
-            column = t[None, :] >> level
-            below = tl.where((row == column + 1) & (row % 2 == 1), A, 0.0)
-            below = tl.dot(X, below, below, input_precision=PRECISION)
-            X += tl.dot(below, X, below, input_precision=PRECISION)
+            below = tl.where((apart >> level) == 1, A, zero)
+            joined = add_product(below.to(tl.float32), X, below)
+            total = add_product(total + joined, narrow(joined, FINE), X)
+            X = narrow(total, FINE)
     return X
 
 
@@ -96,7 +115,6 @@ def prepare_kernel(
     C: tl.constexpr,
     WIDE: tl.constexpr,
     FINE: tl.constexpr,
-    PRECISION: tl.constexpr,
     KEEP: tl.constexpr,
 ):
     """Everything of a chunk that needs no state: M, c, R, y0, L_C and, with KEEP, X.
@@ -116,62 +134,65 @@ def prepare_kernel(
     first = (start * H + h) * N
     tile = t[:, None] * (H * N) + n[None, :]
     unit = slot.to(tl.int64) * H + h
+    strict = tl.where(t[:, None] > t[None, :], -1, 0).to(tl.int16)
+    lower = tl.where(t[:, None] >= t[None, :], -1, 0).to(tl.int16)
+    ones = narrow(tl.where(lower != 0, 1.0, 0.0), FINE)
 
-    log_decay, L, middle, rest = _log_decays(
-        tl.load(w + first + tile, mask=rows, other=0.0), rows, C
-    )
-    scale_in = tl.exp(middle)[None, :]
-    scale_out = tl.exp(rest)[None, :]
-    grow = tl.exp(-L)
-    r_raw = tl.load(r + first + tile, mask=rows, other=0.0)
-    k_raw = tl.load(k + first + tile, mask=rows, other=0.0)
-    v_raw = tl.load(v + first + tile, mask=rows, other=0.0)
-    r_power, r_shrink = power_below(r_raw)
-    k_power, k_shrink = power_below(k_raw)
-    v_power, v_shrink = power_below(v_raw)
-    k_out = k_raw * grow * k_shrink
-    b_out = tl.load(b + first + tile, mask=rows, other=0.0) * grow
-    a_out = tl.load(a + first + tile, mask=rows, other=0.0) * tl.exp(L - log_decay)
-    r_out = r_raw * tl.exp(L) * r_shrink
-    r_in = narrow(r_out, WIDE)
-    k_in = narrow(k_out, WIDE)
+    w_raw = _load(w + first + tile, rows)
+    r_raw = _load(r + first + tile, rows)
+    k_raw = _load(k + first + tile, rows)
+    a_raw = _load(a + first + tile, rows)
+    b_raw = _load(b + first + tile, rows)
+    v_raw = _load(v + first + tile, rows)
+    r_power = power_below(r_raw)
+    k_power = power_below(k_raw)
+    v_power = power_below(v_raw)
+    L, L_before, middle, rest = _log2_decays(w_raw, rows, ones, C, FINE)
+    scale_in = tl.exp2(middle)[None, :]
+    scale_out = tl.exp2(rest)[None, :]
+    grow = tl.exp2(-L)
+    a_out = a_raw * tl.exp2(L_before)
+    b_out = b_raw * grow
+    k_out = k_raw * (grow * (1.0 / k_power))
+    r_out = r_raw * (tl.exp2(L) * (1.0 / r_power))
     a_in = narrow(a_out, WIDE)
     b_in = narrow(b_out, WIDE)
-    values = narrow(v_raw * v_shrink, FINE)
-    b_end = narrow(b_out * scale_out, FINE)
+    k_in = narrow(k_out, WIDE)
+    r_in = narrow(r_out, WIDE)
     tl.store(decay + unit * N + n, middle + rest)
     tl.store(powers + unit * 2, r_power)
     tl.store(powers + unit * 2 + 1, k_power * v_power)
 
-    strict = t[:, None] > t[None, :]
-    lower = t[:, None] >= t[None, :]
-    A_ab = tl.where(strict, product(a_in, tl.trans(b_in)), 0.0)
-    X = narrow(_inverse_less_identity(A_ab, C, PRECISION), FINE)
+    A_ab = narrow_where(strict, product(a_in, tl.trans(b_in)), FINE)
+    X = _inverse_less_identity(A_ab, C, FINE)
     if KEEP:
-        square = inverse + unit * C * C
-        tl.store(square + t[:, None] * C + t[None, :], X, mask=strict)
-        tl.store(square + 2 * C - 1, exponent_of(r_power))
+        inverse += unit * C * C
+        tl.store(inverse + t[:, None] * C + t[None, :], X, mask=t[:, None] > t[None, :])
+        tl.store(inverse + 2 * C - 1, exponent_of(r_power))
         if C >= N:
-            tl.store(square + n, middle + rest)
+            tl.store(inverse + n, middle + rest)
 
     Xa = a_out * scale_in
     Xa = narrow(add_product(Xa, X, narrow(Xa, FINE)), FINE)
+    b_end = narrow(b_out * scale_out, FINE)
     square = n[:, None] * N + n[None, :]
     tl.store(transition + unit * N * N + square, narrow(product(tl.trans(Xa), b_end), FINE))
 
-    A_rb = narrow(tl.where(lower, product(r_in, tl.trans(b_in)), 0.0), FINE)
+    A_rb = narrow_where(lower, product(r_in, tl.trans(b_in)), FINE)
     R = add_product(r_out * scale_in, A_rb, Xa)
     tl.store(readout + unit * C * N + t[:, None] * N + n[None, :], narrow(R, FINE))
 
-    A_ak = narrow(tl.where(strict, product(a_in, tl.trans(k_in)), 0.0), FINE)
+    values = narrow(v_raw * (1.0 / v_power), FINE)
+    A_ak = narrow_where(strict, product(a_in, tl.trans(k_in)), FINE)
     u = product(A_ak, values)
     u = narrow(add_product(u, X, narrow(u, FINE)), FINE)
-    A_rk = narrow(tl.where(lower, product(r_in, tl.trans(k_in)), 0.0), FINE)
+    c = product(tl.trans(values), narrow(k_out * scale_out, FINE))
+    c = add_product(c, tl.trans(u), b_end)
+    tl.store(drive + unit * N * N + square, narrow(c, FINE))
+
+    A_rk = narrow_where(lower, product(r_in, tl.trans(k_in)), FINE)
     y0 = add_product(product(A_rk, values), A_rb, u) * (r_power * k_power * v_power)
     tl.store(y + first + tile, narrow(y0, WIDE), mask=rows)
-
-    c = product(tl.trans(values), narrow(k_out * scale_out, FINE))
-    tl.store(drive + unit * N * N + square, narrow(add_product(c, tl.trans(u), b_end), FINE))
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -215,15 +236,15 @@ def scan_kernel(
         M = tl.load(transition + one * N * N + n[:, None] * N + n[None, :])
         c = tl.load(drive + one * N * N + square)
         R = tl.load(readout + one * C * N + t[None, :] * N + n[:, None])  # transposed
-        keep = tl.exp(tl.load(decay + one * N + n))[None, :]
+        keep = tl.exp2(tl.load(decay + one * N + n))[None, :]
         r_power = tl.load(powers + one * 2)
         c_power = tl.load(powers + one * 2 + 1)
         out = y + ((begin + i * C) * H + h) * N + t[None, :] * (H * N) + row[:, None]
         rows = (t < length - i * C)[None, :]
-        y0 = tl.load(out, mask=rows, other=0.0)
+        y0 = _load(out, rows)
 
-        power, shrink = power_below(S)
-        before = narrow(S * shrink, FINE)
+        power = power_below(S)
+        before = narrow(S * (1.0 / power), FINE)
         if KEEP:
             tl.store(states + one * N * N + square, before)
             tl.store(inverse + (one * C + 3 + block) * C - 1, exponent_of(power))
@@ -278,94 +299,26 @@ def reverse_scan_kernel(
         r_power = power_of(tl.load(inverse + one * C * C + 2 * C - 1))
         rows = (t < length - i * C)[None, :]
         dy = grad_y + ((begin + i * C) * H + h) * N + t[None, :] * (H * N) + row[:, None]
-        dy = tl.load(dy, mask=rows, other=0.0)
+        dy = _load(dy, rows)
 
-        power, shrink = power_below(dS)
-        after = narrow(dS * shrink, FINE)
+        power = power_below(dS)
+        after = narrow(dS * (1.0 / power), FINE)
         tl.store(grad_states + one * N * N + square, after)
         tl.store(grad_powers + one * blocks + block, power)
-        y_power, y_shrink = power_below(dy)
-        read = product(narrow(dy * y_shrink, FINE), R) * (y_power * r_power)
-        dS = dS * tl.exp(keep)[None, :] + product(after, M) * power + read
+        y_power = power_below(dy)
+        read = product(narrow(dy * (1.0 / y_power), FINE), R) * (y_power * r_power)
+        dS = dS * tl.exp2(keep)[None, :] + product(after, M) * power + read
     tl.store(grad_initial + ends + square, dS)
 
 
 @triton.jit
-def _row_gradients(
-    r,
-    w,
-    k,
-    v,
-    a,
-    b,
-    grad_y,
-    states,
-    grad_states,
-    inverse,
-    dv,
-    S_power,
-    dS_power,
-    tile,
-    rows,
-    C: tl.constexpr,
-    N: tl.constexpr,
-    WIDE: tl.constexpr,
-    FINE: tl.constexpr,
-):
-    """The gradients that act on value rows: dv, which is stored, and what the others are made of.
-
-    Returns V, dy, u, dz as tiles of about 1, the powers of two they were divided by, and those of r
-    and k. dz is the gradient of A_ak V + a^ S^T.
-    """
-    t = tl.arange(0, C)
-    n = tl.arange(0, N)
-    square = n[:, None] * N + n[None, :]
-    strict = t[:, None] > t[None, :]
-    lower = t[:, None] >= t[None, :]
-    log_decay, L, middle, rest = _log_decays(tl.load(w + tile, mask=rows, other=0.0), rows, C)
-    grow = tl.exp(-L)
-    r_raw = tl.load(r + tile, mask=rows, other=0.0)
-    k_raw = tl.load(k + tile, mask=rows, other=0.0)
-    r_power, r_shrink = power_below(r_raw)
-    k_power, k_shrink = power_below(k_raw)
-    k_out = k_raw * grow * k_shrink
-    b_out = tl.load(b + tile, mask=rows, other=0.0) * grow
-    a_out = tl.load(a + tile, mask=rows, other=0.0) * tl.exp(L - log_decay)
-    r_in = narrow(r_raw * tl.exp(L) * r_shrink, WIDE)
-    k_in = narrow(k_out, WIDE)
-    A_ak = narrow(tl.where(strict, product(narrow(a_out, WIDE), tl.trans(k_in)), 0.0), FINE)
-    A_rk = narrow(tl.where(lower, product(r_in, tl.trans(k_in)), 0.0), FINE)
-    A_rb = product(r_in, tl.trans(narrow(b_out, WIDE)))
-    A_rb = narrow(tl.where(lower, A_rb, 0.0), FINE)
-    a_start = narrow(a_out * tl.exp(middle)[None, :], FINE)
-    b_end = narrow(b_out * tl.exp(rest)[None, :], FINE)
-    k_end = narrow(k_out * tl.exp(rest)[None, :], FINE)
-
-    v_raw = tl.load(v + tile, mask=rows, other=0.0)
-    v_power, v_shrink = power_below(v_raw)
-    values = narrow(v_raw * v_shrink, FINE)
-    X = tl.load(inverse + t[:, None] * C + t[None, :], mask=strict, other=0.0)
-    z = product(a_start, tl.trans(tl.load(states + square))) * S_power[None, :]
-    z += product(A_ak, values) * (k_power * v_power)
-    u_power, u_shrink = power_below(z)
-    z *= u_shrink
-    u = narrow(add_product(z, X, narrow(z, FINE)), FINE)
-
-    y_raw = tl.load(grad_y + tile, mask=rows, other=0.0)
-    y_power, y_shrink = power_below(y_raw)
-    dy = narrow(y_raw * y_shrink, FINE)
-    after = tl.trans(tl.load(grad_states + square))
-    dz = product(b_end, after) * dS_power[None, :]
-    dz += product(tl.trans(A_rb), dy) * (r_power * y_power)
-    z_power, z_shrink = power_below(dz)
-    dz *= z_shrink
-    dz = narrow(add_product(dz, tl.trans(X), narrow(dz, FINE)), FINE)
-
-    dvalues = product(k_end, after) * dS_power[None, :]
-    dvalues += product(tl.trans(A_ak), dz) * z_power
-    dvalues += product(tl.trans(A_rk), dy) * (r_power * y_power)
-    tl.store(dv + tile, narrow(dvalues * k_power, WIDE), mask=rows)
-    return values, dy, u, dz, r_power, k_power, v_power, y_power, u_power, z_power
+def _sum_rows(ones, x, dtype: tl.constexpr):
+    """ones @ x, nearly in float32: x as the sum of two float16."""
+    high = narrow(x, dtype)
+    total = product(ones, high)
+    if dtype == tl.float16:
+        total = add_product(total, ones, narrow(x - widen(high), dtype))
+    return total
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -395,15 +348,15 @@ def gradient_kernel(
     C: tl.constexpr,
     V: tl.constexpr,
     GRAD_V: tl.constexpr,
-    K: tl.constexpr,
     WIDE: tl.constexpr,
     FINE: tl.constexpr,
 ):
     """All gradients of one chunk, given the state before it and the gradient of the one after it.
 
-    Where a factor meets itself in the sum for the decay (r dr, k dk, a da, b db), it is the same
-    rounded operand that made both products, so that what must cancel there cancels. Gradients by
-    column of the state are made K columns at a time, to fit into registers.
+    Tiles are divided by powers of two: r, k, v and dy by their own, u and S by one, its gradient
+    and dS' by another, so that all products below come out in one unit, u_power * z_power. The
+    gradient of a tile, times the tile, is its share of the gradient of L; there the factor is the
+    same rounded operand that made the products, so that what must cancel cancels.
     """
     slot = tl.program_id(0) // H
     h = tl.program_id(0) % H
@@ -413,94 +366,102 @@ def gradient_kernel(
     t = tl.arange(0, C)
     n = tl.arange(0, N)
     rows = (t < left)[:, None]
-    strict = t[:, None] > t[None, :]
-    lower = t[:, None] >= t[None, :]
+    strict = tl.where(t[:, None] > t[None, :], -1, 0).to(tl.int16)
+    lower = tl.where(t[:, None] >= t[None, :], -1, 0).to(tl.int16)
     first = (start * H + h) * N
+    tile = t[:, None] * (H * N) + n[None, :]
+    square = n[:, None] * N + n[None, :]
     unit = slot.to(tl.int64) * H + h
-    states += unit * N * N
-    grad_states += unit * N * N
     inverse += unit * C * C
+    ones = narrow(tl.where(lower != 0, 1.0, 0.0), FINE)
+
+    r_power = _largest(r + first + tile, rows)
+    k_power = _largest(k + first + tile, rows)
+    v_power = _largest(v + first + tile, rows)
+    y_power = _largest(grad_y + first + tile, rows)
     S_power = power_of(tl.load(inverse + (3 + n // V) * C - 1))
     dS_power = tl.load(grad_powers + unit * (N // GRAD_V) + n // GRAD_V)
-    values, dy, u, dz, r_power, k_power, v_power, y_power, u_power, z_power = _row_gradients(
-        r + first,
-        w + first,
-        k + first,
-        v + first,
-        a + first,
-        b + first,
-        grad_y + first,
-        states,
-        grad_states,
-        inverse,
-        dv + first,
-        S_power,
-        dS_power,
-        t[:, None] * (H * N) + n[None, :],
-        rows,
-        C,
-        N,
-        WIDE,
-        FINE,
-    )
-    # The gradients of r and k stay divided by the power of r and k, like their operands.
-    dA_rk = product(dy, tl.trans(values)) * (r_power * y_power * k_power * v_power)
-    dA_rk = narrow(tl.where(lower, dA_rk, 0.0), WIDE)
-    dA_rb = product(dy, tl.trans(u)) * (r_power * y_power * u_power)
-    dA_rb = narrow(tl.where(lower, dA_rb, 0.0), WIDE)
-    dA_ak = product(dz, tl.trans(values)) * (z_power * k_power * v_power)
-    dA_ak = narrow(tl.where(strict, dA_ak, 0.0), WIDE)
-    dA_ab = product(dz, tl.trans(u)) * (z_power * u_power)
-    dA_ab = narrow(tl.where(strict, dA_ab, 0.0), WIDE)
-    S_most = tl.max(S_power, axis=0)
-    dS_most = tl.max(dS_power, axis=0)
-    dy = narrow(dy * (S_power / S_most)[None, :], FINE)
-    dz = narrow(dz * (S_power / S_most)[None, :], FINE)
-    values = narrow(values * (dS_power / dS_most)[None, :], FINE)
-    u = narrow(u * (dS_power / dS_most)[None, :], FINE)
-    for column in tl.range(0, N, K, num_stages=1):
-        columns = column + tl.arange(0, K)
-        square = n[:, None] * N + columns[None, :]
-        tile = t[:, None] * (H * N) + columns[None, :]
-        raw = tl.load(w + first + tile, mask=rows, other=0.0)
-        log_decay, L, middle, rest = _log_decays(raw, rows, C)
-        scale_in = tl.exp(middle)[None, :]
-        scale_out = tl.exp(rest)[None, :]
-        grow = tl.exp(-L)
-        r_out = tl.exp(L) / r_power
-        a_out = tl.exp(L - log_decay)
-        k_out = grow / k_power
-        r_in = narrow(tl.load(r + first + tile, mask=rows, other=0.0) * r_out, WIDE)
-        k_in = narrow(tl.load(k + first + tile, mask=rows, other=0.0) * k_out, WIDE)
-        a_in = narrow(tl.load(a + first + tile, mask=rows, other=0.0) * a_out, WIDE)
-        b_in = narrow(tl.load(b + first + tile, mask=rows, other=0.0) * grow, WIDE)
-        S = tl.load(states + square)
-        dS = tl.load(grad_states + square)
-        end = S.to(tl.float32) * dS.to(tl.float32) * (S_power * dS_power)[:, None]
-        end = tl.sum(end, axis=0)[None, :] * scale_in * scale_out
+    u_power = 8 * tl.maximum(k_power * v_power, tl.max(S_power, axis=0))
+    z_power = 8 * tl.maximum(r_power * y_power, tl.max(dS_power, axis=0))
+    u_share = k_power * v_power / u_power
+    z_share = r_power * y_power / z_power
 
-        grad = product(dy, S) * (scale_in * (r_power * y_power * S_most))
-        grad = add_product(add_product(grad, dA_rk, k_in), dA_rb, b_in)
-        tl.store(dr + first + tile, narrow(grad * r_out, WIDE), mask=rows)
-        dL = r_in.to(tl.float32) * grad
+    # Value rows: what the chunk writes, u, the gradient dz of what it reads, and dv.
+    L, L_before, middle, rest = _log2_decays(_load(w + first + tile, rows), rows, ones, C, FINE)
+    grow = tl.exp2(-L)
+    k_out = _load(k + first + tile, rows) * (grow * (1.0 / k_power))
+    k_in = narrow(k_out, WIDE)
+    k_end = narrow(k_out * tl.exp2(rest)[None, :], FINE)
+    b_out = _load(b + first + tile, rows) * grow
+    b_in = narrow(b_out, WIDE)
+    b_end = narrow(b_out * tl.exp2(rest)[None, :], FINE)
+    r_in = narrow(_load(r + first + tile, rows) * (tl.exp2(L) * (1.0 / r_power)), WIDE)
+    a_out = _load(a + first + tile, rows) * tl.exp2(L_before)
+    a_in = narrow(a_out, WIDE)
+    a_start = narrow(a_out * tl.exp2(middle)[None, :], FINE)
+    values = narrow(_load(v + first + tile, rows) * (1.0 / v_power), FINE)
+    dy = narrow(_load(grad_y + first + tile, rows) * (1.0 / y_power), FINE)
+    S = tl.load(states + unit * N * N + square) * (S_power / u_power).to(FINE)[:, None]
+    dS = tl.load(grad_states + unit * N * N + square) * (dS_power / z_power).to(FINE)[:, None]
+    X = tl.load(inverse + t[:, None] * C + t[None, :], mask=t[:, None] > t[None, :], other=0.0)
 
-        grad = product(dz, S) * (scale_in * (z_power * S_most))
-        grad = add_product(add_product(grad, dA_ak, k_in), dA_ab, b_in)
-        tl.store(da + first + tile, narrow(grad * a_out, WIDE), mask=rows)
-        before = a_in.to(tl.float32) * grad
-        dL += before
+    A_ak = narrow_where(strict, product(a_in, tl.trans(k_in)), FINE)
+    z = add_product(product(A_ak, values) * u_share, a_start, tl.trans(S))
+    u = narrow(add_product(z, X, narrow(z, FINE)), FINE)
+    A_rb = narrow_where(lower, product(r_in, tl.trans(b_in)), FINE)
+    dz = add_product(product(tl.trans(A_rb), dy) * z_share, b_end, tl.trans(dS))
+    dz = narrow(add_product(dz, tl.trans(X), narrow(dz, FINE)), FINE)
+    A_rk = narrow_where(lower, product(r_in, tl.trans(k_in)), FINE)
+    grad = add_product(product(tl.trans(A_rk), dy) * z_share, tl.trans(A_ak), dz)
+    grad = add_product(grad, k_end, tl.trans(dS))
+    tl.store(dv + first + tile, narrow(grad * (k_power * z_power), WIDE), mask=rows)
 
-        grad = product(values, dS) * (scale_out * (k_power * v_power * dS_most))
-        end += tl.sum(k_in.to(tl.float32) * grad, axis=0)[None, :]
-        grad = add_product(add_product(grad, tl.trans(dA_rk), r_in), tl.trans(dA_ak), a_in)
-        tl.store(dk + first + tile, narrow(grad * k_out, WIDE), mask=rows)
-        dL -= k_in.to(tl.float32) * grad
+    # Key columns: the other gradients. Factors are made again, to keep registers free.
+    step = _load_again(w + first + tile, rows)
+    L, L_before, middle, rest = _log2_decays(step, rows, ones, C, FINE)
+    scale_in = tl.exp2(middle)[None, :]
+    scale_out = tl.exp2(rest)[None, :]
+    grow = tl.exp2(-L)
+    k_in = narrow(_load_again(k + first + tile, rows) * (grow * (1.0 / k_power)), WIDE)
+    b_in = narrow(_load_again(b + first + tile, rows) * grow, WIDE)
 
-        grad = product(u, dS) * (scale_out * (u_power * dS_most))
-        end += tl.sum(b_in.to(tl.float32) * grad, axis=0)[None, :]
-        grad = add_product(add_product(grad, tl.trans(dA_rb), r_in), tl.trans(dA_ab), a_in)
-        tl.store(db + first + tile, narrow(grad * grow, WIDE), mask=rows)
-        dL -= b_in.to(tl.float32) * grad
+    log2_unit = exponent_of(u_power) + exponent_of(z_power)
+    dA_ak = narrow_where(strict, product(dz, tl.trans(values)) * u_share, WIDE)
+    dA_ab = narrow_where(strict, product(dz, tl.trans(u)), WIDE)
+    grad = product(dz, S) * scale_in
+    grad = add_product(add_product(grad, dA_ak, k_in), dA_ab, b_in)
+    out = tl.exp2(L_before + log2_unit)
+    tl.store(da + first + tile, narrow(grad * out, WIDE), mask=rows)
+    a_in = narrow(_load_again(a + first + tile, rows) * tl.exp2(L_before), WIDE)
+    dL_before = widen(a_in) * grad
 
-        dl = tl.cumsum(dL, axis=0, reverse=True) - before + end
-        tl.store(dw + first + tile, narrow(dl * log_decay, WIDE), mask=rows)
+    dA_rk = narrow_where(lower, product(dy, tl.trans(values)) * (u_share * z_share), WIDE)
+    dA_rb = narrow_where(lower, product(dy, tl.trans(u)) * z_share, WIDE)
+    grad = product(dy, S) * (scale_in * z_share)
+    grad = add_product(add_product(grad, dA_rk, k_in), dA_rb, b_in)
+    out = tl.exp2(L + (log2_unit - exponent_of(r_power)))
+    tl.store(dr + first + tile, narrow(grad * out, WIDE), mask=rows)
+    shrink = tl.exp2(L - exponent_of(r_power))
+    r_in = narrow(_load_again(r + first + tile, rows) * shrink, WIDE)
+    dL = dL_before + widen(r_in) * grad
+
+    grad = product(values, dS) * (scale_out * u_share)
+    factor = widen(k_in)
+    dL_end = factor * grad
+    grad = add_product(add_product(grad, tl.trans(dA_rk), r_in), tl.trans(dA_ak), a_in)
+    out = tl.exp2((log2_unit - exponent_of(k_power)) - L)
+    tl.store(dk + first + tile, narrow(grad * out, WIDE), mask=rows)
+    dL -= factor * grad
+
+    grad = product(u, dS) * scale_out
+    factor = widen(b_in)
+    dL_end += factor * grad
+    grad = add_product(add_product(grad, tl.trans(dA_rb), r_in), tl.trans(dA_ab), a_in)
+    tl.store(db + first + tile, narrow(grad * tl.exp2(log2_unit - L), WIDE), mask=rows)
+    dL -= factor * grad
+
+    dl = _sum_rows(tl.trans(ones), dL, FINE) - dL_before
+    dl += _sum_rows(tl.full((C, C), 1.0, FINE), dL_end, FINE)
+    dl += tl.sum(widen(S) * widen(dS), axis=0)[None, :] * scale_in * scale_out
+    dl *= -tl.exp2(_load(w + first + tile, rows) * LOG2_E + log2_unit)
+    tl.store(dw + first + tile, narrow(dl, WIDE), mask=rows)
