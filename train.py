@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.flags import DataFlags, PairFlags
+from data.flags import DataFlags, IterateFlags, PairFlags
 from losses.flags import ChunkFlags, DistillationFlags, SFTFlags
 from losses.objectives import check_distillation, chosen_objective, make_objective
 from losses.preference_flags import PREFERENCE_FLAGS, PREFERENCES, REFERENCED
@@ -38,6 +38,7 @@ FLAGS = (
     *PREFERENCE_FLAGS,
     DataFlags,
     PairFlags,
+    IterateFlags,
     PeftFlags,
     StateFlags,
     TrainerFlags,
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     check(settings)
     for note in notes:
         say(note)
-    return train(settings)
+    return iterate(settings) if settings[IterateFlags].iterate else train(settings)
 
 
 def check(settings: Settings) -> None:
@@ -124,6 +125,84 @@ def train(settings: Settings) -> int:
     if trainer.dry_run:
         return 0
     return fit(settings, config, batches, steps, device, tokenizer)
+
+
+def iterate(settings: Settings) -> int:
+    """Rounds of sampling, scoring and training; returns the exit status.
+
+    Round N keeps its pairs and its run in --proj_dir/round-N. The same command goes on where an
+    earlier one stopped, within a round and between rounds.
+    """
+    from dataclasses import replace
+
+    flags, trainer = settings[IterateFlags], settings[TrainerFlags]
+    if chosen_objective(settings) not in ("dpo", "orpo", "simpo"):
+        raise InputError("--iterate: makes pairs; add --dpo 1, --orpo 1 or --simpo 1")
+    if bool(flags.reward) == bool(flags.judge):
+        raise InputError("--iterate: needs --reward or --judge, and not both")
+    adapter = settings[PeftFlags].load_adapter
+    for number in range(flags.iterate):
+        folder = Path(trainer.proj_dir) / f"round-{number}"
+        now = Settings(settings)
+        now[PeftFlags] = replace(settings[PeftFlags], load_adapter=adapter)
+        now[PairFlags] = replace(settings[PairFlags], rlhf_train_file=str(folder / "pairs.jsonl"))
+        now[TrainerFlags] = replace(trainer, proj_dir=str(folder / "run"), resume=True)
+        done = folder / "run" / f"rwkv-{trainer.epoch_begin + trainer.epoch_count - 1}.pth"
+        if not done.exists():
+            make_round(settings, now, number)
+            status = train(now)
+            if status or trainer.dry_run:
+                return status
+        adapter = str(done)
+    return 0
+
+
+def make_round(settings: Settings, now: Settings, number: int) -> None:
+    """Write the pairs of a round, and for DPO their scores, by the model that it starts from."""
+    from data.make_reference import score_folder
+    from data.pair_records import PAIRS
+    from data.reference_scores import Scorer, file_fingerprint
+    from data.rounds import make_judge, make_reward, write_round
+    from data.store_cache import open_store
+    from rwkv.checkpoint import fingerprint, load_model, read_tensors
+    from rwkv.runner import merge_adapter
+    from rwkv.templates import load_template
+    from rwkv.tokenizer import load_tokenizer
+
+    flags, data, path = settings[IterateFlags], settings[DataFlags], settings[ModelFlags].load_model
+    if not path:
+        raise InputError("--iterate: needs --load_model, a model that can answer")
+    device, backend = choose_device(settings), settings[ModelFlags].backend
+
+    def load(file: str) -> Any:
+        model = load_model(file, device=device.kind, dtype=device.dtype, backend=backend)
+        return model.requires_grad_(False).eval()
+
+    model, adapter = load(path), now[PeftFlags].load_adapter
+    if adapter:
+        merge_adapter(model, Path(path), Path(adapter))
+    tokenizer = load_tokenizer(data.tokenizer or None, model.config.vocab_size)
+    template = load_template(data.template, tokenizer, data.turn_end or None)
+    pairs = Path(now[PairFlags].rlhf_train_file)
+    if not pairs.exists():
+        reward = (
+            make_judge(load(flags.judge), tokenizer, template)
+            if flags.judge
+            else make_reward(flags.reward)
+        )
+        prompts = Path(settings[PairFlags].rlhf_train_file or data.train_data_file)
+        seed = settings[TrainerFlags].random_seed + number
+        made = write_round(pairs, prompts, model, tokenizer, template, flags, reward, seed)
+        say(
+            f"round {number}: {made.pairs:,} pairs from {made.prompts:,} prompts, "
+            f"mean score {made.mean_score:.4f}"
+        )
+    if chosen_objective(settings) in REFERENCED:
+        scorer = Scorer(
+            fingerprint(read_tensors(path)), file_fingerprint(adapter) if adapter else ""
+        )
+        for folder in open_store(str(pairs), data, tokenizer, PAIRS).folders:
+            score_folder(model, folder, scorer, 16384)
 
 
 def plan_layers(settings: Settings, config: "RWKVConfig") -> "Plan":
@@ -525,7 +604,8 @@ def make_loggers(settings: Settings, folder: Path) -> list[Any]:
     """Lightning's loggers beside train_log.jsonl: TensorBoard and Weights & Biases."""
     import importlib.util
 
-    flags, loggers = settings[EvaluationFlags], []
+    flags = settings[EvaluationFlags]
+    loggers: list[Any] = []
     if flags.tensorboard:
         from pytorch_lightning.loggers import TensorBoardLogger
 

@@ -5,6 +5,8 @@ columns. RWKV-LM-RLHF writes its states so, and the PyPI package `rwkv` reads th
 keys on rows inside (its RWKV-6) turns them as it loads.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -21,11 +23,12 @@ def add_tuned_state(model: RWKV) -> None:
     """
     home = model.ln_out.weight.device
     for block in model.blocks:
-        if block.att.time_state is None:
-            block.att.time_state = nn.Parameter(
+        att: Any = block.att
+        if att.time_state is None:
+            att.time_state = nn.Parameter(
                 torch.zeros(state_shape(model.config), dtype=torch.float32, device=home)
             )
-        block.att.time_state.requires_grad_(True)
+        att.time_state.requires_grad_(True)
 
 
 def state_shape(config: RWKVConfig) -> tuple[int, int, int]:

@@ -24,7 +24,7 @@ class TokenBatch(NamedTuple):
     targets: Tensor
     mask: Tensor
     cu_seqlens: Tensor | None
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
 
     def tokens(self) -> int:
         """Input tokens that the model reads, padding included."""
@@ -53,7 +53,7 @@ class TeacherBatch(NamedTuple):
     targets: Tensor
     mask: Tensor
     cu_seqlens: Tensor | None
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     ids: Tensor
     values: Tensor
     lse: Tensor | None
@@ -110,7 +110,7 @@ class PreferenceBatch(NamedTuple):
     chosen: Tensor
     rejected: Tensor
     reference: Tensor | None
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
 
     def tokens(self) -> int:
         """Input tokens that the model reads."""

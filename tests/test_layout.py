@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OURS = {
     "rwkv": (),
-    "losses": ("rwkv.batch", "rwkv.flags", "rwkv.chunks", "rwkv.errors"),
+    "losses": ("rwkv.batch", "rwkv.flags", "rwkv.chunks", "rwkv.errors", "rwkv.state"),
     "peft": ("rwkv",),
     "data": ("rwkv", "losses.logprobs", "losses.preference"),
 }

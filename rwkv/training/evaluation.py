@@ -5,7 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwkv.training.distributed import sum_over_ranks
 from rwkv.training.lit import LitModel, Objective
@@ -28,7 +28,7 @@ class Evaluation(pl.Callback):
         *,
         batches: Callable[[int], Iterable[Any]],
         objective: Objective,
-        sample: Callable[[nn.Module], list[str]] | None,
+        sample: Callable[[Any], list[str]] | None,
         steps: Callable[[int], bool],
         step_log: StepLog,
     ):

@@ -55,7 +55,7 @@ def clear_leftovers(folder: Path) -> None:
 def save(trainer: pl.Trainer, lit: LitModel, folder: Path, run: dict[str, Any]) -> None:
     """Write a resume point for the steps done so far, then remove the older ones."""
     name = f"step-{lit.steps_done}"
-    engine = trainer.model if lit.strategy.startswith("deepspeed") else None
+    engine: Any = trainer.model if lit.strategy.startswith("deepspeed") else None
     generators = gather_over_ranks(_generators())
     point = folder / FOLDER / name
     with contextlib.ExitStack() as stack:
@@ -87,7 +87,8 @@ class Resume(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, lit: LitModel) -> None:  # type: ignore[override]
         state = _load(self.point)
         if lit.strategy.startswith("deepspeed"):
-            path, _ = trainer.model.load_checkpoint(
+            engine: Any = trainer.model
+            path, _ = engine.load_checkpoint(
                 str(self.point), tag=ENGINE, load_module_strict=False
             )
             if path is None:
@@ -120,10 +121,10 @@ def _load(point: Path) -> dict[str, Any]:
 
 def _generators() -> dict[str, Any]:
     version, keys, gauss = random.getstate()
-    _, numbers, position, has_gauss, cached = np.random.get_state()
+    _, numbers, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(keys), gauss],
-        "numpy": [torch.from_numpy(numbers.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [torch.from_numpy(np.asarray(numbers, np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }

@@ -158,7 +158,8 @@ class StepLog(pl.Callback):
         if summed.pop("stop"):
             trainer.should_stop = True
         if "grad_norm" not in summed:
-            norm = trainer.model.get_global_grad_norm()  # DeepSpeed's engine
+            engine: Any = trainer.model  # DeepSpeed's
+            norm = engine.get_global_grad_norm()
             summed["grad_norm"] = float(norm) if norm is not None else 0.0
         tokens = int(summed.pop("tokens"))
         rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
