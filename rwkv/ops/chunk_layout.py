@@ -16,7 +16,7 @@ from rwkv.ops.packing import text_lengths
 
 # About how many chunk-heads are worked on at once. On a CPU larger parts leave the caches, on a
 # GPU smaller ones leave it idle; either way the memory in use does not grow with T.
-LIMIT_CPU, LIMIT = 256, 2048
+LIMIT_CPU, LIMIT = 256, 1024
 
 
 class Part(NamedTuple):
@@ -77,8 +77,9 @@ class ChunkLayout:
             x *= self.real[part.rows]
         return x
 
-    def tokens(self, x: Tensor, like: Tensor) -> Tensor:
-        """All chunks [P, C, N] as [B, T, H, N], in the shape and dtype of `like`."""
+    def tokens(self, *parts: Tensor, like: Tensor) -> Tensor:
+        """The chunks [P, C, N] of all parts, in the shape [B, T, H, N] and dtype of `like`."""
+        x = parts[0] if len(parts) == 1 else torch.cat(parts)
         return x.flatten(0, 1).index_select(0, self._place).to(like.dtype).view(like.shape)
 
     def empty(self, like: Tensor, rows: int) -> Tensor:

@@ -47,7 +47,8 @@ class DecayedProducts:
         P, C, N = rate.shape
         self._x, self._z = [before] if after is None else [before, after], written
         self._leaf = size = _leaf_size(rate)
-        self.products = rate.new_zeros(P, len(self._x) * C, len(self._z) * C)
+        shape = P, len(self._x) * C, len(self._z) * C
+        self.products = rate.new_empty(shape) if size == C else rate.new_zeros(shape)
 
         used = rate.unflatten(1, (-1, size)).cumsum(2)  # [P, blocks, size, N]
         middle = used[:, :, (size - 1) // 2]
@@ -78,9 +79,9 @@ class DecayedProducts:
             *entry, until, kept = (w.unflatten(1, (-1, 2)) for w in (*entry, until, kept))
             upper, lower = [weight[:, :, 1] for weight in entry], until[:, :, 0]
             pairs = _Pairs(
-                [x[:, :, 1] for x in _halves(self._x, size)],
+                _upper(self._x, size),
                 [weight.clone() for weight in upper],
-                [z[:, :, 0] for z in _halves(self._z, size)],
+                _lower(self._z, size),
                 lower.clone(),
             )
             self._spots(self.products, size, halves=True).copy_(pairs.products())
@@ -111,39 +112,33 @@ class DecayedProducts:
         C, size = entry.shape[1] // len(self._x), self._leaf
         dx = [d * weight for d, weight in zip(entry.split(C, 1), self._entry, strict=True)]
         dz = [d * self._exit for d in exit.split(C, 1)]
-        # Gradients of logarithms: of the weights since a block's start and until its end, and of
-        # what the block keeps in total. They go down the levels as the weights came up.
-        since, until = _dot(dx, self._x).unsqueeze(1), _dot(dz, self._z).unsqueeze(1)
-        total = (kept * self.kept).unsqueeze(1)
+        # What hangs on the decays of a whole block: what comes into it and goes through it, then,
+        # level by level, what goes from the upper into the lower half's tokens.
+        total = (kept * self.kept).unsqueeze(1)  # [P, blocks, N]
         for level, pairs in reversed(list(enumerate(self._across))):
             half = size << level
-            since, until = since.unflatten(2, (2, half)), until.unflatten(2, (2, half))
-            upper, lower = since[:, :, 1], until[:, :, 0]
-            crossing = torch.stack([upper.sum(2), lower.sum(2)], dim=2)
-            total = (total.unsqueeze(2) + crossing).flatten(1, 2)
-            up, down = pairs.backward(
-                self._spots(products, half, halves=True),
-                [d[:, :, 1] for d in _halves(dx, half)],
-                [d[:, :, 0] for d in _halves(dz, half)],
-            )
-            upper += up
-            lower += down
-            since, until = since.flatten(1, 2), until.flatten(1, 2)
-
-        own = self._own(dx)
+            dx_upper, x_upper = _upper(dx, half), _upper(self._x, half)
+            dz_lower, z_lower = _lower(dz, half), _lower(self._z, half)
+            crossing = [_dot(dx_upper, x_upper).sum(2), _dot(dz_lower, z_lower).sum(2)]
+            total = (total.unsqueeze(2) + torch.stack(crossing, dim=2)).flatten(1, 2)
+            pairs.backward(self._spots(products, half, halves=True), dx_upper, dz_lower)
+        if size == 1:
+            total += self._own(dx)
+        else:
+            until = _dot(dz, self._z).unflatten(1, (-1, size)).sum(2)
         if self._within is not None:
-            up, down = self._within.backward(
-                self._spots(products, size) * self._mask, _blocks(dx, size), _blocks(dz, size)
-            )
-        if size == 1:  # where a pair of a token with itself has no decay
-            return dx, dz, -(total + own)
-        # A token's decay is in the weights since of all later tokens and of its own readers after,
-        # in those until of all earlier tokens, and in the total; down is the inverse of a since.
-        since += up
-        since -= down
-        total = (total + since.sum(2)).unsqueeze(2)
-        rate = (since - until).cumsum(2).add_(until).add_(down).sub_(total).flatten(1, 2)
-        return dx, dz, rate - self._own(dx)
+            spots = self._spots(products, size) * self._mask
+            self._within.backward(spots, _blocks(dx, size), _blocks(dz, size))
+        if size == 1:  # where the pairs within blocks have no decay
+            return dx, dz, total.neg_()
+        # A token's decay is in what all later tokens read, in what all earlier tokens wrote, in the
+        # total, and in what its own reader after read.
+        read = _dot(dx, self._x).unflatten(1, (-1, size))
+        written = _dot(dz, self._z).unflatten(1, (-1, size))
+        balance = read - written
+        total = (total + until + balance.sum(2)).unsqueeze(2)
+        rate = balance.cumsum(2).add_(written).sub_(total).flatten(1, 2)
+        return dx, dz, rate.sub_(self._own(dx))
 
     def _own(self, dx: list[Tensor]) -> Tensor | float:
         """The gradient of each log decay from the reader after that same token."""
@@ -188,12 +183,8 @@ class _Pairs:
         products = products.unflatten(3, self._z.shape[2:4]).unflatten(2, self._x.shape[2:4])
         return products.permute(0, 2, 3, 4, 5, 1)
 
-    def backward(self, spots: Tensor, dx: list[Tensor], dz: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Add the gradients of x and z to dx and dz, from those of the products.
-
-        Returns:
-            the gradients of the logarithms of `up`, summed over X, and of `down`.
-        """
+    def backward(self, spots: Tensor, dx: list[Tensor], dz: list[Tensor]) -> None:
+        """Add the gradients of x and z to dx and dz, from those of the products."""
         products = spots.permute(0, 5, 1, 2, 3, 4).flatten(4, 5).flatten(2, 3)
         x = (products @ self._z.flatten(2, 3)).view(self._x.shape).unbind(2)
         z = (products.mT @ self._x.flatten(2, 3)).view(self._z.shape).unbind(2)
@@ -201,7 +192,6 @@ class _Pairs:
             total.addcmul_(one, weight)
         for total, one in zip(dz, z, strict=True):
             total.addcmul_(one, self._down)
-        return _dot(x, self._x.unbind(2)), _dot(z, self._z.unbind(2))
 
 
 def _leaf_size(rate: Tensor) -> int:
@@ -221,8 +211,12 @@ def _blocks(tensors: list[Tensor], size: int) -> list[Tensor]:
     return [x.unflatten(1, (-1, size)) for x in tensors]
 
 
-def _halves(tensors: list[Tensor], size: int) -> list[Tensor]:
-    return [x.unflatten(1, (-1, 2, size)) for x in tensors]
+def _upper(tensors: list[Tensor], size: int) -> list[Tensor]:
+    return [x.unflatten(1, (-1, 2, size))[:, :, 1] for x in tensors]
+
+
+def _lower(tensors: list[Tensor], size: int) -> list[Tensor]:
+    return [x.unflatten(1, (-1, 2, size))[:, :, 0] for x in tensors]
 
 
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:

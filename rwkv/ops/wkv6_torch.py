@@ -75,7 +75,7 @@ class _WKV6(torch.autograd.Function):
         layout: ChunkLayout = ctx.layout
         dS = layout.sorted(d_state)
         du = dS.new_zeros(layout.H, dS.shape[-1])
-        grads = [layout.empty(dS, layout.C) for _ in inputs]
+        grads: list[list[Tensor]] = []
         for part in reversed(layout.parts):
             local = _Local(layout, part, u, inputs, dS.dtype)
             dy_part = layout.chunks(dy, part, dS.dtype, blank=True)
@@ -85,11 +85,13 @@ class _WKV6(torch.autograd.Function):
                 now = dS[: len(end)]
                 end.copy_(now)
                 torch.addcmul(new, end, kept, out=now)
-            *values, du_part = local.backward(starts[part.rows], ends, dy_part)
+            values, du_part = local.backward(starts[part.rows], ends, dy_part)
             du += du_part
-            for grad, value in zip(grads, values, strict=True):
-                grad[part.rows] = value
-        d_inputs = (layout.tokens(d, like=x) for d, x in zip(grads, inputs, strict=True))
+            grads.append(values)
+        d_inputs = (
+            layout.tokens(*reversed(parts), like=x)
+            for *parts, x in zip(*grads, inputs, strict=True)
+        )
         return None, layout.unsorted(dS), du.to(u.dtype), *d_inputs
 
 
@@ -112,9 +114,9 @@ class _Local:
             layout.chunks(x, part, dtype, blank=name == "k")
             for name, x in zip("rwkv", inputs, strict=True)
         )
-        # Beyond this rate a step keeps 0, and the decay has no gradient.
-        self.highest = -math.log(torch.finfo(dtype).tiny)
-        self.rate = w.exp_().clamp_(max=self.highest)
+        limits = torch.finfo(dtype)
+        nothing = 1 - math.log(limits.tiny * limits.eps)  # the rate from where exp(-rate) is 0
+        self.rate = w.exp_().clamp_(max=nothing)
         if layout.real is not None:
             self.rate *= layout.real[part.rows]
         self.decayed = DecayedProducts(self.r, None, [self.k], self.rate)
@@ -124,7 +126,7 @@ class _Local:
         self.H = layout.H
         self.products.diagonal(dim1=1, dim2=2).copy_((self.r * self.u * self.k).sum(-1))
 
-    def backward(self, S: Tensor, dS: Tensor, dy: Tensor) -> list[Tensor]:
+    def backward(self, S: Tensor, dS: Tensor, dy: Tensor) -> tuple[list[Tensor], Tensor]:
         """The gradients of r, w, k, v and u; S and dS are those at start and end."""
         d_products = torch.bmm(dy, self.v.mT)
         d_v = torch.bmm(self.products.mT, dy).baddbmm_(self.exit, dS.mT)
@@ -136,5 +138,4 @@ class _Local:
         d_u = (own_k * self.r).sum(1).unflatten(0, (-1, self.H)).sum(0)
         d_r.addcmul_(own_k, self.u)
         d_k.addcmul_(own * self.r, self.u)
-        d_w = (d_rate * self.rate).masked_fill_(self.rate == self.highest, 0)
-        return [d_r, d_w, d_k, d_v, d_u]
+        return [d_r, d_rate.mul_(self.rate), d_k, d_v], d_u

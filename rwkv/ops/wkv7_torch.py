@@ -87,7 +87,7 @@ class _WKV7(torch.autograd.Function):
         *inputs, starts = ctx.saved_tensors
         layout: ChunkLayout = ctx.layout
         dS, C = layout.sorted(d_state), layout.C
-        grads = [layout.empty(dS, C) for _ in inputs]
+        grads: list[list[Tensor]] = []
         for part in reversed(layout.parts):
             local = _Local(layout, part, inputs, dS.dtype)
             S, ends = starts[part.rows], torch.empty_like(starts[part.rows])
@@ -105,9 +105,11 @@ class _WKV7(torch.autograd.Function):
                 uv.baddbmm_(exit, end.mT)
                 made[:, :C] = torch.bmm(inverse.mT, uv[:, :C])
                 torch.mul(end, kept, out=now).baddbmm_(made.mT, entry)
-            for grad, value in zip(grads, local.backward(S, ends, d_uv, d_made), strict=True):
-                grad[part.rows] = value
-        d_inputs = (layout.tokens(d, like=x) for d, x in zip(grads, inputs, strict=True))
+            grads.append(local.backward(S, ends, d_uv, d_made))
+        d_inputs = (
+            layout.tokens(*reversed(parts), like=x)
+            for *parts, x in zip(*grads, inputs, strict=True)
+        )
         return None, layout.unsorted(dS), *d_inputs
 
 
@@ -127,9 +129,9 @@ class _Local:
             for name, x in zip("rwkvab", inputs, strict=True)
         )
         self.C = C = layout.C
-        # Beyond this rate a step keeps 0, and the decay has no gradient.
-        self.highest = -math.log(torch.finfo(dtype).tiny)
-        self.rate = w.exp_().clamp_(max=self.highest)
+        limits = torch.finfo(dtype)
+        nothing = 1 - math.log(limits.tiny * limits.eps)  # the rate from where exp(-rate) is 0
+        self.rate = w.exp_().clamp_(max=nothing)
         if layout.real is not None:
             self.rate *= layout.real[part.rows]
         self.decayed = DecayedProducts(a, r, [b, k], self.rate)
@@ -142,7 +144,8 @@ class _Local:
             upper=False,
             unitriangular=True,
         )
-        self.uv = torch.cat([torch.empty_like(v), v], dim=1)
+        self.uv = v.new_empty(len(v), 2 * C, v.shape[-1])
+        self.uv[:, C:] = v
 
     def read_inside(self) -> Tensor:
         """A_ak v, [P, C, N]."""
@@ -158,5 +161,4 @@ class _Local:
             torch.bmm(self.uv, dS),
             (S * dS).sum(1),
         )
-        d_w = (d_rate * self.rate).masked_fill_(self.rate == self.highest, 0)
-        return [d_r, d_w, d_k, d_v, d_a, d_b]
+        return [d_r, d_rate.mul_(self.rate), d_k, d_v, d_a, d_b]
