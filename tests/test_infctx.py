@@ -1,7 +1,10 @@
 """Infinite context: pieces of any length give the numbers and gradients of the whole text."""
 
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from rwkv.checkpoint import write_tensors
 from rwkv.chunks import ChunkPlan, walk
 from rwkv.training.step_log import read_log
 
+ROOT = Path(__file__).parent.parent
 TEXTS = texts([11, 5, 18, 7])
 COUNT = sum(int(mask.sum()) for _, mask in TEXTS)
 BATCHES = {"padded": padded(TEXTS, COUNT), "packed": packed(TEXTS, COUNT)}
@@ -259,3 +263,20 @@ def byte_model(version: int):
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
             parameter.add_(0.1 * noise)
     return model
+
+
+def test_the_example_runs(tmp_path):
+    """example/InfCtx at a small size: the data's answers are what stands after the mark."""
+    make = [sys.executable, "example/InfCtx/make_data.py", "--output", str(tmp_path), "--rows", "8"]
+    subprocess.run([*make, "--held_out", "4"], cwd=ROOT, check=True, capture_output=True)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert all(row["prompt"][1] == row["completion"] for row in rows)
+    words = (
+        f"--sft 1 --n_layer 1 --n_embd 32 --head_size_a 32 --template plain --ctx_len 48 "
+        f"--train_data_file {tmp_path}/train.jsonl --val_data_file {tmp_path}/val.jsonl "
+        f"--packing 0 --micro_bsz 4 --infctx 1 --chunk_ctx 12 --kernel torch --accelerator cpu "
+        f"--num_workers 0 --cache_dir {tmp_path}/cache --proj_dir {tmp_path}/out"
+    ).split()
+    assert train.main([*words, "--tokenizer", "chars:0123456789#?"]) == 0
+    log = read_log(tmp_path / "out" / "train_log.jsonl")
+    assert [line["step"] for line in log if "val_accuracy" in line] == [0, 2]
