@@ -164,32 +164,27 @@ def make_round(settings: Settings, now: Settings, number: int) -> None:
     from data.reference_scores import Scorer, file_fingerprint
     from data.rounds import make_judge, make_reward, write_round
     from data.store_cache import open_store
-    from rwkv.checkpoint import fingerprint, load_model, read_tensors
-    from rwkv.runner import merge_adapter
+    from rwkv.checkpoint import load_model
     from rwkv.templates import load_template
     from rwkv.tokenizer import load_tokenizer
+    from rwkv.training.model import read_config
 
-    flags, data, path = settings[IterateFlags], settings[DataFlags], settings[ModelFlags].load_model
-    if not path:
+    flags, data = settings[IterateFlags], settings[DataFlags]
+    if not settings[ModelFlags].load_model:
         raise InputError("--iterate: needs --load_model, a model that can answer")
-    device, backend = choose_device(settings), settings[ModelFlags].backend
-
-    def load(file: str) -> Any:
-        model = load_model(file, device=device.kind, dtype=device.dtype, backend=backend)
-        return model.requires_grad_(False).eval()
-
-    model, adapter = load(path), now[PeftFlags].load_adapter
-    if adapter:
-        merge_adapter(model, Path(path), Path(adapter))
-    tokenizer = load_tokenizer(data.tokenizer or None, model.config.vocab_size)
+    device, adapter = choose_device(settings), now[PeftFlags].load_adapter
+    config = read_config(settings[ModelFlags])
+    tokenizer = load_tokenizer(data.tokenizer or None, config.vocab_size)
     template = load_template(data.template, tokenizer, data.turn_end or None)
+    model, _, base = build(now, config, device)  # as the round trains it, stores and adapters
+    model.requires_grad_(False).eval()
     pairs = Path(now[PairFlags].rlhf_train_file)
     if not pairs.exists():
-        reward = (
-            make_judge(load(flags.judge), tokenizer, template)
-            if flags.judge
-            else make_reward(flags.reward)
-        )
+        if flags.judge:
+            judge = load_model(flags.judge, device=device.kind, dtype=device.dtype).eval()
+            reward = make_judge(judge, tokenizer, template)
+        else:
+            reward = make_reward(flags.reward)
         prompts = Path(settings[PairFlags].rlhf_train_file or data.train_data_file)
         seed = settings[TrainerFlags].random_seed + number
         made = write_round(pairs, prompts, model, tokenizer, template, flags, reward, seed)
@@ -198,9 +193,7 @@ def make_round(settings: Settings, now: Settings, number: int) -> None:
             f"mean score {made.mean_score:.4f}"
         )
     if chosen_objective(settings) in REFERENCED:
-        scorer = Scorer(
-            fingerprint(read_tensors(path)), file_fingerprint(adapter) if adapter else ""
-        )
+        scorer = Scorer(base, file_fingerprint(adapter) if adapter else "")
         for folder in open_store(str(pairs), data, tokenizer, PAIRS).folders:
             score_folder(model, folder, scorer, 16384)
 

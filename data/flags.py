@@ -55,3 +55,26 @@ class PairFlags:
     rlhf_max_corpus_len: int = flag(
         0, "leave out pairs whose prompt and longer answer have more tokens; 0: --ctx_len"
     )
+
+
+@dataclass(frozen=True)
+class IterateFlags:
+    """Iterative preference training"""
+
+    iterate: int = flag(
+        0,
+        "rounds of sampling answers to the prompts of --rlhf_train_file, scoring them and training "
+        "on the best and the worst of each prompt",
+    )
+    reward: str = flag(
+        "",
+        "what scores an answer: FILE.py:FUNCTION of (prompt, answer), length:CHARACTERS for the "
+        "nearest to that length, or format:REGEX for answers that match as a whole",
+    )
+    judge: str = flag(
+        "", "in the place of --reward, a model: its average log-probability of an answer's tokens"
+    )
+    iterate_samples: int = flag(4, "answers a prompt in a round")
+    iterate_tokens: int = flag(256, "tokens of an answer at most")
+    iterate_temperature: float = flag(1.0, "of the draws")
+    iterate_top_p: float = flag(1.0, "of the draws")

@@ -121,6 +121,21 @@ def parse_prompt(record: Any, where: str) -> TextPair:
     return replace(parse_pair({**rest, "chosen": answer, "rejected": answer}, where), rejected=[])
 
 
+def parse_question(record: Any, where: str) -> TextPair:
+    """The prompt of one parsed record; answers are not looked at.
+
+    Raises:
+        DataError: as in read_text_pairs.
+    """
+    if not isinstance(record, dict) or not any(
+        record.get(key) for key in ("prompt", "question", *DIALOGUES)
+    ):
+        _stop(where, "has no prompt")
+    rest = {k: v for k, v in record.items() if k not in (*REJECTED, *ANSWERS, "chosen", "label")}
+    pair = parse_pair({**rest, "chosen": "-", "rejected": "-"}, where)
+    return replace(pair, chosen=[], rejected=[])
+
+
 def _prompt(record: dict[str, Any], where: str) -> list[Message]:
     key = next((key for key in ("prompt", "question", *DIALOGUES) if key in record), None)
     return [] if key is None else _turns(record[key], "user", where, key)

@@ -1,0 +1,101 @@
+"""Rounds of sampling, scoring and training: each from the model that the last one left."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import train
+from data.pair_records import TextPair
+from data.rounds import make_reward
+from rwkv.errors import InputError
+from rwkv.templates import Message
+from rwkv.training.step_log import read_log
+
+ROOT = Path(__file__).parent.parent
+BASE = ROOT / "example" / "Quickstart" / "base.pth"
+
+
+def flags(folder: Path, objective: str, **more: object) -> list[str]:
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Name {n}."}) + "\n" for n in range(6)))
+    rules = [{"match": "blocks.*", "mode": "lora", "rank": 4, "alpha": 8}]
+    (folder / "profile.json").write_text(json.dumps({"rules": rules}))
+    values = {
+        objective: 1,
+        "iterate": 2,
+        "load_model": BASE,
+        "rlhf_train_file": prompts,
+        "layer_profile": folder / "profile.json",
+        "proj_dir": folder / "out",
+        "cache_dir": folder / "cache",
+        "reward": "length:2",
+        "iterate_samples": 3,
+        "iterate_tokens": 8,
+        "ctx_len": 64,
+        "num_workers": 0,
+        "accelerator": "cpu",
+    }
+    return [word for key, value in (values | more).items() for word in (f"--{key}", str(value))]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_rounds_follow_each_other(tmp_path, objective):
+    """The second round starts from the first one's adapter: DPO's loss is log 2 again."""
+    assert train.main(flags(tmp_path, objective)) == 0
+    pairs = [(tmp_path / "out" / f"round-{n}" / "pairs.jsonl").read_text() for n in range(2)]
+    assert pairs[0] != pairs[1]
+    for line in pairs[1].splitlines():
+        row = json.loads(line)
+        assert abs(len(row["chosen"]) - 2) < abs(len(row["rejected"]) - 2)
+    logs = [read_log(tmp_path / "out" / f"round-{n}" / "run" / "train_log.jsonl") for n in range(2)]
+    if objective == "dpo":
+        assert [log[0]["loss"] for log in logs] == pytest.approx([0.6931, 0.6931], abs=1e-3)
+    before = [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*.pth"))]
+    assert train.main(flags(tmp_path, objective)) == 0  # all done: nothing is made again
+    assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*.pth"))] == before
+
+
+def asked(text: str) -> list[TextPair]:
+    return [TextPair([Message("user", text)], [], [])]
+
+
+def test_rewards(tmp_path):
+    answers = [["ab", "abcd"]]
+    assert make_reward("length:3")(asked("q"), [["abc", "a"]]) == [[0.0, -2.0]]
+    assert make_reward("format:a.*d")(asked("q"), answers) == [[0.0, 1.0]]
+    (tmp_path / "mine.py").write_text("def score(prompt, answer):\n    return len(prompt + answer)")
+    assert make_reward(f"{tmp_path}/mine.py:score")(asked("q"), answers) == [[3.0, 5.0]]
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("shape:3", "is none of FILE.py:FUNCTION, length:CHARACTERS and format:REGEX"),
+        ("format:(", "no regular expression"),
+        ("none.py:score", "no such file none.py"),
+    ],
+)
+def test_wrong_rewards_are_named(reward, message):
+    with pytest.raises(InputError, match=message):
+        make_reward(reward)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"reward": ""}, "--iterate: needs --reward or --judge, and not both"),
+        ({"judge": BASE}, "--iterate: needs --reward or --judge, and not both"),
+    ],
+)
+def test_one_judge_is_needed(tmp_path, more, message):
+    with pytest.raises(InputError, match=message):
+        train.main(flags(tmp_path, "dpo", **more))
+
+
+def test_a_model_judges(tmp_path):
+    words = flags(tmp_path, "orpo", reward="", judge=BASE, iterate=1)
+    assert train.main(words) == 0
+    rows = (tmp_path / "out" / "round-0" / "pairs.jsonl").read_text().splitlines()
+    scores = [json.loads(row)["scores"] for row in rows]
+    assert all(worst < best < 0 for best, worst in scores)
