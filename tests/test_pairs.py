@@ -478,6 +478,33 @@ def test_values_out_of_range_are_named(folder, tmp_path, name, value, message):
         train.main(flags(folder, tmp_path, "dpo", **{name: value}))
 
 
+UPSTREAM = (
+    "--gpu_arch cuda --my_testing x070 --vocab_size 256 --n_layer 2 --n_embd 32 "
+    "--grad_cp 1 --random_mode 1 --lr_init 2e-5 --lr_final 1e-6 --warmup_steps 10 --beta1 0.9 "
+    "--beta2 0.999 --adam_eps 1e-8 --weight_decay 0.01 --accelerator gpu --devices 1 "
+    "--precision bf16 --strategy deepspeed_stage_2 --epoch_steps 20 --epoch_count 2 --epoch_save 1 "
+    "--ctx_len 512 --micro_bsz 1 --accumulate_grad_batches 4 --rlhf_max_corpus_len 512 "
+    "--quant 1 --quant_mode nf4 --dry_run 1"
+)
+MODES = {
+    "dpo": "--dpo 1 --dpo_alpha 0.05 --dpo_beta 0.02",
+    "orpo": "--orpo 1 --orpo_mode 1 --orpo_alpha 0.0004",
+    "simpo": "--simpo 1 --simpo_alpha 0.3 --simpo_beta 0.01 --simpo_gamma 0",
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_commands_of_rwkv_lm_rlhf_start(folder, tmp_path, capsys, mode):
+    """Its flags and a .save file, with paths changed and nothing else."""
+    write_save(tmp_path / "trainset.save", [TokenPair([1, 2], [3, 0], [4, 5, 0], -9.0, -30.0)] * 9)
+    words = f"{UPSTREAM} {MODES[mode]}".split()
+    words += ["--load_model", str(folder / "base.pth"), "--proj_dir", str(tmp_path / "out")]
+    words += ["--rlhf_train_file", str(tmp_path / "trainset.save")]
+    words += ["--layer_profile", str(folder / "adapters.json")]
+    assert train.main([*words, "--cache_dir", str(tmp_path / "cache")]) == 0
+    assert "pairs 9" in capsys.readouterr().err
+
+
 def test_upstreams_example_files(assets, tmp_path, settings):
     world = load_tokenizer("world")
     store = open_store(assets / "upstream" / "dpo_example.save", settings, world, PAIRS)
