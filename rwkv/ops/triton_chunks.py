@@ -76,7 +76,7 @@ def sequence_slots(q, cu_seqlens, T, C: tl.constexpr):
 
 @triton.jit
 def widen(x):
-    """x in float32; two bfloat16 values by two instructions, where the compiler (3.6) takes three."""
+    """x in float32; two bfloat16 values by two instructions, the compiler (3.6) takes three."""
     if INTERPRETED or x.dtype != tl.bfloat16:
         y = x.to(tl.float32)
     else:

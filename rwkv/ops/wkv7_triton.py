@@ -14,6 +14,8 @@ Requires w <= -0.5, as RWKV-7 guarantees. Up to w = 0.9 the result is still righ
 half a chunk stay within float32); beyond that it is not defined.
 """
 
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -27,21 +29,44 @@ from rwkv.ops.wkv7_triton_kernels import (
     scan_kernel,
 )
 
-# By kernel and head size; V is the number of value rows a program of a scan owns.
-LAUNCH = {
-    ("prepare", 64): {"num_warps": 4},
-    ("scan", 64): {"V": 16, "num_warps": 1, "STAGES": 2},
-    ("reverse", 64): {"V": 16, "num_warps": 1, "STAGES": 2},
-    ("gradient", 64): {"num_warps": 4},
-    ("prepare", 128): {"num_warps": 8},
-    ("scan", 128): {"V": 16, "num_warps": 4, "STAGES": 2},
-    ("reverse", 128): {"V": 16, "num_warps": 4, "STAGES": 2},
-    ("gradient", 128): {"num_warps": 8},
+BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+
+# Chunk length and launch of each kernel, by dtype and head size. V is the number of value rows a
+# program of a scan owns.
+LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
+    (BFLOAT16, 64): {
+        "C": 64,
+        "prepare": {"num_warps": 4},
+        "scan": {"V": 16, "num_warps": 1, "STAGES": 2},
+        "reverse": {"V": 16, "num_warps": 1, "STAGES": 2},
+        "gradient": {"num_warps": 4},
+    },
+    (BFLOAT16, 128): {
+        "C": 32,
+        "prepare": {"num_warps": 8},
+        "scan": {"V": 16, "num_warps": 4, "STAGES": 2},
+        "reverse": {"V": 16, "num_warps": 4, "STAGES": 2},
+        "gradient": {"num_warps": 8},
+    },
+    (FLOAT32, 64): {
+        "C": 32,
+        "prepare": {"num_warps": 8},
+        "scan": {"V": 16, "num_warps": 4, "STAGES": 2},
+        "reverse": {"V": 16, "num_warps": 4, "STAGES": 2},
+        "gradient": {"num_warps": 8, "maxnreg": 255},
+    },
+    (FLOAT32, 128): {
+        "C": 32,
+        "prepare": {"num_warps": 8},
+        "scan": {"V": 16, "num_warps": 4, "STAGES": 2},
+        "reverse": {"V": 16, "num_warps": 4, "STAGES": 2},
+        "gradient": {"num_warps": 8, "maxnreg": 255},
+    },
 }
 # Operands of matrix products: WIDE where a factor may be 2^28, FINE where tiles are scaled to 1.
 DTYPES = {
-    torch.bfloat16: {"WIDE": tl.bfloat16, "FINE": tl.float16},
-    torch.float32: {"WIDE": tl.float32, "FINE": tl.float32},
+    BFLOAT16: {"WIDE": tl.bfloat16, "FINE": tl.float16},
+    FLOAT32: {"WIDE": tl.float32, "FINE": tl.float32},
 }
 
 
@@ -75,8 +100,8 @@ def run(
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(r.device, non_blocking=True)
     keep = (
-        r.dtype == torch.bfloat16
-        and r.shape[-1] <= _chunk_size(r)
+        r.dtype == BFLOAT16
+        and r.shape[-1] <= _launch(r)["C"]
         and torch.is_grad_enabled()
         and any(x.requires_grad for x in inputs)
     )
@@ -84,16 +109,12 @@ def run(
     return y, final
 
 
-def _chunk_size(r: Tensor) -> int:
-    return 64 if r.dtype == torch.bfloat16 and r.shape[-1] <= 64 else 32
+def _launch(r: Tensor) -> dict[str, Any]:
+    return LAUNCH[r.dtype, max(r.shape[-1], 64)]
 
 
 def _fine(r: Tensor) -> torch.dtype:
-    return torch.float16 if r.dtype == torch.bfloat16 else r.dtype
-
-
-def _launch(kernel: str, N: int) -> dict[str, int]:
-    return {name: min(value, N) for name, value in LAUNCH[kernel, max(N, 64)].items()}
+    return torch.float16 if r.dtype == BFLOAT16 else FLOAT32
 
 
 @torch.library.custom_op("rwkv::wkv7_triton", mutates_args=())
@@ -113,18 +134,17 @@ def _forward(
     The last is empty where X holds it; without `keep` all are.
     """
     B, T, H, N = r.shape
-    C = _chunk_size(r)
+    launch, fine = _launch(r), _fine(r)
+    C, scan = launch["C"], launch["scan"]
     slots = count_slots(B, T, cu_seqlens, C)
-    fine = _fine(r)
     y, final = torch.empty_like(r), torch.empty_like(state)
     transition = r.new_empty(slots, H, N, N, dtype=fine)
     drive = torch.empty_like(transition)
     readout = r.new_empty(slots, H, C, N, dtype=fine)
-    decay = r.new_empty(slots, H, N, dtype=torch.float32)
-    powers = r.new_empty(slots, H, 2, dtype=torch.float32)
+    decay = r.new_empty(slots, H, N, dtype=FLOAT32)
+    powers = r.new_empty(slots, H, 2, dtype=FLOAT32)
     inverse = r.new_empty((slots, H, C, C) if keep else 0, dtype=fine)
     states = r.new_empty((slots, H, N, N) if keep else 0, dtype=fine)
-    scan = _launch("scan", N)
     with torch.cuda.device_of(r):
         prepare_kernel[(slots * H,)](
             *(r, w, k, v, a, b, y, transition, drive, readout, inverse, decay, powers),
@@ -133,7 +153,7 @@ def _forward(
             C=C,
             **DTYPES[r.dtype],
             KEEP=keep,
-            **_launch("prepare", N),
+            **launch["prepare"],
         )
         scan_kernel[(state.shape[0] * H * (N // scan["V"]),)](
             *(state, transition, drive, readout, decay, powers, y, states, inverse, final),
@@ -154,9 +174,8 @@ def _forward(
 @_forward.register_fake
 def _(r, w, k, v, a, b, state, cu_seqlens, keep):
     B, T, H, N = r.shape
-    C = _chunk_size(r)
+    C, fine = _launch(r)["C"], _fine(r)
     slots = count_slots(B, T, cu_seqlens, C)
-    fine = _fine(r)
     square = (slots, H, N, N) if keep else (0,)
     return (
         torch.empty_like(r),
@@ -165,7 +184,7 @@ def _(r, w, k, v, a, b, state, cu_seqlens, keep):
         r.new_empty(square, dtype=fine),
         r.new_empty((slots, H, C, N) if keep else (0,), dtype=fine),
         r.new_empty((slots, H, C, C) if keep else (0,), dtype=fine),
-        r.new_empty((slots, H, N) if keep and C < N else (0,), dtype=torch.float32),
+        r.new_empty((slots, H, N) if keep and C < N else (0,), dtype=FLOAT32),
     )
 
 
@@ -191,8 +210,9 @@ def _backward(
     slots, _, C, _ = readout.shape
     grad_states, grad_initial = torch.empty_like(states), torch.empty_like(grad_final)
     dr, dw, dk, dv, da, db = (torch.empty_like(r) for _ in range(6))
-    scan, reverse = _launch("scan", N), _launch("reverse", N)
-    grad_powers = r.new_empty(slots, H, N // reverse["V"], dtype=torch.float32)
+    launch = _launch(r)
+    scan, reverse = launch["scan"], launch["reverse"]
+    grad_powers = r.new_empty(slots, H, N // reverse["V"], dtype=FLOAT32)
     with torch.cuda.device_of(r):
         reverse_scan_kernel[(grad_final.shape[0] * H * (N // reverse["V"]),)](
             *(grad_final, transition, readout, inverse, decay),
@@ -211,7 +231,7 @@ def _backward(
             **DTYPES[r.dtype],
             V=scan["V"],
             GRAD_V=reverse["V"],
-            **_launch("gradient", N),
+            **launch["gradient"],
         )
     return dr, dw, dk, dv, da, db, grad_initial
 

@@ -58,15 +58,16 @@ def _largest(pointers, rows):
 def _log2_decays(w, rows, ones, C: tl.constexpr, FINE: tl.constexpr):
     """For raw decays [C, N], in units of log2: L_t, L_(t-1), and the sums of l over both halves.
 
-    L is relative to the middle. It is a product with `ones`, the lower triangle, in one pass of
-    float16: its rounding of l, 2^-12 relative, is far below that of w itself.
+    L is relative to the middle. It is a product with `ones`, the lower triangle; l is rounded for
+    it, by 2^-12 relative at most, before all else, so that every use of a decay agrees.
     """
-    step = tl.where(rows, -tl.exp2(w * LOG2_E + LOG2_LOG2_E), 0.0)
+    step_in = narrow(tl.where(rows, -tl.exp2(w * LOG2_E + LOG2_LOG2_E), 0.0), FINE)
+    step = widen(step_in)
     halves = tl.sum(tl.reshape(step, (2, C // 2, step.shape[1])), axis=1)
     first = (tl.arange(0, 2) == 0)[:, None]
     middle = tl.sum(tl.where(first, halves, 0.0), axis=0)
     rest = tl.sum(tl.where(first, 0.0, halves), axis=0)
-    L = product(ones, narrow(step, FINE)) - middle[None, :]
+    L = product(ones, step_in) - middle[None, :]
     return L, L - step, middle, rest
 
 
