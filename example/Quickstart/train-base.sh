@@ -12,6 +12,6 @@ source example/environment.sh requirements.txt
 "$PYTHON" train.py --sft 1 --my_testing x070 --n_layer 6 --n_embd 256 --vocab_size 256 \
   --tokenizer bytes --train_data_file "${TEXT:?set TEXT to a .jsonl file of texts}" \
   --val_data_file "${HELD_OUT:?set HELD_OUT to a .jsonl file of texts}" \
-  --ctx_len 512 --micro_bsz 64 --epoch_count 8 --epoch_save 100 --precision bf16 --grad_cp 0 \
+  --ctx_len 512 --micro_bsz 64 --epoch_count 5 --epoch_save 100 --precision bf16 --grad_cp 0 \
   --lr_init 2e-3 --lr_final 5e-5 --lr_schedule cosine --warmup_steps 100 --weight_decay 0.1 \
-  --beta2 0.95 --val_every 500 --log_every 10 --num_workers 4 --proj_dir out/quickstart-base "$@"
+  --beta2 0.95 --val_every 1000 --log_every 10 --num_workers 4 --proj_dir out/quickstart-base "$@"
