@@ -88,9 +88,7 @@ class Resume(pl.Callback):
         state = _load(self.point)
         if lit.strategy.startswith("deepspeed"):
             engine: Any = trainer.model
-            path, _ = engine.load_checkpoint(
-                str(self.point), tag=ENGINE, load_module_strict=False
-            )
+            path, _ = engine.load_checkpoint(str(self.point), tag=ENGINE, load_module_strict=False)
             if path is None:
                 raise InputError(f"{self.point}: holds no DeepSpeed state; use the same --strategy")
         else:
