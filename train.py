@@ -207,12 +207,17 @@ def plan_layers(settings: Settings, config: "RWKVConfig") -> "Plan":
     import torch
 
     from peft.plan import make_plan
+    from rwkv.checkpoint import read_tensors
     from rwkv.model import RWKV
     from rwkv.training.schedule import check_rates
 
     flags, optimizer = settings[PeftFlags], settings[OptimizerFlags]
+    base = settings[ModelFlags].load_model
+    stored = read_tensors(base).quantized if base else {}
     with torch.device("meta"):
-        plan = make_plan(RWKV(config), flags)
+        plan = make_plan(
+            RWKV(config), flags, {layer: entry["storage"] for layer, entry in stored.items()}
+        )
     check_rates(optimizer.lr_schedule, optimizer.lr_init, optimizer.lr_final, "--lr_final")
     for name, layer in plan.plans.items():
         if layer.mode != "freeze" and optimizer.lr_advanced:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity_rwkv import ask_peer, skip_without_peer
 
 from peft.adapter_file import adapter_metadata, load_adapter, read_adapter, trained_tensors
 from peft.apply import load_with_profile
@@ -15,6 +16,7 @@ from peft.merging import compare, merge, open_pair
 from rwkv.checkpoint import fingerprint, load_model, read_metadata, read_tensors, write_tensors
 from rwkv.config import LowRanks, RWKVConfig
 from rwkv.errors import InputError
+from rwkv.generate import generate
 from rwkv.init import initialize
 from rwkv.model import RWKV
 
@@ -87,6 +89,18 @@ def test_merged_file_acts_as_the_trained_model(mode, base, tmp_path):
     torch.testing.assert_close(got, logits(model), rtol=1e-3, atol=1e-4)
     assert list(read_tensors(output)) == list(read_tensors(base))
     assert read_metadata(output)["difference"]["kl"] < 1e-6
+
+
+def test_the_package_rwkv_writes_what_the_adapter_does(base, tmp_path):
+    """Greedy text of the merged file in another runner is the base's with its adapter."""
+    skip_without_peer()
+    model, path = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode="lora")))
+    command = ["--base", str(base), "--adapter", str(path), "--output", str(tmp_path / "m.pth")]
+    assert main(command) == 0
+    tokens = TOKENS[0].tolist()
+    peer = ask_peer(tmp_path / "m.pth", tokens, count=12)
+    (answer,) = generate(model, [tokens], max_tokens=12)
+    assert peer.written == answer.tokens
 
 
 @modes
