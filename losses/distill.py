@@ -6,12 +6,12 @@ runs beside the student.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losses.logprobs import TokenScores, map_logits, score_logits
@@ -161,6 +161,10 @@ class Both:
 
     def initial_state(self, Q: int) -> State:
         return self.student.initial_state(Q) + self.teacher.initial_state(Q)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What may train: the student's."""
+        return self.student.parameters()
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """Log-probabilities of given tokens: the one definition that training, reference files and
 evaluation share."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
+
+from rwkv.recompute import recomputed
+from rwkv.scattered import most_of_all_ranks
 
 MAX_LOGITS = 2**26  # logits alive at once: 256 MiB in float32
 
@@ -19,6 +21,8 @@ class LanguageModel(Protocol):
     ) -> tuple[Tensor, object]: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class TokenScores(NamedTuple):
@@ -80,12 +84,9 @@ def map_logits(
     def piece(h: Tensor, *some: Tensor) -> tuple[Tensor, ...]:
         return tuple(function(model.logits(h), *some))
 
-    parts = zip(*(tensor.split(rows) for tensor in (hidden, *arguments)), strict=True)
-    pieces = [_recomputed(piece, *part) for part in parts]
+    tensors = (hidden, *arguments)
+    parts = list(zip(*(tensor.split(rows) for tensor in tensors), strict=True))
+    missing = most_of_all_ranks(len(parts), model, hidden.device) - len(parts)
+    parts += [tuple(tensor[:0] for tensor in tensors)] * missing
+    pieces = [recomputed(piece, *part, model=model) for part in parts]
     return tuple(torch.cat(field) for field in zip(*pieces, strict=True))
-
-
-def _recomputed(function: Callable[..., Any], *arguments: Tensor) -> Any:
-    if not torch.is_grad_enabled():
-        return function(*arguments)
-    return checkpoint(function, *arguments, use_reentrant=False)

@@ -16,6 +16,7 @@ from torch import Tensor
 from losses.logprobs import score_tokens
 from rwkv.batch import PreferenceBatch
 from rwkv.chunks import ChunkPlan, read
+from rwkv.scattered import most_of_all_ranks
 
 Reference = Callable[[Any], AbstractContextManager[None]]
 
@@ -80,8 +81,17 @@ def answer_log_probs(model: Any, batch: PreferenceBatch, chunks: ChunkPlan | Non
     ends = batch.prompt_seqlens[1:] - 1
     hidden, state = read(model, batch.prompts, batch.prompt_seqlens, None, chunks, keep=ends)
     total = score_tokens(model, hidden[batch.prompt_of], batch.first).log_prob
-    if not batch.inputs.numel():
+    longer = int(batch.inputs.numel() > 0)
+    if not most_of_all_ranks(longer, model, total.device):
         return total
+    if not longer:  # a token that does not count runs along with other ranks' answers
+        token, device = batch.first[None, :1], total.device
+        batch = batch._replace(
+            inputs=token,
+            targets=token,
+            answer_seqlens=torch.arange(2, device=device),
+            answer_of=torch.zeros(1, dtype=torch.int64, device=device),
+        )
     begin = batch.prompt_of[batch.answer_of]
     hidden, _ = read(
         model,
@@ -92,7 +102,7 @@ def answer_log_probs(model: Any, batch: PreferenceBatch, chunks: ChunkPlan | Non
     )
     rest = score_tokens(model, hidden, batch.targets[0]).log_prob
     sums = torch.segment_reduce(rest, "sum", lengths=batch.answer_seqlens.diff())
-    return total.index_add(0, batch.answer_of, sums)
+    return total.index_add(0, batch.answer_of, sums, alpha=longer)
 
 
 def reference_log_probs(

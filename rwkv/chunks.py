@@ -6,9 +6,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rwkv.batch import TeacherBatch, TokenBatch
+from rwkv.recompute import recomputed
+from rwkv.scattered import most_of_all_ranks
 from rwkv.state import LayerState, State
 
 Batch = TypeVar("Batch", TokenBatch, TeacherBatch)
@@ -47,7 +48,8 @@ def walk(
         what `sums` returns, added over the pieces.
     """
     T = batch.inputs.shape[1]
-    if plan is None or plan.length >= T:
+    pieces = _pieces(T, plan, model, batch.inputs.device)
+    if plan is None or pieces == 1:
         hidden, _ = model(batch.inputs, None, batch.cu_seqlens)
         return sums(hidden, batch)
 
@@ -62,12 +64,12 @@ def walk(
 
     total: Tensor | None = None
     carried: State | None = None
-    for start in range(0, T, plan.length):
-        piece, continues = cut(batch, start, min(start + plan.length, T))
-        if torch.is_grad_enabled():
-            some, carried = checkpoint(run, piece, carried, continues, use_reentrant=False)
+    for start in range(0, pieces * plan.length, plan.length):
+        if start < T:
+            piece, continues = cut(batch, start, min(start + plan.length, T))
         else:
-            some, carried = run(piece, carried, continues)
+            piece, continues = _idle(batch), True
+        some, carried = recomputed(run, piece, carried, continues, model=model)
         if plan.truncated:
             carried = [layer.detach() for layer in carried]
         if plan.offload:
@@ -75,6 +77,21 @@ def walk(
         total = some if total is None else total + some
     assert total is not None
     return total
+
+
+def _pieces(T: int, plan: ChunkPlan | None, model: Any, device: torch.device) -> int:
+    """How many pieces to run: those of T tokens, or of the rank with the longest texts."""
+    return 1 if plan is None else most_of_all_ranks(-(-T // plan.length), model, device)
+
+
+def _idle(batch: Batch) -> Batch:
+    """One token more for every row, which is not scored: runs along with other ranks' pieces."""
+    piece = batch.columns(0, 1)
+    borders = batch.cu_seqlens
+    return piece._replace(
+        mask=torch.zeros_like(piece.mask),
+        cu_seqlens=None if borders is None else torch.arange(2, device=borders.device),
+    )
 
 
 def cut(batch: Batch, start: int, stop: int) -> tuple[Batch, bool]:
@@ -151,7 +168,8 @@ def read(
         through both, over pieces and into `state`.
     """
     T = tokens.shape[1]
-    if plan is None or plan.length >= T:
+    pieces = _pieces(T, plan, model, tokens.device)
+    if plan is None or pieces == 1:
         hidden, after = model(tokens, state, cu_seqlens)
         return hidden[0] if keep is None else hidden[0, keep], after
 
@@ -185,10 +203,7 @@ def read(
             fresh,
             kept.to(tokens.device),
         )
-        if torch.is_grad_enabled():
-            hidden, after = checkpoint(run, *arguments, use_reentrant=False)
-        else:
-            hidden, after = run(*arguments)
+        hidden, after = recomputed(run, *arguments, model=model)
         found.append(hidden)
         whole = borders[last + 1] == stop
         done = last - first + whole
@@ -202,6 +217,13 @@ def read(
             if plan.offload:
                 carried = [LayerState(*(_to_host(field) for field in layer)) for layer in carried]
         first = last + whole
+    idle = pieces - len(found)  # other ranks have more tokens to read
+    for _ in range(idle):
+        fresh = model.initial_state(1) if state is None else _rows(state, range(1))
+        none = torch.empty(0, dtype=torch.int64, device=tokens.device)
+        borders_of_one = torch.arange(2, device=tokens.device)
+        hidden, _ = recomputed(run, tokens[:, :1], borders_of_one, None, fresh, none, model=model)
+        found.append(hidden)
     return torch.cat(found), _joined(ended)
 
 

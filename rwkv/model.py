@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rwkv.channel_mix import ChannelMix6, ChannelMix7
 from rwkv.config import RWKVConfig
 from rwkv.linear import Linear
+from rwkv.recompute import recomputed
+from rwkv.scattered import is_scattered
 from rwkv.state import LayerState, State, zero_state
 from rwkv.time_mix6 import TimeMix6
 from rwkv.time_mix7 import TimeMix7
@@ -91,13 +92,15 @@ class RWKV(nn.Module):
         """As `forward`, from embedded tokens [B, T, C]."""
         if state is None:
             state = self.initial_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        if torch.is_grad_enabled() and not x.requires_grad and is_scattered(self):
+            # DeepSpeed scatters a module's parameters again once the gradients of its inputs are
+            # there, so that each needs an input with a gradient, on all ranks alike.
+            x = x.detach().requires_grad_()
         v_first: Tensor | None = None
         after = []
         for block, before in zip(self.blocks, state, strict=True):
-            if self.grad_cp and torch.is_grad_enabled():
-                x, v_first, new = checkpoint(
-                    block, x, v_first, before, cu_seqlens, use_reentrant=False
-                )
+            if self.grad_cp:
+                x, v_first, new = recomputed(block, x, v_first, before, cu_seqlens, model=block)
             else:
                 x, v_first, new = block(x, v_first, before, cu_seqlens)
             after.append(new)

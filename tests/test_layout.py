@@ -13,7 +13,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OURS = {
     "rwkv": (),
-    "losses": ("rwkv.batch", "rwkv.flags", "rwkv.chunks", "rwkv.errors", "rwkv.state"),
+    "losses": tuple(
+        f"rwkv.{name}"
+        for name in ("batch", "chunks", "errors", "flags", "recompute", "scattered", "state")
+    ),
     "peft": ("rwkv",),
     "data": ("rwkv", "losses.logprobs", "losses.preference"),
 }

@@ -67,6 +67,7 @@ def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str) -> Any:
             f"--strategy {flags.strategy}: needs DeepSpeed ({error}); pip install deepspeed"
         ) from None
     _name_plain_architecture()
+    _scatter_after_recomputation()
     return DeepSpeedStrategy(config=deepspeed_config(flags, dtype), exclude_frozen_parameters=True)
 
 
@@ -102,3 +103,15 @@ def _name_plain_architecture() -> None:
     if any(word.rstrip().endswith("a") for word in wanted.replace(";", " ").split()):
         major, minor = torch.cuda.get_device_capability()
         os.environ["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
+
+
+def _scatter_after_recomputation() -> None:
+    """Let ZeRO-3 scatter a frozen parameter as soon as the module that recomputes with it has run.
+
+    DeepSpeed 0.19 keeps it for the module whose backward pass is under way, which for long texts
+    is the whole model: all of it would be on every GPU until the end of the backward pass. What
+    the backward pass reads, rwkv.recompute keeps.
+    """
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+
+    coordinator.update_recompute_parameters = lambda module, parameter: None

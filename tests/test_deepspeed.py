@@ -1,0 +1,205 @@
+"""DeepSpeed, on a CPU: each stage trains, saves, evaluates and resumes like --strategy auto."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from test_training import save_model
+
+from rwkv.checkpoint import read_tensors
+from rwkv.training.step_log import read_log
+
+pytest.importorskip("deepspeed")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+ROOT = Path(__file__).parent.parent
+STEPS = 3
+STAGES = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
+SCATTERED = ["deepspeed_stage_3", "deepspeed_stage_3_offload"]
+MODES = {
+    "lora": {"layer_profile": "lora.json"},
+    "full": {},
+    "lora in chunks": {"layer_profile": "lora.json", "infctx": 1, "chunk_ctx": 48},
+    "full in chunks": {"infctx": 1, "chunk_ctx": 48, "chunk_offload": 1},
+    "frozen but for the head": {"layer_profile": "head.json"},
+    "version 6": {"load_model": "base6.pth", "layer_profile": "lora.json"},
+    "no packing": {"packing": 0, "micro_bsz": 2, "layer_profile": "lora.json"},
+    "no recomputation": {"grad_cp": 0, "layer_profile": "lora.json"},
+}
+PROFILES = {
+    "lora": [{"match": "blocks.*", "mode": "lora", "rank": 4, "alpha": 8, "dropout": 0.2}],
+    "bare": [
+        {"match": "*", "mode": "freeze"},
+        {"match": "blocks.*.key", "mode": "lora", "rank": 4, "alpha": 8},
+    ],
+    "head": [{"match": "*", "mode": "freeze"}, {"match": "head", "mode": "full"}],
+}
+
+
+class Run(NamedTuple):
+    """A finished run: what it wrote, and what deepspeed_on_cpu.py says of it."""
+
+    folder: Path
+    report: dict
+
+    @property
+    def steps(self) -> list[dict]:
+        return [line for line in read_log(self.folder / "train_log.jsonl") if "loss" in line]
+
+    @property
+    def held_out(self) -> list[float]:
+        lines = read_log(self.folder / "train_log.jsonl")
+        return [line["val_loss"] for line in lines if "val_loss" in line]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: t.clone() for name, t in read_tensors(self.folder / "rwkv-0.pth").items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("deepspeed")
+    save_model(folder / "base.pth")
+    save_model(folder / "base6.pth", 6)
+    rows = [
+        {"prompt": f"Say {n} {'again ' * (n % 4)}", "completion": f"{n} " * (n % 5 + 1)}
+        for n in range(40)
+    ]
+    for name, part in (("train.jsonl", rows[:36]), ("val.jsonl", rows[36:])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    (folder / "prompts.txt").write_text("Say 7\n")
+    for name, rules in PROFILES.items():
+        (folder / f"{name}.json").write_text(json.dumps({"rules": rules}))
+    return folder
+
+
+def start(folder: Path, runs: dict[str, dict]) -> dict[str, Run]:
+    """Run train.py in one process, with flags for each run's name; each must end as asked."""
+    listed = []
+    for name, more in runs.items():
+        values = {
+            "load_model": "base.pth",
+            "train_data_file": "train.jsonl",
+            "proj_dir": folder / name,
+            "cache_dir": folder / "cache",
+            "accelerator": "cpu",
+            "sft": 1,
+            "ctx_len": 128,
+            "accumulate_grad_batches": 2,
+            "epoch_steps": 2 * STEPS,
+            "lr_init": 1e-2,
+            "lr_final": 1e-3,
+            "num_workers": 0,
+        } | more
+        stop_at, sgd = values.pop("stop_at", None), values.pop("sgd", False)
+        words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+        listed.append({"words": words, "stop_at": stop_at, "sgd": sgd})
+    path = folder / f"{next(iter(runs))}.runs"
+    path.write_text(json.dumps(listed))
+    command = [sys.executable, str(ROOT / "tests" / "deepspeed_on_cpu.py"), str(path)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("report ")]
+    reports = [json.loads(line.removeprefix("report ")) for line in lines]
+    for (name, more), report in zip(runs.items(), reports, strict=True):
+        assert report["status"] == (143 if "stop_at" in more else 0), (name, done.stderr)
+    return {name: Run(folder / name, report) for name, report in zip(runs, reports, strict=True)}
+
+
+def assert_same(got: Run, want: Run) -> None:
+    """Losses, gradient norms and held-out losses to 1e-5, every saved tensor to 1e-5."""
+    for number in ("loss", "grad_norm", "lr"):
+        assert [line[number] for line in got.steps] == pytest.approx(
+            [line[number] for line in want.steps], rel=1e-5
+        ), number
+    assert got.held_out == pytest.approx(want.held_out, rel=1e-5)
+    assert_same_tensors(got.tensors(), want.tensors())
+
+
+def assert_same_tensors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_stage_trains_like_auto(folder, mode):
+    strategies = ["auto", *STAGES, "deepspeed_stage_3_offload"]
+    if mode not in list(MODES)[:3]:
+        strategies = ["auto", "deepspeed_stage_3"]
+    held_out = {"val_data_file": "val.jsonl", "val_prompts": "prompts.txt", "val_tokens": 5}
+    more = MODES[mode] | (held_out if "lora" in mode else {})
+    runs = start(folder, {f"{mode} {s}": more | {"strategy": s} for s in strategies})
+    want, *others = runs.values()
+    assert len(want.steps) == STEPS
+    for run in others:
+        assert_same(run, want)
+        assert run.report.get("left", 0) == 0
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "full in chunks", "lora in chunks"])
+def test_scattered_gradients_are_those_of_auto(folder, mode):
+    """Steps of plain gradient descent without clipping: each tensor moves by its gradient."""
+    more = MODES[mode] | {"lr_init": 0.05, "lr_schedule": "constant", "gradient_clip_val": 0}
+    runs = start(
+        folder,
+        {f"{mode} sgd {s}": more | {"strategy": s, "sgd": True} for s in ("auto", SCATTERED[0])},
+    )
+    want, got = (run.tensors() for run in runs.values())
+    before = read_tensors(folder / "base.pth")
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        first = before[name] if name in before else torch.zeros_like(tensor)
+        moved, expected = got[name] - first, tensor - first
+        assert expected.norm() > 0, name
+        assert (moved - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+@pytest.mark.parametrize("chunks", [{}, {"infctx": 1, "chunk_ctx": 48}], ids=["whole", "chunks"])
+def test_frozen_weights_are_scattered_again_behind_a_recomputation(folder, chunks):
+    """At no time is more gathered than the head or the layers of half a block."""
+    name = "peak in chunks" if chunks else "peak"
+    more = {"layer_profile": "bare.json", "strategy": "deepspeed_stage_3"} | chunks
+    report = start(folder, {name: more})[name].report
+    assert report["left"] == 0
+    assert report["peak"] < 0.25 * report["total"]
+
+
+@pytest.mark.parametrize("strategy", STAGES)
+def test_a_stopped_run_resumes_as_if_it_had_not(folder, strategy):
+    more = {"layer_profile": "lora.json", "strategy": strategy, "epoch_steps": 10}
+    cut = more | {"proj_dir": folder / f"cut {strategy}"}
+    runs = start(
+        folder,
+        {
+            f"whole {strategy}": more,
+            f"cut {strategy}": cut | {"stop_at": 2},
+            f"resumed {strategy}": cut | {"resume": 1},
+        },
+    )
+    whole = runs[f"whole {strategy}"]
+    resumed = Run(folder / f"cut {strategy}", {})
+    assert len(whole.steps) == 5
+    assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full", "chunks"])
+def test_two_ranks_give_what_one_gives(folder, mode):
+    """Rows of different lengths and counts of scored tokens: both ranks run the same modules."""
+    more = {
+        "lora": {"layer_profile": "bare.json", "packing": 0},
+        "full": {},
+        "chunks": {"layer_profile": "bare.json", "infctx": 1, "chunk_ctx": 16, "packing": 0},
+    }[mode]
+    one = {"accumulate_grad_batches": 4, "epoch_steps": 4 * STEPS}
+    two = {"devices": 2, "strategy": "deepspeed_stage_3", "val_data_file": "val.jsonl"}
+    want = start(folder, {f"{mode} one": more | one | {"val_data_file": "val.jsonl"}})
+    got = start(folder, {f"{mode} two": more | two})
+    assert_same(got[f"{mode} two"], want[f"{mode} one"])
