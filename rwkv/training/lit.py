@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rwkv.errors import InputError
 from rwkv.training.flags import OptimizerFlags
 from rwkv.training.optimizer import make_optimizer
 
@@ -56,6 +57,9 @@ class LitModel(pl.LightningModule):
         loader: rank -> its micro-batches, from the first that is still to be done.
         first_step: steps done before this process started (--resume).
 
+    Raises:
+        InputError: a tuned state under ZeRO-3.
+
     Attributes:
         step_sums: loss and metrics of the step so far on this rank; a callback reads and clears.
     """
@@ -72,6 +76,11 @@ class LitModel(pl.LightningModule):
         first_step: int = 0,
     ):
         super().__init__()
+        tuned = any(name.endswith(".time_state") for name, _ in model.named_parameters())
+        if tuned and strategy.startswith("deepspeed_stage_3"):  # read outside of their modules
+            raise InputError(
+                f"--state 1: --strategy {strategy} cannot scatter the states; use deepspeed_stage_2"
+            )
         self.model, self.objective = model, objective
         self.groups, self.flags, self.strategy = groups, flags, strategy
         self.loader, self.first_step = loader, first_step
