@@ -4,6 +4,7 @@
         --layer_profile layerprofile/lora.json --proj_dir out/run
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -467,12 +468,13 @@ def fit(
     from peft.groups import parameter_groups
     from peft.plan import trained_count
     from rwkv.training import resume
-    from rwkv.training.lit import LitModel
+    from rwkv.training.lit import LitModel, quiet_lightning
     from rwkv.training.saving import Saving
     from rwkv.training.schedule import Schedule
     from rwkv.training.step_log import RunLog, StepLog, draw_loss
     from rwkv.training.strategy import make_strategy
 
+    quiet_lightning()
     flags, data = settings[TrainerFlags], settings[DataFlags]
     optimizer, evaluation = settings[OptimizerFlags], settings[EvaluationFlags]
     folder, plan = Path(flags.proj_dir), batches.training
@@ -653,8 +655,10 @@ def make_sampler(
 
 
 def say(text: str) -> None:
-    """Report to the person who started the run."""
-    print(text, file=sys.stderr)  # noqa: T201
+    """Report to the person who started the run; of several processes the first one speaks."""
+    launched = {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK")}
+    if launched == {"0"}:
+        print(text, file=sys.stderr)  # noqa: T201
 
 
 if __name__ == "__main__":

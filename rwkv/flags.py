@@ -27,14 +27,24 @@ def flag(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> An
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
-def on_off(text: object) -> bool:
-    """Read 1, 0, true, false, yes, no, on or off."""
-    words = {"1": True, "true": True, "yes": True, "on": True}
-    words |= {"0": False, "false": False, "no": False, "off": False}
-    value = words.get(str(text).lower())
-    if value is None:
-        raise ValueError(f"{text!r} is neither 1 nor 0")
-    return value
+class OnOff:
+    """Reads 1, 0, true, false, yes, no, on or off; the type of boolean flags."""
+
+    WORDS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
+        ("0", "false", "no", "off"), False
+    )
+
+    def __call__(self, text: object) -> bool:
+        value = self.WORDS.get(str(text).lower())
+        if value is None:
+            raise ValueError(f"{text!r} is neither 1 nor 0")
+        return value
+
+    def __repr__(self) -> str:  # shown by --help
+        return "0 or 1"
+
+
+on_off = OnOff()
 
 
 class Settings(dict[type, Any]):

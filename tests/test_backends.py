@@ -76,7 +76,7 @@ def test_all_refusals_are_listed(table):
 @pytest.mark.parametrize("op", ["wkv6", "wkv7"])
 def test_the_choice_is_described(op):
     text = describe_choice(op, (1, 512, 12, 64), device="cpu", dtype=torch.float32)
-    assert text.startswith(f"{op}: torch (cuda: ")
+    assert text.startswith(f"{op}: torch (")
     assert "fla: needs a GPU, the tensors are on cpu" in text
 
 

@@ -1,5 +1,7 @@
 """Hand a model and an objective to Lightning. No math lives here."""
 
+import logging
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -40,6 +42,13 @@ class RateGroup(Protocol):
     def lr_final(self) -> float: ...
     @property
     def weight_decay(self) -> float: ...
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's hints about hardware and other products off the terminal; warnings stay."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # Lightning 2.6.6 asks torch 2.13 for a class that a later Lightning no longer asks for
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
 
 
 class LitModel(pl.LightningModule):
