@@ -19,6 +19,7 @@ from rwkv.model import RWKV
 from rwkv.training.step_log import read_log
 
 ROOT = Path(__file__).parent.parent
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: the same order of sums
 STEPS = 8
 # dropout, accumulation and 8 bytes of difference in length: whatever a resume could get wrong
 PROFILE = {
@@ -138,7 +139,12 @@ def test_killed_at_any_moment_it_resumes_bit_for_bit(folder, whole, tmp_path):
     deadlines = [3, 4, 6]  # steps in the log at which the process is shot
     while True:
         process = subprocess.Popen(
-            command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=ONE_THREAD,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         until = time.monotonic() + 200
         while process.poll() is None and time.monotonic() < until:
@@ -169,7 +175,11 @@ def test_asked_to_stop_it_saves_and_leaves(folder, whole, tmp_path, number):
     output = tmp_path / "stopped"
     words = flags(folder, output, resume=1)
     process = subprocess.Popen(
-        [sys.executable, "train.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "train.py", *words],
+        cwd=ROOT,
+        env=ONE_THREAD,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while process.poll() is None and not read_log(output / "train_log.jsonl"):
         time.sleep(0.01)
@@ -195,7 +205,11 @@ def test_two_processes_give_what_one_gives(folder, tmp_path):
         words[words.index("--epoch_steps") + 1] = str(4 * int(more["accumulate_grad_batches"]))
         del words[words.index("--layer_profile") : words.index("--layer_profile") + 2]
         done = subprocess.run(
-            [sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, "train.py", *words],
+            cwd=ROOT,
+            env=ONE_THREAD,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         losses = [line["loss"] for line in read_log(output / "train_log.jsonl")]
