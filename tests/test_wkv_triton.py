@@ -1,0 +1,235 @@
+"""The Triton backends against the references in float64.
+
+On a GPU the kernels run as they are, at N = 64 and 128. Without one they run in Triton's
+interpreter at N = 16; that must be chosen before triton is imported, so this file then runs itself
+in a process of its own (`test_in_the_interpreter`) and skips everything else.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    assert_all_close,
+    assert_close,
+    random_state,
+    with_gradients,
+    wkv6_inputs,
+    wkv7_inputs,
+)
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if ON_GPU else "cpu"
+N = 64 if ON_GPU else 16
+BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+
+# Largest relative error. float32: products in three tf32 terms. bfloat16: rounding the results
+# alone gives 1.7e-3; measured on the regimes below are 2.5e-3 (y, dv) to 3.8e-3 (da, db).
+ALLOWED = {FLOAT32: 2e-5, BFLOAT16: 5e-3}
+
+kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs in another process")
+pytestmark = pytest.mark.gpu if ON_GPU else []
+
+DECAYS = {
+    "usual": lambda w: w,
+    "none": lambda w: torch.full_like(w, -9.0),
+    "strongest": lambda w: torch.full_like(w, -0.5),
+    "none or strongest": lambda w: torch.where(w > w.median(), -0.5, -9.0),
+}
+
+
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="runs the others where there is no GPU")
+def test_in_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        command,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def run7(**tensors):
+    from rwkv.ops import wkv7_triton
+
+    return wkv7_triton.run(**{"cu_seqlens": None} | tensors)
+
+
+def reference7(**tensors):
+    from rwkv.ops import wkv7_reference
+
+    return wkv7_reference.run(**{"cu_seqlens": None} | tensors)
+
+
+def check7(inputs, state, **options):
+    """Outputs, last state and every gradient are those of the reference in float64."""
+    double = {name: x.double() for name, x in inputs.items()}
+    want = with_gradients(reference7, double, state.double(), **options)
+    got = with_gradients(run7, inputs, state, **options)
+    assert_all_close(got, want, ALLOWED[inputs["v"].dtype])
+
+
+@kernels
+@pytest.mark.parametrize("B, T, H", [(1, 1, 1), (1, 64, 1), (1, 130, 1), (2, 33, 3)])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
+def test_wkv7_is_the_reference(B, T, H, dtype):
+    x = wkv7_inputs(B=B, T=T, H=H, N=N, dtype=dtype, device=DEVICE)
+    check7(x, random_state(x))
+
+
+@kernels
+@pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_wkv7_at_every_decay_and_size_of_state(decay, scale):
+    x = wkv7_inputs(B=1, T=150, H=1, N=64, dtype=BFLOAT16, device=DEVICE)
+    x["w"] = decay(x["w"])
+    check7(x, random_state(x, scale=scale))
+
+
+@kernels
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_wkv7_at_every_size_of_values(size):
+    x = wkv7_inputs(B=1, T=70, H=1, N=64, dtype=BFLOAT16, device=DEVICE)
+    x["v"] = x["v"] * size
+    check7(x, random_state(x))
+
+
+@kernels
+def test_wkv7_with_equal_keys():
+    """The hardest inverse: every token removes what all tokens before it wrote, nothing decays."""
+    x = wkv7_inputs(B=1, T=64, H=1, N=N, device=DEVICE)
+    x["w"] = torch.full_like(x["w"], -8.0)
+    x["a"] = x["a"][:, :1].expand_as(x["a"]).contiguous()
+    x["b"] = -0.99 * x["a"]
+    check7(x, random_state(x))
+
+
+@kernels
+@pytest.mark.parametrize("lengths", [[1], [64, 1, 65, 3], [1] * 4], ids=str)
+def test_wkv7_packing_equals_separate_texts(lengths):
+    x = wkv7_inputs(B=1, T=sum(lengths), H=1, N=N, dtype=BFLOAT16, device=DEVICE)
+    ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    states = random_state(x, Q=len(lengths))
+    check7(x, states, cu_seqlens=ends)
+    y, last = run7(**x, state=states, cu_seqlens=ends)
+    for q, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        alone = {name: t[:, begin:end] for name, t in x.items()}
+        y_alone, last_alone = run7(**alone, state=states[q : q + 1])
+        assert torch.equal(y[:, begin:end], y_alone)
+        assert torch.equal(last[q : q + 1], last_alone)
+
+
+@kernels
+def test_wkv7_no_gradient_leaks_between_packed_texts():
+    """Exactly nothing: the loss of one text does not move another's inputs or state at all."""
+    x = wkv7_inputs(B=1, T=100, H=1, N=N, dtype=BFLOAT16, device=DEVICE)
+    leaves = {name: t.requires_grad_() for name, t in x.items()}
+    state = random_state(x, Q=3).requires_grad_()
+    y, last = run7(**leaves, state=state, cu_seqlens=torch.tensor([0, 10, 77, 100]).to(DEVICE))
+    (y[:, 10:77].square().sum() + last[1].square().sum()).backward()
+    for leaf in leaves.values():
+        assert leaf.grad[:, :10].count_nonzero() == leaf.grad[:, 77:].count_nonzero() == 0
+        assert leaf.grad[:, 10:77].count_nonzero() > 0
+    assert state.grad[::2].count_nonzero() == 0
+
+
+@kernels
+@pytest.mark.parametrize("cut", [1, 64])
+def test_wkv7_state_carries_over(cut):
+    x = wkv7_inputs(B=1, T=70, H=1, N=N, device=DEVICE)
+    state = random_state(x)
+    whole, end = run7(**x, state=state)
+    first, middle = run7(**{n: t[:, :cut] for n, t in x.items()}, state=state)
+    second, end2 = run7(**{n: t[:, cut:] for n, t in x.items()}, state=middle)
+    assert_close("y", torch.cat([first, second], dim=1), whole, ALLOWED[FLOAT32])
+    assert_close("state", end2, end, ALLOWED[FLOAT32])
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
+def test_wkv7_keeps_at_most_8_bytes_a_token_and_channel(dtype):
+    """And nothing without gradients; the outputs are the same either way."""
+    x = wkv7_inputs(B=1, T=64, H=1, N=64, dtype=dtype, device=DEVICE)
+    state = random_state(x)
+    plain = run7(**x, state=state)
+    leaves = {name: t.requires_grad_() for name, t in x.items()}
+    given, kept = {t.data_ptr() for t in (*leaves.values(), state)}, {}
+
+    def keep(t):
+        if t.data_ptr() not in given:
+            kept[t.data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y, last = run7(**leaves, state=state)
+    assert sum(kept.values()) <= 8 * y.numel()
+    assert torch.equal(y, plain[0]) and torch.equal(last, plain[1])
+
+
+@kernels
+@pytest.mark.parametrize("keep, T", [(False, 70), (True, 128)])
+def test_wkv7_as_an_operator_of_torch(keep, T):
+    """Schema, fake implementation, gradients and tracing agree with the operator itself."""
+    from rwkv.ops import wkv7_triton
+
+    x = wkv7_inputs(B=1, T=T, H=1, N=N, dtype=BFLOAT16, device=DEVICE)
+    tensors = [t.requires_grad_() for t in (*x.values(), random_state(x))]
+    torch.library.opcheck(wkv7_triton._forward, (*tensors, None, keep))
+
+
+@kernels
+def test_wkv7_without_a_gradient_of_y_or_of_the_state():
+    x = wkv7_inputs(B=1, T=40, H=1, N=N, device=DEVICE)
+    for part in (0, 1):
+        gradients = []
+        for op in (run7, reference7):
+            leaves = [t.clone().requires_grad_() for t in (*x.values(), random_state(x))]
+            named = dict(zip([*x, "state"], leaves, strict=True))
+            op(**named)[part].square().sum().backward()
+            gradients.append({name: t.grad for name, t in named.items()})
+        got, want = gradients
+        if part == 1:
+            assert got.pop("r").count_nonzero() == 0 and want.pop("r") is None
+        assert_all_close(got, want, ALLOWED[FLOAT32])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 64, 300])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
+def test_wkv7_with_heads_of_128(T, dtype):
+    x = wkv7_inputs(T=T, N=128, dtype=dtype, device=DEVICE)
+    check7(x, random_state(x))
+
+
+@pytest.mark.gpu
+def test_wkv7_gives_the_same_numbers_every_time():
+    x = wkv7_inputs(B=4, T=1000, H=8, N=64, dtype=BFLOAT16, device=DEVICE)
+    first, second = (with_gradients(run7, x, random_state(x)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)
+def test_wkv7_over_long_texts(decay):
+    x = wkv7_inputs(B=1, T=8192, H=2, N=64, dtype=BFLOAT16, device=DEVICE)
+    x["w"] = decay(x["w"])
+    check7(x, random_state(x))
+
+
+@kernels
+@pytest.mark.parametrize(
+    "dtype, reason",
+    [(torch.float16, "bfloat16 or float32"), (torch.float64, "bfloat16 or float32")],
+    ids=str,
+)
+def test_wkv7_says_why_not(dtype, reason):
+    from rwkv.ops import wkv7_triton
+
+    assert reason in wkv7_triton.why_not(torch.empty(1, 1, 1, 64, dtype=dtype), False)
