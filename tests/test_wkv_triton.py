@@ -17,7 +17,6 @@ from helpers import (
     assert_close,
     random_state,
     with_gradients,
-    wkv6_inputs,
     wkv7_inputs,
 )
 
