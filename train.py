@@ -478,6 +478,12 @@ def fit(
     flags, data = settings[TrainerFlags], settings[DataFlags]
     optimizer, evaluation = settings[OptimizerFlags], settings[EvaluationFlags]
     folder, plan = Path(flags.proj_dir), batches.training
+    point = resume.newest(folder)
+    if point is not None and not flags.resume:
+        raise InputError(
+            f"--proj_dir {folder}: already holds a run ({point.name.replace('-', ' ')}); "
+            "add --resume 1 to go on with it, or choose another folder"
+        )
     strategy = make_strategy(flags, device.dtype, device.kind)
     objective: Any = make_objective(settings, load_teacher(settings, config, device))
     pl.seed_everything(flags.random_seed, workers=True, verbose=False)  # new adapters are random
@@ -495,13 +501,7 @@ def fit(
         "trained parameters": trained_count(layers),
         "tuned state": settings[StateFlags].state,
     }
-    point = resume.newest(folder)
     first = 0
-    if point is not None and not flags.resume:
-        raise InputError(
-            f"--proj_dir {folder}: already holds a run ({point.name.replace('-', ' ')}); "
-            "add --resume 1 to go on with it, or choose another folder"
-        )
     if point is not None:
         first = resume.check_same_run(point, run)
         if first >= steps.total:

@@ -72,7 +72,6 @@ class StepLog(pl.Callback):
 
     Attributes:
         stop_requested: read once a step; true on any rank stops all of them after it.
-        last: the last step's line.
     """
 
     def __init__(
@@ -87,7 +86,6 @@ class StepLog(pl.Callback):
         self.run_log, self.schedule, self.every = run_log, schedule, every
         self.step_tokens, self.loggers = step_tokens, loggers
         self.stop_requested = False
-        self.last: dict[str, Any] = {}
         self._tokens = 0
         self._ends_step = False
         self._since = time.perf_counter()
@@ -174,7 +172,6 @@ class StepLog(pl.Callback):
         }
         if torch.cuda.is_available():
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        self.last = line
         if done % self.every == 0 or done == self.schedule.steps:
             self.run_log.add(line)
             for logger in self.loggers:
