@@ -304,14 +304,15 @@ void ldmatrix_x2_trans(uint32_t* r, const void* row, int line = __builtin_LINE()
 struct Product { float* c; const uint32_t *a, *b; };
 
 template <int K>
-void multiply(Product** lanes, const float (&a)[16][K], const float (&b)[K][8]) {
+__attribute__((optimize("O3"), no_sanitize("undefined"))) void multiply(Product** lanes, const float (&a)[16][K], const float (&b)[K][8]) {
+    double c[16][8];
     for (int lane = 0; lane < 32; ++lane)
-        for (int i = 0; i < 4; ++i) {
-            const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-            double sum = lanes[lane]->c[i];
-            for (int k = 0; k < K; ++k) sum += double(a[row][k]) * double(b[k][column]);
-            lanes[lane]->c[i] = float(sum);
-        }
+        for (int i = 0; i < 4; ++i) c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = lanes[lane]->c[i];
+    for (int row = 0; row < 16; ++row)
+        for (int k = 0; k < K; ++k)
+            for (int column = 0; column < 8; ++column) c[row][column] += double(a[row][k]) * double(b[k][column]);
+    for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 4; ++i) lanes[lane]->c[i] = float(c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
 }
 
 template <float decode(uint16_t)>

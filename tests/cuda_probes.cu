@@ -132,7 +132,7 @@ extern "C" __global__ void probe_pipeline(const float* x, float* y, int rows) {
         named_barrier_arrive(2, 128);
         for (int row = 0; row < rows; ++row) {
             named_barrier_sync(1, 128);
-            y[row * 64 + i] = buffer[63 - (63 - i)];
+            y[row * 64 + i] = buffer[i];
             if (row + 1 < rows) named_barrier_arrive(2, 128);
         }
     }
@@ -146,6 +146,44 @@ extern "C" __global__ void probe_copy(const float* x, float* y, int n, int waits
     cp_async_commit();
     if (waits) cp_async_wait<0>();
     for (int j = 0; j < 4; ++j) y[i + j] = buffer[i + j];
+}
+
+// Rows of 128 floats through a ring of three, two of them under way while one is read.
+extern "C" __global__ void probe_groups(const float* x, float* y, int rows) {
+    DYNAMIC_SHARED(memory);
+    float* ring = reinterpret_cast<float*>(memory);
+    const int i = threadIdx.x * 4;
+    for (int row = 0; row < rows + 2; ++row) {
+        if (row < rows) cp_async_16(ring + row % 3 * 128 + i, x + row * 128 + i);
+        cp_async_commit();
+        if (row < 2) continue;
+        cp_async_wait<2>();
+        __syncwarp();
+        for (int j = 0; j < 4; ++j) y[(row - 2) * 128 + 127 - i - j] = ring[(row - 2) % 3 * 128 + 127 - i - j];
+        __syncwarp();
+    }
+}
+
+extern "C" __global__ void probe_floats(const float* x, float* exponential, uint32_t* tf32, int n) {
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+        exponential[i] = exp2_approx(x[i]);
+        tf32[i] = float_to_tf32(x[i]);
+    }
+}
+
+// Each argument's slot is read as what it is.
+extern "C" __global__ void probe_arguments(int a, long long b, float c, double* out, int d, const void* none) {
+    if (threadIdx.x) return;
+    out[0] = a;
+    out[1] = static_cast<double>(b);
+    out[2] = c;
+    out[3] = d;
+    out[4] = none ? 1.0 : 0.0;
+}
+
+extern "C" __global__ void probe_add(const float* x, float* y, float step, int n) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] = x[i] + step;
 }
 
 extern "C" __global__ void probe_indices(int* out) {

@@ -69,25 +69,30 @@ def load(
         check_order: launch twice, threads in ascending and in descending order, and fail unless
             both give the same bits. Twice the time; wrong for kernels with floating-point atomics.
     """
-    path = CUDA / source
-    command = ["g++", *OPTIONS, *(f"-D{name}={value}" for name, value in macros.items())]
-    text = _run([*command, "-E", "-include", str(HEADER), "-x", "c++", str(path)])
-    names = KERNEL.findall(text)
+    text, names = preprocess(source, macros)
     text += "".join(
         f'\nextern "C" void emulated_{name}(void** values) {{ emulator::call({name}, values); }}'
         f'\nextern "C" const char* signature_{name}() {{ return emulator::signature({name}); }}\n'
         for name in names
     )
-    key = hashlib.sha256("\0".join([*command, text]).encode()).hexdigest()[:16]
-    built = folder / f"{path.stem}-{key}.so"
+    key = hashlib.sha256("\0".join([*OPTIONS, text]).encode()).hexdigest()[:16]
+    built = folder / f"{Path(source).stem}-{key}.so"
     if not built.exists():
         folder.mkdir(parents=True, exist_ok=True)
         whole = built.with_suffix(".ii")
         whole.write_text(text)
         beside = built.with_suffix(".part")
-        _run([*command, "-shared", "-x", "c++-cpp-output", str(whole), "-o", str(beside)])
+        _run(["g++", *OPTIONS, "-shared", "-x", "c++-cpp-output", str(whole), "-o", str(beside)])
         beside.replace(built)
     return Library(built, names, check_order)
+
+
+def preprocess(source: str | Path, macros: Mapping[str, int | str]) -> tuple[str, list[str]]:
+    """A source as g++ sees it, and the names of its kernels."""
+    defined = [f"-D{name}={value}" for name, value in macros.items()]
+    command = ["g++", *OPTIONS, *defined, "-E", "-include", str(HEADER), "-x", "c++"]
+    text = _run([*command, str(CUDA / source)])
+    return text, KERNEL.findall(text)
 
 
 def _run(command: list[str]) -> str:
