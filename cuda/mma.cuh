@@ -152,7 +152,8 @@ __device__ __forceinline__ uint16_t float_to_bf16(float x) {
     return bits;
 }
 
-// Rounded to nearest, ties away from zero, to the 19 bits that mma_tf32 looks at.
+// Rounded to nearest, ties away from zero, to the 19 bits that mma_tf32 looks at. The other 13 are
+// not promised to be zero: mask them before the result is taken for a float.
 __device__ __forceinline__ uint32_t float_to_tf32(float x) {
     uint32_t bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));

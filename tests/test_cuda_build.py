@@ -165,7 +165,8 @@ def test_arguments_reach_the_kernel_as_the_driver_reads_them(emulated, monkeypat
         (5, (1, 2, 1), (32, 1, 1), 64, 77, None),
         (5, (1, 1, 1), (32, 1, 1), 64, 77, None),
     ]
-    for wrong in ((1,), (0.5, 1, 0.5, out, 7, None), (1 << 31, 1, 0.5, out, 7, None)):
+    good = (1, 1, 0.5, out, 7, None)
+    for wrong in (good[:1], (0.5, *good[1:]), (1 << 31, *good[1:]), (True, *good[1:]), (out,) * 6):
         with pytest.raises(ValueError, match="probe_arguments: arguments 'ilfpip'"):
             kernel(1, 32, *wrong)
 

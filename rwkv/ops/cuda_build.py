@@ -26,16 +26,16 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from rwkv.errors import InputError, RunError
 from rwkv.files import replacing
 
 CUDA = Path(__file__).parents[2] / "cuda"
 FORMATS = {"p": "P", "i": "i", "l": "q", "f": "f"}  # of `struct`, native sizes and alignment
+NUMBERS = (int, float)
 TOOLKIT = Path("/usr/local/cuda")
 
 # From cuda.h.
@@ -392,18 +392,18 @@ class Kernel:
         self,
         grid: int | Sequence[int],
         block: int | Sequence[int],
-        *arguments: Tensor | float | None,
+        *arguments: Any,
     ) -> None:
         index, memory = self._index, self._memory
         if torch.cuda.current_device() != index:
             with torch.cuda.device(index):
                 return self(grid, block, *arguments)
-        values = [
-            x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x for x in arguments
-        ]
         try:
+            values = [
+                x if x.__class__ in NUMBERS else 0 if x is None else x.data_ptr() for x in arguments
+            ]
             self._pack(memory.buffer, 0, *values)
-        except struct.error as error:
+        except (struct.error, AttributeError) as error:
             raise ValueError(f"{self.name}: arguments {self.letters!r}: {error}") from error
         launch = (
             self._function,
