@@ -24,6 +24,7 @@ from rwkv.sampling_flags import GREEDY, Sampling, add_sampling_arguments, sampli
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rwkv.decoder import Decoder, Pace, Written
     from rwkv.model import RWKV
     from rwkv.state import State
     from rwkv.tokenizer import Tokenizer
@@ -55,12 +56,13 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     forbidden: Sequence[int] = (),
+    pace: "Pace | None" = None,
 ) -> list[Continuation]:
     """Continue every prompt.
 
-    Prompts are read packed; a row that has ended leaves the batch, and once half of the rows are
-    free the next prompts take their place. What a row draws depends on `seed` and its number
-    alone, so that `batch_size` changes the speed but not the texts.
+    Prompts are read packed, the next ones when rows have ended. What a row draws depends on `seed`
+    and its number alone: `batch_size` changes the speed, and the texts no more than the rounding
+    of products of another size does.
 
     Args:
         model: on any device; it is in eval mode meanwhile.
@@ -73,6 +75,7 @@ def generate(
         seed: of the draws.
         batch_size: rows at once, at most.
         forbidden: token ids that are never written.
+        pace: how closely the host follows; None for what suits the device.
 
     Returns:
         a continuation a prompt, in their order.
@@ -80,40 +83,57 @@ def generate(
     Raises:
         ValueError: a prompt is empty, or a stop is a string and there is no tokenizer.
     """
-    import torch
-
-    from rwkv.reading import join, read_to_the_end, select
+    from rwkv.decoder import Decoder, Picker, pace_for
 
     _check_prompts(prompts)
     writings = [Writing(tokenizer, stop, max_tokens) for _ in prompts]
-    picker = Picker(model, sampling, seed, banned_tokens(model, tokenizer, forbidden))
-    waiting = deque(range(len(prompts) if max_tokens > 0 else 0))
-    rows: list[int] = []
-    state: State = []
-    with evaluating(model), torch.no_grad():
-        hidden = model.ln_out.weight.new_zeros(0, model.config.n_embd)
-        while rows or waiting:
-            if waiting and len(rows) <= batch_size // 2:
-                new = [waiting.popleft() for _ in range(min(len(waiting), batch_size - len(rows)))]
-                found, after = read_to_the_end(model, [prompts[row] for row in new])
-                hidden = torch.cat([hidden, found])
-                state = join([state, after] if rows else [after])
-                rows += new
-                picker.add_rows(new)
-            tokens = picker.pick(hidden)
-            for row, token in zip(rows, tokens.tolist(), strict=True):
-                writings[row].add(token)
-            going = [n for n, row in enumerate(rows) if not writings[row].done]
-            if len(going) < len(rows):
-                rows = [rows[n] for n in going]
-                state, tokens = select(state, going), tokens[going]
-                picker.keep_rows(going)
-            if rows:
-                out, state = model(tokens.unsqueeze(1), state)
-                hidden = out[:, 0]
-            else:
-                hidden = hidden[:0]
+    size = min(batch_size, len(prompts))
+    if size and max_tokens > 0:
+        banned = banned_tokens(model, tokenizer, forbidden)
+        decoder = Decoder(model, Picker(model, sampling, seed, banned, size), size)
+        with evaluating(model):
+            write_all(decoder, prompts, writings, pace or pace_for(decoder.hidden.device, size))
     return [Continuation(w.tokens, w.text, w.ended_by is not None) for w in writings]
+
+
+def write_all(
+    decoder: "Decoder",
+    prompts: Sequence[Sequence[int]],
+    writings: "Sequence[Writing]",
+    pace: "Pace",
+) -> None:
+    """Let the decoder continue the prompts until every writing is done.
+
+    A row that has ended is written on until the host looks, and while it waits for a prompt; what
+    it writes then is thrown away. When no prompt waits, rows that have ended leave the batch.
+    """
+    from rwkv.reading import read_to_the_end
+
+    waiting = deque(range(len(prompts)))
+    places: list[int | None] = [None] * len(decoder.hidden)  # the prompt in each row of the batch
+    flying: deque[tuple[list[int | None], Written]] = deque()
+    while True:
+        busy = [n for n, row in enumerate(places) if row is not None and not writings[row].done]
+        free = sorted(set(range(len(places))) - set(busy))
+        if waiting and (len(free) >= pace.patience or not busy):
+            new = [waiting.popleft() for _ in range(min(len(waiting), len(free)))]
+            for place, row in zip(free, new, strict=False):
+                places[place] = row
+            read = read_to_the_end(decoder.model, [prompts[row] for row in new])
+            decoder.put(free[: len(new)], new, *read)
+            continue
+        if not busy:
+            return
+        if not waiting and len(free) >= max(pace.patience, pace.ahead * len(busy)):
+            decoder.keep(busy)
+            places = [places[n] for n in busy]
+        flying.append((list(places), decoder.run(pace.steps)))
+        if len(flying) > pace.ahead:
+            then, written = flying.popleft()
+            for number, tokens in zip(then, written.rows(), strict=True):
+                for token in tokens:
+                    if number is not None and not writings[number].done:
+                        writings[number].add(token)
 
 
 class TextStream:
@@ -127,12 +147,13 @@ class TextStream:
         sampling: Sampling = GREEDY,
         seed: int = 0,
     ):
+        from rwkv.decoder import Picker
+
         self.model, self.tokenizer = model, tokenizer
         self.state: State | None = None
         self._hidden: Tensor | None = None
         self._unread: list[int] = []  # the state does not know of these tokens yet
         self._picker = Picker(model, sampling, seed, banned_tokens(model, tokenizer))
-        self._picker.add_rows([0])
 
     def read(self, tokens: Sequence[int]) -> None:
         """Append tokens to the text; they are read when something is to follow them."""
@@ -143,15 +164,22 @@ class TextStream:
         self._unread = self._unread[:-1]
 
     def settle(self) -> "State":
-        """The state after all tokens of the text."""
+        """The state after all tokens of the text; it moves on with the text."""
+        import torch
+
+        from rwkv.decoder import owned, read_one
         from rwkv.reading import read_to_the_end
 
-        if self._unread:
-            with evaluating(self.model):
-                self._hidden, self.state = read_to_the_end(self.model, [self._unread], self.state)
-            self._unread = []
+        with evaluating(self.model):
+            if len(self._unread) == 1 and self.state is not None:
+                tokens = torch.tensor(self._unread, device=self.model.emb.weight.device)
+                self._hidden = read_one(self.model, tokens, self.state)
+            elif self._unread:
+                self._hidden, state = read_to_the_end(self.model, [self._unread], self.state)
+                self.state = owned(state)
+        self._unread = []
         if self.state is None:
-            self.state = self.model.initial_state(1)
+            self.state = owned(self.model.initial_state(1))
         return self.state
 
     def write(self, *, max_tokens: int, stop: Stop = ()) -> "Generator[str, None, Writing]":
@@ -242,68 +270,17 @@ class Writing:
         return self._held
 
 
-class Picker:
-    """Picks the next token of each row of a batch whose rows come and go."""
-
-    def __init__(self, model: "RWKV", sampling: Sampling, seed: int, banned: "Tensor | None"):
-        import torch
-
-        self.model, self.sampling, self.seed, self.banned = model, sampling, seed, banned
-        device = model.emb.weight.device
-        self._rows = torch.zeros(0, dtype=torch.long, device=device)
-        self._steps = self._rows
-        width = model.config.vocab_size if sampling.counts else 0
-        self._counts = torch.zeros(0, width, device=device)
-
-    def add_rows(self, numbers: Sequence[int]) -> None:
-        """Append rows that have written nothing yet; their draws depend on their numbers."""
-        import torch
-
-        new = torch.tensor(numbers, device=self._rows.device)
-        self._rows = torch.cat([self._rows, new])
-        self._steps = torch.cat([self._steps, torch.zeros_like(new)])
-        self._counts = torch.cat([self._counts, self._counts.new_zeros(len(new), self._width)])
-
-    @property
-    def _width(self) -> int:
-        return self._counts.shape[1]
-
-    def keep_rows(self, places: Sequence[int]) -> None:
-        """Keep these of the rows, in this order."""
-        self._rows, self._steps = self._rows[places], self._steps[places]
-        self._counts = self._counts[places]
-
-    def forget_counts(self) -> None:
-        """Penalties start anew."""
-        self._counts = self._counts.new_zeros(self._counts.shape)
-
-    def pick(self, hidden: "Tensor") -> "Tensor":
-        """The rows' next tokens [B], from the hidden states [B, C] after their last."""
-        from rwkv.sampling import count_tokens, pick_tokens, uniform_numbers
-
-        counts = self._counts if self.sampling.counts else None
-        tokens = pick_tokens(
-            self.model.logits(hidden),
-            self.sampling,
-            uniform_numbers(self.seed, self._rows, self._steps),
-            counts=counts,
-            forbidden=self.banned,
-        )
-        self._steps = self._steps + 1
-        if counts is not None:
-            self._counts = count_tokens(counts, tokens, self.sampling)
-        return tokens
-
-
 def banned_tokens(
     model: "RWKV", tokenizer: "Tokenizer | None", forbidden: Sequence[int] = ()
 ) -> "Tensor | None":
-    """The ids that must not be written: those given and those that the tokenizer lacks."""
+    """True for the ids, [V], that must not be written: those given, and what no tokenizer knows."""
     import torch
 
     known = model.config.vocab_size if tokenizer is None else tokenizer.vocab_size
-    banned = sorted({*forbidden, *range(known, model.config.vocab_size)})
-    return torch.tensor(banned, device=model.emb.weight.device) if banned else None
+    banned = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    banned[list(forbidden)] = True
+    banned[known:] = True
+    return banned.to(model.emb.weight.device) if banned.any() else None
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def pick_tokens(
     uniforms: Tensor,
     *,
     counts: Tensor | None = None,
-    forbidden: Tensor | None = None,
+    banned: Tensor | None = None,
 ) -> Tensor:
     """The next token of each row.
 
@@ -31,7 +31,7 @@ def pick_tokens(
         uniforms: each row's random number in [0, 1), [B], float64; see `uniform_numbers`.
         counts: how often each token was written before, [B, V], float32, as `count_tokens` keeps
             them; None without penalties.
-        forbidden: ids that are never picked, [K], int64.
+        banned: true for ids that are never picked, [V], bool.
 
     Returns:
         [B], int64.
@@ -39,8 +39,8 @@ def pick_tokens(
     logits = logits.float()
     if counts is not None:
         logits = penalize(logits, counts, sampling)
-    if forbidden is not None:
-        logits = logits.index_fill(-1, forbidden, -torch.inf)
+    if banned is not None:
+        logits = logits.masked_fill(banned, -torch.inf)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     return draw(filtered_probabilities(logits, sampling), uniforms)

@@ -10,8 +10,8 @@ from oracle import random_tensors
 
 from rwkv.chat import Chat, converse, main
 from rwkv.checkpoint import load_model, read_metadata, read_tensors, write_tensors
+from rwkv.decoder import Picker
 from rwkv.errors import InputError
-from rwkv.generate import Picker
 from rwkv.model import RWKV
 from rwkv.names import ROOT
 from rwkv.reading import read_to_the_end

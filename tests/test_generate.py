@@ -119,13 +119,13 @@ def test_penalties_by_hand():
 
 
 def test_forbidden_tokens_are_never_picked():
-    forbidden = torch.tensor([0, 2])
+    banned = torch.tensor([True, False, True, False])
     for sampling in (GREEDY, Sampling(), Sampling(top_k=1)):
         picked = pick_tokens(
             LOGITS.expand(50, 4),
             sampling,
             torch.arange(50, dtype=torch.float64) / 50,
-            forbidden=forbidden,
+            banned=banned,
         )
         assert set(picked.tolist()) <= {1, 3}
 
