@@ -66,7 +66,7 @@ def _read_kernel(logits, targets, found, n, V, BLOCK: tl.constexpr):
         share = share * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift), axis=0)
         total += tl.sum(tl.where(inside, z, 0.0), axis=0)
         largest = above
-    target = widen(tl.load(start + tl.load(targets + row)))
+    target = tl.load(start + tl.load(targets + row)).to(tl.float32)
     tl.store(found + row, largest + tl.log(share))
     tl.store(found + n + row, target)
     tl.store(found + 2 * n + row, total / V)
