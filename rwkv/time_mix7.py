@@ -71,7 +71,7 @@ class TimeMix7(nn.Module):
             cu_seqlens: for packed texts, [Q + 1]; see wkv7.
 
         Returns:
-            the stream [B, T, C], v_first [B, T, C], and each sequence's shift and wkv after the tokens.
+            the stream and v_first, [B, T, C], and each sequence's shift and wkv after the tokens.
         """
         B, T, _ = x.shape
         normed = norm(x)
