@@ -1,0 +1,267 @@
+"""wkv6 in Triton for Hopper GPUs: chunks of tokens on tensor cores, with parallelism over time.
+
+Forward: `drive_kernel` makes what each chunk adds to the state, all chunks at once; `scan_kernel`
+sums that up from chunk to chunk, element by element; `output_kernel` makes the outputs, again all
+chunks at once. Backward: the first two kernels carry the gradient of the state back, and
+`gradient_kernel` makes all input gradients, all chunks at once. No atomics: results are the same
+in every run. Right for any finite w.
+
+Kept for backward beside the inputs where that takes at most 8 bytes per token and channel: the
+states before the chunks, 2 bytes at N = 64 and 4 at N = 128 in bfloat16. In float32 they would be
+more, so nothing is kept and backward makes them again. Without gradients nothing is kept.
+"""
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from rwkv.ops.triton_chunks import count_slots, slot_owners
+from rwkv.ops.wkv6_triton_kernels import (
+    drive_kernel,
+    gradient_kernel,
+    output_kernel,
+    scan_kernel,
+)
+from rwkv.ops.wkv7_triton import why_not
+
+__all__ = ["run", "why_not"]
+
+BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+
+# Chunk length and launch of each kernel, by dtype and head size. V is the number of value rows a
+# program of the scan owns.
+LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
+    (BFLOAT16, 64): {
+        "C": 64,
+        "V": 16,
+        "drive": {"num_warps": 4},
+        "scan": {"num_warps": 1, "STAGES": 4},
+        "output": {"num_warps": 4},
+        "gradient": {"num_warps": 8},
+    },
+    (BFLOAT16, 128): {
+        "C": 64,
+        "V": 16,
+        "drive": {"num_warps": 8},
+        "scan": {"num_warps": 2, "STAGES": 4},
+        "output": {"num_warps": 8},
+        "gradient": {"num_warps": 8},
+    },
+    (FLOAT32, 64): {
+        "C": 32,
+        "V": 16,
+        "drive": {"num_warps": 4},
+        "scan": {"num_warps": 1, "STAGES": 4},
+        "output": {"num_warps": 4},
+        "gradient": {"num_warps": 8},
+    },
+    (FLOAT32, 128): {
+        "C": 32,
+        "V": 16,
+        "drive": {"num_warps": 8},
+        "scan": {"num_warps": 2, "STAGES": 4},
+        "output": {"num_warps": 8},
+        "gradient": {"num_warps": 8},
+    },
+}
+# Operands of matrix products: WIDE where a factor may be 2^LIMIT, FINE where tiles are scaled to 1.
+DTYPES = {
+    BFLOAT16: {"WIDE": tl.bfloat16, "FINE": tl.float16},
+    FLOAT32: {"WIDE": tl.float32, "FINE": tl.float32},
+}
+# The most that the decay of half a leaf may be, in powers of two. It is far below what overflows:
+# in the gradient of w the large terms of a leaf cancel, and a strong decay leaves little behind.
+LIMITS = {BFLOAT16: 64.0, FLOAT32: 20.0}
+
+
+def run(
+    *,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    inputs = [x.contiguous() for x in (r, w, k, v, u, state)]
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(r.device, non_blocking=True)
+    keep = r.dtype == BFLOAT16 and torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    y, final, *_ = _forward(*inputs, cu_seqlens, keep)
+    return y, final
+
+
+def _launch(r: Tensor) -> dict[str, Any]:
+    return LAUNCH[r.dtype, max(r.shape[-1], 64)]
+
+
+@torch.library.custom_op("rwkv::wkv6_triton", mutates_args=())
+def _forward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return y, S_T, and what `_backward` wants of all chunks, or nothing without `keep`.
+
+    That is the states before them, these states' powers, L, and the size of the leaves.
+    """
+    slots, owners = _slots(r, cu_seqlens)
+    decay, leaves = _empty_decay(r, slots)
+    final, *states = _states(k, w, v, state, decay, leaves, owners, cu_seqlens, reverse=False)
+    y, launch = torch.empty_like(r), _launch(r)
+    with torch.cuda.device_of(r):
+        output_kernel[(slots * r.shape[2],)](
+            *(r, w, k, v, u, leaves, *states, y, owners, cu_seqlens, *r.shape[1:3]),
+            N=r.shape[3],
+            C=launch["C"],
+            V=launch["V"],
+            **DTYPES[r.dtype],
+            **launch["output"],
+        )
+    kept = *states, decay, leaves
+    return y, final, *(kept if keep else (x.new_empty(0) for x in kept))
+
+
+@_forward.register_fake
+def _(r, w, k, v, u, state, cu_seqlens, keep):
+    B, T, H, N = r.shape
+    launch = _launch(r)
+    slots = count_slots(B, T, cu_seqlens, launch["C"])
+    return (
+        torch.empty_like(r),
+        torch.empty_like(state),
+        r.new_empty((slots, H, N, N) if keep else (0,), dtype=_fine(r)),
+        r.new_empty((slots, H, N // launch["V"]) if keep else (0,), dtype=FLOAT32),
+        r.new_empty((slots, H, N) if keep else (0,), dtype=FLOAT32),
+        r.new_empty((slots, H) if keep else (0,), dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("rwkv::wkv6_triton_backward", mutates_args=())
+def _backward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    grad_y: Tensor,
+    grad_final: Tensor,
+    states: Tensor,
+    powers: Tensor,
+    decay: Tensor,
+    leaves: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of r, w, k, v, u and of the initial state."""
+    T, H, N = r.shape[1:]
+    slots, owners = _slots(r, cu_seqlens)
+    if not len(states):
+        decay, leaves = _empty_decay(r, slots)
+        _, states, powers = _states(
+            k, w, v, state, decay, leaves, owners, cu_seqlens, reverse=False
+        )
+    grad_initial, *grad_states = _states(
+        r, w, grad_y, grad_final, decay, leaves, owners, cu_seqlens, reverse=True
+    )
+    dr, dw, dk, dv = (torch.empty_like(r) for _ in range(4))
+    du, launch = torch.empty_like(decay), _launch(r)
+    with torch.cuda.device_of(r):
+        gradient_kernel[(slots * H,)](
+            *(r, w, k, v, u, grad_y, decay, leaves, states, powers, *grad_states),
+            *(dr, dw, dk, dv, du, owners, cu_seqlens, T, H),
+            N=N,
+            C=launch["C"],
+            V=launch["V"],
+            **DTYPES[r.dtype],
+            **launch["gradient"],
+        )
+    return dr, dw, dk, dv, du.sum(0).to(u.dtype), grad_initial
+
+
+@_backward.register_fake
+def _(r, w, k, v, u, state, cu_seqlens, grad_y, grad_final, states, powers, decay, leaves):
+    return tuple(torch.empty_like(x) for x in (r, w, k, v, u, state))
+
+
+def _fine(r: Tensor) -> torch.dtype:
+    return torch.float16 if r.dtype == BFLOAT16 else FLOAT32
+
+
+def _slots(r: Tensor, cu_seqlens: Tensor | None) -> tuple[int, Tensor | None]:
+    C = _launch(r)["C"]
+    slots = count_slots(*r.shape[:2], cu_seqlens, C)
+    return slots, slot_owners(cu_seqlens, slots, C)
+
+
+def _empty_decay(r: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    H, N = r.shape[2:]
+    return r.new_empty(slots, H, N, dtype=FLOAT32), r.new_empty(slots, H, dtype=torch.int32)
+
+
+def _states(
+    x: Tensor,
+    w: Tensor,
+    z: Tensor,
+    initial: Tensor,
+    decay: Tensor,
+    leaves: Tensor,
+    owners: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scan k, w and v into the last state, those before the chunks, and their powers.
+
+    It fills in L and the size of the leaves. In reverse r, w and dy into the gradients of the first state and of those after the chunks.
+    """
+    T, H, N = x.shape[1:]
+    launch, slots = _launch(x), len(decay)
+    drive = x.new_empty(slots, H, N, N, dtype=_fine(x))
+    powers = x.new_empty(slots, H, dtype=FLOAT32)
+    states, final = torch.empty_like(drive), torch.empty_like(initial)
+    state_powers = x.new_empty(slots, H, N // launch["V"], dtype=FLOAT32)
+    sizes = {"N": N, "C": launch["C"], "FINE": DTYPES[x.dtype]["FINE"], "REVERSE": reverse}
+    with torch.cuda.device_of(x):
+        drive_kernel[(slots * H,)](
+            *(x, w, z, drive, powers, decay, leaves, owners, cu_seqlens, T, H),
+            **sizes,
+            LIMIT=LIMITS[x.dtype],
+            **launch["drive"],
+        )
+        scan_kernel[(len(initial) * H * (N // launch["V"]),)](
+            *(initial, drive, powers, decay, states, state_powers, final, cu_seqlens, T, H),
+            V=launch["V"],
+            **sizes,
+            **launch["scan"],
+        )
+    return final, states, state_powers
+
+
+def _save(ctx, inputs, output):
+    *_, cu_seqlens, keep = inputs
+    y, final, *kept = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:6], cu_seqlens, *(kept if keep else ()))
+
+
+def _differentiate(ctx, grad_y, grad_final, *_):
+    saved = ctx.saved_tensors  # asked for once: checkpointing recomputes them at each asking
+    r, state, kept = saved[0], saved[5], saved[7:]
+    if not kept:
+        dtypes = _fine(r), FLOAT32, FLOAT32, torch.int32
+        kept = [r.new_empty(0, dtype=dtype) for dtype in dtypes]
+    grad_y = torch.zeros_like(r) if grad_y is None else grad_y.contiguous()
+    grad_final = torch.zeros_like(state) if grad_final is None else grad_final.contiguous()
+    return *_backward(*saved[:7], grad_y, grad_final, *kept), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
