@@ -98,6 +98,66 @@ def _launch(r: Tensor) -> dict[str, Any]:
     return LAUNCH[r.dtype, max(r.shape[-1], 64)]
 
 
+def _fine(r: Tensor) -> torch.dtype:
+    return torch.float16 if r.dtype == BFLOAT16 else FLOAT32
+
+
+def _chunks(r: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The text of each slot; room for each chunk's L and facts."""
+    C, (B, T, H, N) = _launch(r)["C"], r.shape
+    slots = count_slots(B, T, cu_seqlens, C)
+    return (
+        slot_owners(cu_seqlens, slots, C),
+        r.new_empty(slots, H, N, dtype=FLOAT32),
+        r.new_empty(slots, H, 3, dtype=FLOAT32),
+    )
+
+
+def _scan(
+    x: Tensor,
+    w: Tensor,
+    z: Tensor,
+    initial: Tensor,
+    decay: Tensor,
+    facts: Tensor,
+    owners: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scan k, w and v into the last state, the states before the chunks, and their powers of two.
+
+    In reverse r, w and dy into the gradients of the first state and of those after the chunks. The
+    facts are filled in, and but for reverse `decay` with L.
+    """
+    T, H, N = x.shape[1:]
+    launch, slots, fine = _launch(x), len(decay), _fine(x)
+    C, V = launch["C"], launch["V"]
+    drive = x.new_empty(slots, H, N, N, dtype=fine)
+    states, final = torch.empty_like(drive), torch.empty_like(initial)
+    powers = x.new_empty(slots, H, N // V, dtype=FLOAT32)
+    with torch.cuda.device_of(x):
+        drive_kernel[(slots * H,)](
+            *(x, w, z, drive, facts, decay, owners, cu_seqlens, T, H),
+            N=N,
+            C=C,
+            FINE=DTYPES[x.dtype]["FINE"],
+            LIMIT=LIMITS[x.dtype],
+            REVERSE=reverse,
+            **launch["drive"],
+        )
+        scan_kernel[(len(initial) * H * (N // V),)](
+            *(initial, drive, facts, decay, states, powers, final, cu_seqlens, T, H),
+            N=N,
+            C=C,
+            V=V,
+            FINE=DTYPES[x.dtype]["FINE"],
+            REVERSE=reverse,
+            **launch["scan"],
+        )
+    return final, states, powers
+
+
 @torch.library.custom_op("rwkv::wkv6_triton", mutates_args=())
 def _forward(
     r: Tensor,
@@ -109,24 +169,24 @@ def _forward(
     cu_seqlens: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return y, S_T, and what `_backward` wants of all chunks, or nothing without `keep`.
+    """Return y, S_T and what `_backward` wants of all chunks: L, facts, states and their powers.
 
-    That is the states before them, these states' powers, L, and the size of the leaves.
+    Without `keep` the last four are empty.
     """
-    slots, owners = _slots(r, cu_seqlens)
-    decay, leaves = _empty_decay(r, slots)
-    final, *states = _states(k, w, v, state, decay, leaves, owners, cu_seqlens, reverse=False)
+    owners, decay, facts = _chunks(r, cu_seqlens)
+    final, states, powers = _scan(k, w, v, state, decay, facts, owners, cu_seqlens, reverse=False)
+    T, H, N = r.shape[1:]
     y, launch = torch.empty_like(r), _launch(r)
     with torch.cuda.device_of(r):
-        output_kernel[(slots * r.shape[2],)](
-            *(r, w, k, v, u, leaves, *states, y, owners, cu_seqlens, *r.shape[1:3]),
-            N=r.shape[3],
+        output_kernel[(len(facts) * H,)](
+            *(r, w, k, v, u, facts, states, powers, y, owners, cu_seqlens, T, H),
+            N=N,
             C=launch["C"],
             V=launch["V"],
             **DTYPES[r.dtype],
             **launch["output"],
         )
-    kept = *states, decay, leaves
+    kept = decay, facts, states, powers
     return y, final, *(kept if keep else (x.new_empty(0) for x in kept))
 
 
@@ -138,10 +198,10 @@ def _(r, w, k, v, u, state, cu_seqlens, keep):
     return (
         torch.empty_like(r),
         torch.empty_like(state),
+        r.new_empty((slots, H, N) if keep else (0,), dtype=FLOAT32),
+        r.new_empty((slots, H, 3) if keep else (0,), dtype=FLOAT32),
         r.new_empty((slots, H, N, N) if keep else (0,), dtype=_fine(r)),
         r.new_empty((slots, H, N // launch["V"]) if keep else (0,), dtype=FLOAT32),
-        r.new_empty((slots, H, N) if keep else (0,), dtype=FLOAT32),
-        r.new_empty((slots, H) if keep else (0,), dtype=torch.int32),
     )
 
 
@@ -156,27 +216,26 @@ def _backward(
     cu_seqlens: Tensor | None,
     grad_y: Tensor,
     grad_final: Tensor,
-    states: Tensor,
-    powers: Tensor,
-    decay: Tensor,
-    leaves: Tensor,
+    decay: Tensor | None,
+    facts: Tensor | None,
+    states: Tensor | None,
+    powers: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of r, w, k, v, u and of the initial state."""
-    T, H, N = r.shape[1:]
-    slots, owners = _slots(r, cu_seqlens)
-    if not len(states):
-        decay, leaves = _empty_decay(r, slots)
-        _, states, powers = _states(
-            k, w, v, state, decay, leaves, owners, cu_seqlens, reverse=False
-        )
-    grad_initial, *grad_states = _states(
-        r, w, grad_y, grad_final, decay, leaves, owners, cu_seqlens, reverse=True
+    owners, L, grad_facts = _chunks(r, cu_seqlens)
+    if decay is None:
+        decay, facts = L, torch.empty_like(grad_facts)
+        _, states, powers = _scan(k, w, v, state, decay, facts, owners, cu_seqlens, reverse=False)
+    grad_initial, grad_states, grad_powers = _scan(
+        r, w, grad_y, grad_final, decay, grad_facts, owners, cu_seqlens, reverse=True
     )
+    T, H, N = r.shape[1:]
     dr, dw, dk, dv = (torch.empty_like(r) for _ in range(4))
     du, launch = torch.empty_like(decay), _launch(r)
     with torch.cuda.device_of(r):
-        gradient_kernel[(slots * H,)](
-            *(r, w, k, v, u, grad_y, decay, leaves, states, powers, *grad_states),
+        gradient_kernel[(len(facts) * H,)](
+            *(r, w, k, v, u, grad_y, decay, facts, states, powers),
+            *(grad_facts, grad_states, grad_powers),
             *(dr, dw, dk, dv, du, owners, cu_seqlens, T, H),
             N=N,
             C=launch["C"],
@@ -188,80 +247,23 @@ def _backward(
 
 
 @_backward.register_fake
-def _(r, w, k, v, u, state, cu_seqlens, grad_y, grad_final, states, powers, decay, leaves):
+def _(r, w, k, v, u, state, cu_seqlens, grad_y, grad_final, decay, facts, states, powers):
     return tuple(torch.empty_like(x) for x in (r, w, k, v, u, state))
-
-
-def _fine(r: Tensor) -> torch.dtype:
-    return torch.float16 if r.dtype == BFLOAT16 else FLOAT32
-
-
-def _slots(r: Tensor, cu_seqlens: Tensor | None) -> tuple[int, Tensor | None]:
-    C = _launch(r)["C"]
-    slots = count_slots(*r.shape[:2], cu_seqlens, C)
-    return slots, slot_owners(cu_seqlens, slots, C)
-
-
-def _empty_decay(r: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    H, N = r.shape[2:]
-    return r.new_empty(slots, H, N, dtype=FLOAT32), r.new_empty(slots, H, dtype=torch.int32)
-
-
-def _states(
-    x: Tensor,
-    w: Tensor,
-    z: Tensor,
-    initial: Tensor,
-    decay: Tensor,
-    leaves: Tensor,
-    owners: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan k, w and v into the last state, those before the chunks, and their powers.
-
-    It fills in L and the size of the leaves. In reverse r, w and dy into the gradients of the first state and of those after the chunks.
-    """
-    T, H, N = x.shape[1:]
-    launch, slots = _launch(x), len(decay)
-    drive = x.new_empty(slots, H, N, N, dtype=_fine(x))
-    powers = x.new_empty(slots, H, dtype=FLOAT32)
-    states, final = torch.empty_like(drive), torch.empty_like(initial)
-    state_powers = x.new_empty(slots, H, N // launch["V"], dtype=FLOAT32)
-    sizes = {"N": N, "C": launch["C"], "FINE": DTYPES[x.dtype]["FINE"], "REVERSE": reverse}
-    with torch.cuda.device_of(x):
-        drive_kernel[(slots * H,)](
-            *(x, w, z, drive, powers, decay, leaves, owners, cu_seqlens, T, H),
-            **sizes,
-            LIMIT=LIMITS[x.dtype],
-            **launch["drive"],
-        )
-        scan_kernel[(len(initial) * H * (N // launch["V"]),)](
-            *(initial, drive, powers, decay, states, state_powers, final, cu_seqlens, T, H),
-            V=launch["V"],
-            **sizes,
-            **launch["scan"],
-        )
-    return final, states, state_powers
 
 
 def _save(ctx, inputs, output):
     *_, cu_seqlens, keep = inputs
     y, final, *kept = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], cu_seqlens, *(kept if keep else ()))
+    ctx.save_for_backward(*inputs[:6], cu_seqlens, *(kept if keep else [None] * 4))
 
 
 def _differentiate(ctx, grad_y, grad_final, *_):
     saved = ctx.saved_tensors  # asked for once: checkpointing recomputes them at each asking
-    r, state, kept = saved[0], saved[5], saved[7:]
-    if not kept:
-        dtypes = _fine(r), FLOAT32, FLOAT32, torch.int32
-        kept = [r.new_empty(0, dtype=dtype) for dtype in dtypes]
+    r, state = saved[0], saved[5]
     grad_y = torch.zeros_like(r) if grad_y is None else grad_y.contiguous()
     grad_final = torch.zeros_like(state) if grad_final is None else grad_final.contiguous()
-    return *_backward(*saved[:7], grad_y, grad_final, *kept), None, None
+    return *_backward(*saved[:7], grad_y, grad_final, *saved[7:]), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
