@@ -31,39 +31,43 @@ __all__ = ["run", "why_not"]
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 
 # Chunk length and launch of each kernel, by dtype and head size. V is the number of value rows a
-# program of the scan owns.
+# program of the scan owns, K that of key columns that are worked on at a time.
 LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
     (BFLOAT16, 64): {
         "C": 64,
         "V": 16,
+        "K": 32,
         "drive": {"num_warps": 4},
         "scan": {"num_warps": 1, "STAGES": 4},
         "output": {"num_warps": 4},
-        "gradient": {"num_warps": 8},
+        "gradient": {"num_warps": 4},
     },
     (BFLOAT16, 128): {
         "C": 64,
         "V": 16,
+        "K": 32,
         "drive": {"num_warps": 8},
         "scan": {"num_warps": 2, "STAGES": 4},
-        "output": {"num_warps": 8},
-        "gradient": {"num_warps": 8},
+        "output": {"num_warps": 4},
+        "gradient": {"num_warps": 4},
     },
     (FLOAT32, 64): {
         "C": 32,
         "V": 16,
+        "K": 32,
         "drive": {"num_warps": 4},
         "scan": {"num_warps": 1, "STAGES": 4},
         "output": {"num_warps": 4},
-        "gradient": {"num_warps": 8},
+        "gradient": {"num_warps": 4},
     },
     (FLOAT32, 128): {
         "C": 32,
         "V": 16,
+        "K": 32,
         "drive": {"num_warps": 8},
         "scan": {"num_warps": 2, "STAGES": 4},
-        "output": {"num_warps": 8},
-        "gradient": {"num_warps": 8},
+        "output": {"num_warps": 4},
+        "gradient": {"num_warps": 4},
     },
 }
 # Operands of matrix products: WIDE where a factor may be 2^LIMIT, FINE where tiles are scaled to 1.
@@ -183,6 +187,7 @@ def _forward(
             N=N,
             C=launch["C"],
             V=launch["V"],
+            K=min(N, launch["K"]),
             **DTYPES[r.dtype],
             **launch["output"],
         )
@@ -240,6 +245,7 @@ def _backward(
             N=N,
             C=launch["C"],
             V=launch["V"],
+            K=min(N, launch["K"]),
             **DTYPES[r.dtype],
             **launch["gradient"],
         )

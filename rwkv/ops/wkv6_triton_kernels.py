@@ -236,14 +236,14 @@ def _add_halves(
     WIDE: tl.constexpr,
     FINE: tl.constexpr,
 ):
-    """A with the pairs of two leaves."""
+    """A plus the products of pairs of two leaves."""
     t = tl.arange(0, C)
     i, j = t[:, None], t[None, :]
     half = leaf
     while half < C:
         r_in, k_in, _ = _half_factors(r, w, k, rows, shrink_r, shrink_k, i, j, half, FINE)
         pairs = product(narrow(r_in, WIDE), tl.trans(narrow(k_in, WIDE)))
-        A = tl.where(_half_pairs(i, j, half) != 0, pairs, A)
+        A += tl.where(_half_pairs(i, j, half) != 0, pairs, 0.0)
         half *= 2
     return A
 
@@ -266,10 +266,11 @@ def output_kernel(
     N: tl.constexpr,
     C: tl.constexpr,
     V: tl.constexpr,
+    K: tl.constexpr,
     WIDE: tl.constexpr,
     FINE: tl.constexpr,
 ):
-    """The outputs of one chunk, given the state before it."""
+    """The outputs of one chunk, given the state before it; K key columns at a time."""
     slot = tl.program_id(0) // H
     h = tl.program_id(0) % H
     start, left = slot_tokens(slot, owners, cu_seqlens, T, C)
@@ -279,34 +280,42 @@ def output_kernel(
     n = tl.arange(0, N)
     i, j = t[:, None], t[None, :]
     rows = (t < left)[:, None]
-    tile = (start * H + h) * N + t[:, None] * (H * N) + n[None, :]
+    first = (start * H + h) * N
+    tile = first + t[:, None] * (H * N) + n[None, :]
     unit = slot.to(tl.int64) * H + h
     k_power = tl.load(facts + unit * 3)
     v_power = tl.load(facts + unit * 3 + 1)
     leaf = tl.load(facts + unit * 3 + 2).to(tl.int32)
-
-    r_out = _load(r + tile, rows)
-    k_out = _load(k + tile, rows)
-    bonus = tl.sum(r_out * k_out * tl.load(u + h * N + n).to(tl.float32)[None, :], axis=1)
-    r_power = power_below(r_out)
-    r_out *= 1.0 / r_power
-    rate = narrow(_rates(_load(w + tile, rows), rows), FINE)
-    r_start = narrow(r_out * tl.exp2(-product(_matrix(i > j, FINE), rate)), FINE)
-    row = tl.load(state_powers + unit * (N // V) + n // V)
-    S = tl.load(states + unit * N * N + n[None, :] * N + n[:, None])  # transposed
-    out = product(r_start, S) * (r_power * row)[None, :]
-
-    used = product(_to_middle(i, j, leaf, FINE), rate)
-    r_in = narrow(r_out * tl.exp2(-used), WIDE)
-    k_in = narrow(k_out * (1.0 / k_power) * tl.exp2(used + widen(rate)), WIDE)
-    A = tl.where(_leaf_pairs(i, j, leaf) != 0, product(r_in, tl.trans(k_in)), 0.0)
+    r_power = power_below(_load(r + tile, rows))
     shrink_r, shrink_k = 1.0 / r_power, 1.0 / k_power
-    A = _add_halves(A, r + tile, w + tile, k + tile, rows, shrink_r, shrink_k, leaf, C, WIDE, FINE)
+
+    A = tl.zeros((C, C), tl.float32)
+    out = tl.zeros((C, N), tl.float32)
+    bonus = tl.zeros((C,), tl.float32)
+    for column in range(0, N, K):
+        c = column + tl.arange(0, K)
+        part = first + t[:, None] * (H * N) + c[None, :]
+        r_out = _load(r + part, rows) * shrink_r
+        k_out = _load(k + part, rows) * shrink_k
+        bonus += tl.sum(r_out * k_out * tl.load(u + h * N + c).to(tl.float32)[None, :], axis=1)
+        rate = narrow(_rates(_load(w + part, rows), rows), FINE)
+        r_start = narrow(r_out * tl.exp2(-product(_matrix(i > j, FINE), rate)), FINE)
+        S = tl.load(states + unit * N * N + n[None, :] * N + c[:, None])  # transposed
+        out = add_product(out, r_start, S)
+
+        used = product(_to_middle(i, j, leaf, FINE), rate)
+        r_in = narrow(r_out * tl.exp2(-used), WIDE)
+        k_in = narrow(k_out * tl.exp2(used + widen(rate)), WIDE)
+        A += tl.where(_leaf_pairs(i, j, leaf) != 0, product(r_in, tl.trans(k_in)), 0.0)
+        A = _add_halves(
+            A, r + part, w + part, k + part, rows, shrink_r, shrink_k, leaf, C, WIDE, FINE
+        )
+    row = tl.load(state_powers + unit * (N // V) + n // V)
     v_out = _load(v + tile, rows)
     values = narrow(v_out * (1.0 / v_power), FINE)
-    out += product(narrow(A, FINE), values) * (r_power * k_power * v_power)
-    out += bonus[:, None] * v_out
-    tl.store(y + tile, narrow(out, WIDE), mask=rows)
+    out *= (row / (k_power * v_power))[None, :]
+    out = add_product(out, narrow(A, FINE), values) * v_power + bonus[:, None] * v_out
+    tl.store(y + tile, narrow(out * (r_power * k_power), WIDE), mask=rows)
 
 
 @triton.jit
@@ -346,16 +355,17 @@ def gradient_kernel(
     N: tl.constexpr,
     C: tl.constexpr,
     V: tl.constexpr,
+    K: tl.constexpr,
     WIDE: tl.constexpr,
     FINE: tl.constexpr,
 ):
     """All gradients of one chunk, given the state before it and the gradient of the one after it.
 
-    Tiles are divided by powers of two: r, k, v and dy by their own, S and dS by the largest of
-    their rows. Products of r, dy and dS come in the unit `z_power`, those of k, v and S in
-    `u_power`, so that all shares of dl are of one unit. The gradient of a factor, times the factor,
-    is that of its exponent; within a leaf, where such shares cancel, the factor is the same rounded
-    operand that made the products.
+    K key columns at a time. Tiles are divided by powers of two: r, k, v and dy by their own, S and
+    dS by the largest of their rows. Products of r, dy and dS come in the unit `z_power`, those of
+    k, v and S in `u_power`, so that all shares of dl are of one unit. The gradient of a factor,
+    times the factor, is that of its exponent; within a leaf, where such shares cancel, the factor
+    is the same rounded operand that made the products.
     """
     slot = tl.program_id(0) // H
     h = tl.program_id(0) % H
@@ -368,8 +378,8 @@ def gradient_kernel(
     t = tl.arange(0, C)
     i, j = t[:, None], t[None, :]
     rows = (t < left)[:, None]
-    tile = (start * H + h) * N + t[:, None] * (H * N) + n[None, :]
-    square = n[:, None] * N + n[None, :]
+    first = (start * H + h) * N
+    tile = first + t[:, None] * (H * N) + n[None, :]
 
     k_power = tl.load(facts + unit * 3)
     v_power = tl.load(facts + unit * 3 + 1)
@@ -377,96 +387,110 @@ def gradient_kernel(
     r_power = tl.load(grad_facts + unit * 3)
     y_power = tl.load(grad_facts + unit * 3 + 1)
     shrink_r, shrink_k = 1.0 / r_power, 1.0 / k_power
-    S_power = tl.max(tl.load(state_powers + unit * (N // V) + tl.arange(0, N // V)), axis=0)
-    dS_power = tl.max(tl.load(grad_state_powers + unit * (N // V) + tl.arange(0, N // V)), axis=0)
+    S_powers = tl.load(state_powers + unit * (N // V) + n // V)
+    dS_powers = tl.load(grad_state_powers + unit * (N // V) + n // V)
+    S_power = tl.max(S_powers, axis=0)
+    dS_power = tl.max(dS_powers, axis=0)
+    S_scale = (S_powers / S_power).to(FINE)[:, None]
+    dS_scale = (dS_powers / dS_power).to(FINE)[:, None]
     u_power = tl.maximum(k_power * v_power, S_power)
     z_power = tl.maximum(r_power * y_power, dS_power)
     u_share = k_power * v_power / u_power
     z_share = r_power * y_power / z_power
     S_share = S_power / u_power
     dS_share = dS_power / z_power
-    row = tl.load(state_powers + unit * (N // V) + n // V) / S_power
-    S = tl.load(states + unit * N * N + square) * row.to(FINE)[:, None]
-    row = tl.load(grad_state_powers + unit * (N // V) + n // V) / dS_power
-    dS = tl.load(grad_states + unit * N * N + square) * row.to(FINE)[:, None]
 
-    # The bonus, and all that comes to v.
-    bonus_u = tl.load(u + h * N + n).to(tl.float32)[None, :]
     v_out = _load(v + tile, rows)
     dy_out = _load(grad_y + tile, rows)
     own = tl.sum(v_out * dy_out, axis=1)[:, None]  # the gradient of r . u * k
     values = narrow(v_out * (1.0 / v_power), FINE)
     dy = narrow(dy_out * (1.0 / y_power), FINE)
-    r_out = _load(r + tile, rows)
-    k_out = _load(k + tile, rows)
-    both = r_out * k_out
-    tl.store(du + unit * N + n, tl.sum(own * both, axis=0))
-    bonus = tl.sum(both * bonus_u, axis=1)[:, None]
-
-    rate = narrow(_rates(_load(w + tile, rows), rows), FINE)
-    middle = _to_middle(i, j, leaf, FINE)
-    used = product(middle, rate)
-    r_in = narrow(r_out * shrink_r * tl.exp2(-used), WIDE)
-    k_in = narrow(k_out * shrink_k * tl.exp2(used + widen(rate)), WIDE)
     pairs = _leaf_pairs(i, j, leaf)
-    A = tl.where(pairs != 0, product(r_in, tl.trans(k_in)), 0.0)
-    A = _add_halves(A, r + tile, w + tile, k + tile, rows, shrink_r, shrink_k, leaf, C, WIDE, FINE)
-    until = product(_matrix(i < j, FINE), rate)
-    k_end = narrow(_load_again(k + tile, rows) * shrink_k * tl.exp2(-until), FINE)
-    grad = product(tl.trans(narrow(A, FINE)), dy) * (r_power * k_power * y_power)
-    grad += product(k_end, tl.trans(dS)) * (k_power * dS_power)
-    grad += bonus * _load_again(grad_y + tile, rows)
-    tl.store(dv + tile, narrow(grad, WIDE), mask=rows)
+    dA_leaf = narrow_where(pairs, product(dy, tl.trans(values)), WIDE)
 
-    # Pairs of two leaves.
-    grad_r = tl.zeros((C, N), tl.float32)
-    grad_k = tl.zeros((C, N), tl.float32)
-    dl = tl.zeros((C, N), tl.float32)
-    half = leaf
-    while half < C:
-        r_half, k_half, share = _half_factors(
-            r + tile, w + tile, k + tile, rows, shrink_r, shrink_k, i, j, half, FINE
-        )
-        dA = narrow_where(_half_pairs(i, j, half), product(dy, tl.trans(values)), WIDE)
-        # A token is in the upper or in the lower half: one of the two products is 0 there.
-        grad = product(dA, narrow(k_half, WIDE))
-        grad = add_product(grad, tl.trans(dA), narrow(r_half, WIDE))
-        upper = (i & half) != 0
-        exponent = narrow(grad * tl.where(upper, r_half, k_half), WIDE)
-        dl = add_product(dl, tl.trans(_to_half(i, j, half, WIDE)), exponent)
-        grad *= share
-        grad_r += tl.where(upper, grad, 0.0)
-        grad_k += tl.where(upper, 0.0, grad)
-        half *= 2
+    A = tl.zeros((C, C), tl.float32)
+    grad_v = tl.zeros((C, N), tl.float32)
+    bonus = tl.zeros((C,), tl.float32)
+    for column in range(0, N, K):
+        c = column + tl.arange(0, K)
+        part = first + t[:, None] * (H * N) + c[None, :]
+        square = unit * N * N + n[:, None] * N + c[None, :]
+        bonus_u = tl.load(u + h * N + c).to(tl.float32)[None, :]
+        r_out = _load(r + part, rows)
+        k_out = _load(k + part, rows)
+        both = r_out * k_out
+        bonus += tl.sum(both * bonus_u, axis=1)
+        tl.store(du + unit * N + c, tl.sum(own * both, axis=0))
+        rate = narrow(_rates(_load(w + part, rows), rows), FINE)
 
-    # Pairs of one leaf, and what goes through the states at both ends.
-    used = product(middle, rate)
-    dA = narrow_where(pairs, product(dy, tl.trans(values)), WIDE)
-    grad = product(dA, k_in)
-    shares = widen(r_in) * grad
-    grad_r = (grad_r + grad * tl.exp2(-used)) * (y_power * k_power * v_power)
-    earlier = _matrix(i > j, FINE)
-    grad = product(dy, S) * tl.exp2(-product(earlier, rate))
-    grad_r += grad * (y_power * S_power)
-    entry = narrow(grad * _load_again(r + tile, rows) * (shrink_r * z_share * S_share), WIDE)
-    grad_r += own * bonus_u * _load_again(k + tile, rows)
-    tl.store(dr + tile, narrow(grad_r, WIDE), mask=rows)
+        # Pairs of one leaf.
+        middle = _to_middle(i, j, leaf, FINE)
+        used = product(middle, rate)
+        shrink = tl.exp2(-used)
+        grow = tl.exp2(used + widen(rate))
+        r_in = narrow(r_out * shrink_r * shrink, WIDE)
+        k_in = narrow(k_out * shrink_k * grow, WIDE)
+        A += tl.where(pairs != 0, product(r_in, tl.trans(k_in)), 0.0)
+        grad_r = product(dA_leaf, k_in)
+        grad_k = product(tl.trans(dA_leaf), r_in)
+        from_s = widen(k_in) * grad_k
+        shares = (widen(r_in) * grad_r - from_s) * (1 / 64)
+        dl = _sum_exactly(tl.trans(middle), shares, FINE) * 64 - from_s
+        grad_r *= shrink
+        grad_k *= grow
 
-    grad = product(tl.trans(dA), r_in)
-    from_s = widen(k_in) * grad
-    dl += _sum_exactly(tl.trans(middle), (shares - from_s) * (1 / 64), FINE) * 64 - from_s
-    dl *= u_share * z_share
-    grad_k = (grad_k + grad * tl.exp2(used + widen(rate))) * (v_power * r_power * y_power)
-    grad = product(values, dS) * tl.exp2(-product(tl.trans(earlier), rate))
-    grad_k += grad * (v_power * dS_power)
-    exit = narrow(grad * _load_again(k + tile, rows) * (shrink_k * u_share * dS_share), WIDE)
-    grad_k += own * bonus_u * _load_again(r + tile, rows)
-    tl.store(dk + tile, narrow(grad_k, WIDE), mask=rows)
+        # Pairs of two leaves.
+        half = leaf
+        while half < C:
+            r_half, k_half, share = _half_factors(
+                r + part, w + part, k + part, rows, shrink_r, shrink_k, i, j, half, FINE
+            )
+            apart = _half_pairs(i, j, half)
+            r_in = narrow(r_half, WIDE)
+            k_in = narrow(k_half, WIDE)
+            A += tl.where(apart != 0, product(r_in, tl.trans(k_in)), 0.0)
+            dA = narrow_where(apart, product(dy, tl.trans(values)), WIDE)
+            # A token is in the upper or in the lower half: one of the two products is 0 there.
+            grad = add_product(product(dA, k_in), tl.trans(dA), r_in)
+            upper = (i & half) != 0
+            exponent = narrow(grad * tl.where(upper, r_half, k_half), WIDE)
+            dl = add_product(dl, tl.trans(_to_half(i, j, half, WIDE)), exponent)
+            grad *= share
+            grad_r += tl.where(upper, grad, 0.0)
+            grad_k += tl.where(upper, 0.0, grad)
+            half *= 2
 
-    earlier = _matrix(i > j, WIDE)
-    dl = add_product(add_product(dl, tl.trans(earlier), entry), earlier, exit)
-    keep = tl.exp2(-tl.load(decay + unit * N + n)) * (S_share * dS_share)
-    dl += (tl.sum(widen(S) * widen(dS), axis=0) * keep)[None, :]
-    rate_out = _rates(_load_again(w + tile, rows), rows)
-    slope = tl.where(rate_out < MOST, rate_out, 0.0) * (-u_power * z_power / LOG2_E)
-    tl.store(dw + tile, narrow(dl * slope, WIDE), mask=rows)
+        # Through the states at both ends.
+        dl *= u_share * z_share
+        earlier = _matrix(i > j, FINE)
+        S = tl.load(states + square) * S_scale
+        r_out = _load_again(r + part, rows)
+        k_out = _load_again(k + part, rows)
+        grad = product(dy, S) * tl.exp2(-product(earlier, rate))
+        entry = narrow(grad * r_out * (shrink_r * z_share * S_share), WIDE)
+        grad_r = grad_r * (y_power * k_power * v_power) + grad * (y_power * S_power)
+        grad_r += own * bonus_u * k_out
+        tl.store(dr + part, narrow(grad_r, WIDE), mask=rows)
+
+        dS = tl.load(grad_states + square) * dS_scale
+        share = tl.exp2(-product(tl.trans(earlier), rate))
+        k_end = narrow(k_out * shrink_k * share, FINE)
+        grad_v = add_product(grad_v, k_end, tl.trans(dS))
+        grad = product(values, dS) * share
+        exit = narrow(grad * k_out * (shrink_k * u_share * dS_share), WIDE)
+        grad_k = grad_k * (v_power * r_power * y_power) + grad * (v_power * dS_power)
+        grad_k += own * bonus_u * r_out
+        tl.store(dk + part, narrow(grad_k, WIDE), mask=rows)
+
+        earlier = _matrix(i > j, WIDE)
+        dl = add_product(add_product(dl, tl.trans(earlier), entry), earlier, exit)
+        keep = tl.exp2(-tl.load(decay + unit * N + c)) * (S_share * dS_share)
+        dl += (tl.sum(widen(S) * widen(dS), axis=0) * keep)[None, :]
+        rate_out = _rates(_load_again(w + part, rows), rows)
+        slope = tl.where(rate_out < MOST, rate_out, 0.0) * (-u_power * z_power / LOG2_E)
+        tl.store(dw + part, narrow(dl * slope, WIDE), mask=rows)
+
+    grad_v *= k_power * dS_power
+    grad_v += product(tl.trans(narrow(A, FINE)), dy) * (r_power * k_power * y_power)
+    grad_v += bonus[:, None] * _load_again(grad_y + tile, rows)
+    tl.store(dv + tile, narrow(grad_v, WIDE), mask=rows)
