@@ -43,24 +43,19 @@ MOST = tl.constexpr(120.0)  # 2^MOST times a tile scaled to 1 is a finite bfloat
 
 @triton.jit
 def _load(pointers, rows):
-    return widen(tl.load(pointers, mask=rows, other=0.0))
+    return tl.load(pointers, mask=rows, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _load_again(pointers, rows):
     """As `_load`, in a form that the compiler does not replace by registers full of old values."""
-    return widen(tl.load(pointers, mask=rows, other=0.0, eviction_policy="evict_first"))
+    return tl.load(pointers, mask=rows, other=0.0, eviction_policy="evict_first").to(tl.float32)
 
 
 @triton.jit
 def _rates(w, rows):
     """-l in units of log2, for raw decays [C, N]; 0 beyond the end of the sequence."""
     return tl.where(rows, tl.minimum(tl.exp2(w * LOG2_E + LOG2_LOG2_E), MOST), 0.0)
-
-
-@triton.jit
-def _matrix(condition, dtype: tl.constexpr):
-    return narrow(tl.where(condition, 1.0, 0.0), dtype)
 
 
 @triton.jit
@@ -80,32 +75,40 @@ def _leaf_size(rate, C: tl.constexpr, LIMIT: tl.constexpr):
     return tl.where(_fits(sums, LIMIT), C, leaf)
 
 
+# Matrices [C, C] for tokens t, a column, and j, a row, by bounds of j that are columns too.
+
+
 @triton.jit
-def _to_middle(t, j, leaf, dtype: tl.constexpr):
-    """The matrix that sums l from the middle of t's leaf to before t, negative where t is first."""
-    middle = (t & -leaf) + leaf // 2
-    after = (j >= middle) & (j < t)
-    before = (j < middle) & (j >= t)
-    return narrow(tl.where(after, 1.0, tl.where(before, -1.0, 0.0)), dtype)
+def _between(low, j, high):
+    """A mask: low <= j < high."""
+    return tl.where((j >= low) & (j < high), -1, 0).to(tl.int16)
+
+
+@triton.jit
+def _sums(low, j, high, dtype: tl.constexpr):
+    """1 for low <= j < high, -1 for high <= j < low, else 0: sums from low to high."""
+    return narrow(tl.where(j < high, 1.0, 0.0) - tl.where(j < low, 1.0, 0.0), dtype)
+
+
+@triton.jit
+def _before(t, j, dtype: tl.constexpr):
+    """Sums of all before t."""
+    return narrow(tl.where(j < t, 1.0, 0.0), dtype)
 
 
 @triton.jit
 def _to_half(t, j, half, dtype: tl.constexpr):
-    """The matrix that sums l between t and the middle of its block of two halves, without t's."""
-    return _matrix(((t ^ j) < half) & tl.where((t & half) != 0, j < t, j > t), dtype)
+    """Sums between t and the middle of its block of two halves, without t itself."""
+    first = t & -half
+    upper = (t & half) != 0
+    return _sums(tl.where(upper, first, t + 1), j, tl.where(upper, t, first + half), dtype)
 
 
 @triton.jit
-def _leaf_pairs(t, s, leaf):
-    """A mask: s before t in one leaf."""
-    return tl.where((t > s) & ((t ^ s) < leaf), -1, 0).to(tl.int16)
-
-
-@triton.jit
-def _half_pairs(t, s, half):
-    """A mask: t in the upper and s in the lower half of one block."""
-    apart = t ^ s
-    return tl.where((t > s) & (apart >= half) & (apart < 2 * half), -1, 0).to(tl.int16)
+def _half_pairs(t, j, half):
+    """A mask: t in the upper and j in the lower half of one block."""
+    first = t & (-2 * half)
+    return _between(first, j, first + (t & half))
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -145,16 +148,16 @@ def drive_kernel(
 
     rate = narrow(_rates(_load(w + tile, rows), rows), FINE)
     if REVERSE:
-        between = _matrix(t[:, None] > t[None, :], FINE)
+        matrix = _before(t[:, None], t[None, :], FINE)
     else:
-        between = _matrix(t[:, None] < t[None, :], FINE)
+        matrix = tl.trans(_before(t[:, None], t[None, :], FINE))
         tl.store(decay + unit * N + n, tl.sum(widen(rate), axis=0))
         tl.store(facts + unit * 3 + 2, _leaf_size(widen(rate), C, LIMIT).to(tl.float32))
     keys = _load(x + tile, rows)
     key_power = power_below(keys)
     values = _load(z + tile, rows)
     value_power = power_below(values)
-    keys = narrow(keys * (1.0 / key_power) * tl.exp2(-product(between, rate)), FINE)
+    keys = narrow(keys * (1.0 / key_power) * tl.exp2(-product(matrix, rate)), FINE)
     values = narrow(values * (1.0 / value_power), FINE)
     square = n[:, None] * N + n[None, :]
     tl.store(drive + unit * N * N + square, narrow(product(tl.trans(values), keys), FINE))
@@ -211,10 +214,18 @@ def scan_kernel(
 
 
 @triton.jit
-def _half_factors(r, w, k, rows, shrink_r, shrink_k, i, j, half, FINE: tl.constexpr):
+def _opaque(pointer, C: tl.constexpr):
+    """The size of leaves, and the tokens as a column, read so that the compiler does not make
+    matrices of them outside of a loop, where they would fill the registers."""
+    leaf = tl.load(pointer, volatile=True).to(tl.int32)
+    return leaf, tl.arange(0, C)[:, None] + tl.minimum(leaf, 0)
+
+
+@triton.jit
+def _half_factors(r, w, k, rows, shrink_r, shrink_k, t, j, half, FINE: tl.constexpr):
     """r and k, scaled, with the decay between each token and the middle of its block; that too."""
     rate = narrow(_rates(_load_again(w, rows), rows), FINE)
-    share = tl.exp2(-product(_to_half(i, j, half, FINE), rate))
+    share = tl.exp2(-product(_to_half(t, j, half, FINE), rate))
     return (
         _load_again(r, rows) * shrink_r * share,
         _load_again(k, rows) * shrink_k * share,
@@ -231,19 +242,19 @@ def _add_halves(
     rows,
     shrink_r,
     shrink_k,
+    t,
+    j,
     leaf,
     C: tl.constexpr,
     WIDE: tl.constexpr,
     FINE: tl.constexpr,
 ):
     """A plus the products of pairs of two leaves."""
-    t = tl.arange(0, C)
-    i, j = t[:, None], t[None, :]
     half = leaf
     while half < C:
-        r_in, k_in, _ = _half_factors(r, w, k, rows, shrink_r, shrink_k, i, j, half, FINE)
+        r_in, k_in, _ = _half_factors(r, w, k, rows, shrink_r, shrink_k, t, j, half, FINE)
         pairs = product(narrow(r_in, WIDE), tl.trans(narrow(k_in, WIDE)))
-        A += tl.where(_half_pairs(i, j, half) != 0, pairs, 0.0)
+        A += tl.where(_half_pairs(t, j, half) != 0, pairs, 0.0)
         half *= 2
     return A
 
@@ -276,16 +287,15 @@ def output_kernel(
     start, left = slot_tokens(slot, owners, cu_seqlens, T, C)
     if left <= 0:
         return
-    t = tl.arange(0, C)
+    t = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
     n = tl.arange(0, N)
-    i, j = t[:, None], t[None, :]
-    rows = (t < left)[:, None]
+    rows = t < left
     first = (start * H + h) * N
-    tile = first + t[:, None] * (H * N) + n[None, :]
+    tile = first + t * (H * N) + n[None, :]
     unit = slot.to(tl.int64) * H + h
     k_power = tl.load(facts + unit * 3)
     v_power = tl.load(facts + unit * 3 + 1)
-    leaf = tl.load(facts + unit * 3 + 2).to(tl.int32)
     r_power = power_below(_load(r + tile, rows))
     shrink_r, shrink_k = 1.0 / r_power, 1.0 / k_power
 
@@ -294,21 +304,22 @@ def output_kernel(
     bonus = tl.zeros((C,), tl.float32)
     for column in range(0, N, K):
         c = column + tl.arange(0, K)
-        part = first + t[:, None] * (H * N) + c[None, :]
+        part = first + t * (H * N) + c[None, :]
+        leaf, t = _opaque(facts + unit * 3 + 2, C)
         r_out = _load(r + part, rows) * shrink_r
         k_out = _load(k + part, rows) * shrink_k
         bonus += tl.sum(r_out * k_out * tl.load(u + h * N + c).to(tl.float32)[None, :], axis=1)
         rate = narrow(_rates(_load(w + part, rows), rows), FINE)
-        r_start = narrow(r_out * tl.exp2(-product(_matrix(i > j, FINE), rate)), FINE)
+        r_start = narrow(r_out * tl.exp2(-product(_before(t, j, FINE), rate)), FINE)
         S = tl.load(states + unit * N * N + n[None, :] * N + c[:, None])  # transposed
         out = add_product(out, r_start, S)
 
-        used = product(_to_middle(i, j, leaf, FINE), rate)
+        used = product(_sums((t & -leaf) + leaf // 2, j, t, FINE), rate)
         r_in = narrow(r_out * tl.exp2(-used), WIDE)
         k_in = narrow(k_out * tl.exp2(used + widen(rate)), WIDE)
-        A += tl.where(_leaf_pairs(i, j, leaf) != 0, product(r_in, tl.trans(k_in)), 0.0)
+        A += tl.where(_between(t & -leaf, j, t) != 0, product(r_in, tl.trans(k_in)), 0.0)
         A = _add_halves(
-            A, r + part, w + part, k + part, rows, shrink_r, shrink_k, leaf, C, WIDE, FINE
+            A, r + part, w + part, k + part, rows, shrink_r, shrink_k, t, j, leaf, C, WIDE, FINE
         )
     row = tl.load(state_powers + unit * (N // V) + n // V)
     v_out = _load(v + tile, rows)
@@ -375,11 +386,11 @@ def gradient_kernel(
     if left <= 0:
         tl.store(du + unit * N + n, tl.zeros((N,), tl.float32))
         return
-    t = tl.arange(0, C)
-    i, j = t[:, None], t[None, :]
-    rows = (t < left)[:, None]
+    t = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    rows = t < left
     first = (start * H + h) * N
-    tile = first + t[:, None] * (H * N) + n[None, :]
+    tile = first + t * (H * N) + n[None, :]
 
     k_power = tl.load(facts + unit * 3)
     v_power = tl.load(facts + unit * 3 + 1)
@@ -405,7 +416,7 @@ def gradient_kernel(
     own = tl.sum(v_out * dy_out, axis=1)[:, None]  # the gradient of r . u * k
     values = narrow(v_out * (1.0 / v_power), FINE)
     dy = narrow(dy_out * (1.0 / y_power), FINE)
-    pairs = _leaf_pairs(i, j, leaf)
+    pairs = _between(t & -leaf, j, t)
     dA_leaf = narrow_where(pairs, product(dy, tl.trans(values)), WIDE)
 
     A = tl.zeros((C, C), tl.float32)
@@ -413,8 +424,9 @@ def gradient_kernel(
     bonus = tl.zeros((C,), tl.float32)
     for column in range(0, N, K):
         c = column + tl.arange(0, K)
-        part = first + t[:, None] * (H * N) + c[None, :]
+        part = first + t * (H * N) + c[None, :]
         square = unit * N * N + n[:, None] * N + c[None, :]
+        leaf, t = _opaque(facts + unit * 3 + 2, C)
         bonus_u = tl.load(u + h * N + c).to(tl.float32)[None, :]
         r_out = _load(r + part, rows)
         k_out = _load(k + part, rows)
@@ -424,13 +436,13 @@ def gradient_kernel(
         rate = narrow(_rates(_load(w + part, rows), rows), FINE)
 
         # Pairs of one leaf.
-        middle = _to_middle(i, j, leaf, FINE)
+        middle = _sums((t & -leaf) + leaf // 2, j, t, FINE)
         used = product(middle, rate)
         shrink = tl.exp2(-used)
         grow = tl.exp2(used + widen(rate))
         r_in = narrow(r_out * shrink_r * shrink, WIDE)
         k_in = narrow(k_out * shrink_k * grow, WIDE)
-        A += tl.where(pairs != 0, product(r_in, tl.trans(k_in)), 0.0)
+        A += tl.where(_between(t & -leaf, j, t) != 0, product(r_in, tl.trans(k_in)), 0.0)
         grad_r = product(dA_leaf, k_in)
         grad_k = product(tl.trans(dA_leaf), r_in)
         from_s = widen(k_in) * grad_k
@@ -443,18 +455,18 @@ def gradient_kernel(
         half = leaf
         while half < C:
             r_half, k_half, share = _half_factors(
-                r + part, w + part, k + part, rows, shrink_r, shrink_k, i, j, half, FINE
+                r + part, w + part, k + part, rows, shrink_r, shrink_k, t, j, half, FINE
             )
-            apart = _half_pairs(i, j, half)
+            apart = _half_pairs(t, j, half)
             r_in = narrow(r_half, WIDE)
             k_in = narrow(k_half, WIDE)
             A += tl.where(apart != 0, product(r_in, tl.trans(k_in)), 0.0)
             dA = narrow_where(apart, product(dy, tl.trans(values)), WIDE)
             # A token is in the upper or in the lower half: one of the two products is 0 there.
             grad = add_product(product(dA, k_in), tl.trans(dA), r_in)
-            upper = (i & half) != 0
+            upper = (t & half) != 0
             exponent = narrow(grad * tl.where(upper, r_half, k_half), WIDE)
-            dl = add_product(dl, tl.trans(_to_half(i, j, half, WIDE)), exponent)
+            dl = add_product(dl, tl.trans(_to_half(t, j, half, WIDE)), exponent)
             grad *= share
             grad_r += tl.where(upper, grad, 0.0)
             grad_k += tl.where(upper, 0.0, grad)
@@ -462,7 +474,7 @@ def gradient_kernel(
 
         # Through the states at both ends.
         dl *= u_share * z_share
-        earlier = _matrix(i > j, FINE)
+        earlier = _before(t, j, FINE)
         S = tl.load(states + square) * S_scale
         r_out = _load_again(r + part, rows)
         k_out = _load_again(k + part, rows)
@@ -482,7 +494,7 @@ def gradient_kernel(
         grad_k += own * bonus_u * r_out
         tl.store(dk + part, narrow(grad_k, WIDE), mask=rows)
 
-        earlier = _matrix(i > j, WIDE)
+        earlier = _before(t, j, WIDE)
         dl = add_product(add_product(dl, tl.trans(earlier), entry), earlier, exit)
         keep = tl.exp2(-tl.load(decay + unit * N + c)) * (S_share * dS_share)
         dl += (tl.sum(widen(S) * widen(dS), axis=0) * keep)[None, :]
