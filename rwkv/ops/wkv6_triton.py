@@ -11,6 +11,7 @@ states before the chunks, 2 bytes at N = 64 and 4 at N = 128 in bfloat16. In flo
 more, so nothing is kept and backward makes them again. Without gradients nothing is kept.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -106,13 +107,27 @@ def _fine(r: Tensor) -> torch.dtype:
     return torch.float16 if r.dtype == BFLOAT16 else FLOAT32
 
 
+@cache
+def _matrices(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The matrices that sum decays, [5, C, C], by token t and token j.
+
+    First that of sums of all j before t; then those of sums of all j from the middle of t's leaf to
+    before t, negative where t is the first: for leaves of C, C / 2, 1 and C / 4 tokens.
+    """
+    t = torch.arange(C)
+    before = (t < t[:, None]).to(dtype)
+    middles = (t // leaf * leaf + leaf // 2 for leaf in (C, C // 2, 1, C // 4))
+    with torch.inference_mode(False):
+        return torch.stack([before, *(before - before[middle] for middle in middles)]).to(device)
+
+
 def _chunks(r: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
     """The text of each slot; room for each chunk's L and facts."""
     C, (B, T, H, N) = _launch(r)["C"], r.shape
     slots = count_slots(B, T, cu_seqlens, C)
     return (
         slot_owners(cu_seqlens, slots, C),
-        r.new_empty(slots, H, N, dtype=FLOAT32),
+        r.new_empty(slots, H, 2, N, dtype=FLOAT32),
         r.new_empty(slots, H, 3, dtype=FLOAT32),
     )
 
@@ -142,7 +157,7 @@ def _scan(
     powers = x.new_empty(slots, H, N // V, dtype=FLOAT32)
     with torch.cuda.device_of(x):
         drive_kernel[(slots * H,)](
-            *(x, w, z, drive, facts, decay, owners, cu_seqlens, T, H),
+            *(x, w, z, _matrices(C, fine, x.device), drive, facts, decay, owners, cu_seqlens, T, H),
             N=N,
             C=C,
             FINE=DTYPES[x.dtype]["FINE"],
@@ -183,7 +198,8 @@ def _forward(
     y, launch = torch.empty_like(r), _launch(r)
     with torch.cuda.device_of(r):
         output_kernel[(len(facts) * H,)](
-            *(r, w, k, v, u, facts, states, powers, y, owners, cu_seqlens, T, H),
+            *(r, w, k, v, u, _matrices(launch["C"], _fine(r), r.device)),
+            *(decay, facts, states, powers, y, owners, cu_seqlens, T, H),
             N=N,
             C=launch["C"],
             V=launch["V"],
@@ -203,7 +219,7 @@ def _(r, w, k, v, u, state, cu_seqlens, keep):
     return (
         torch.empty_like(r),
         torch.empty_like(state),
-        r.new_empty((slots, H, N) if keep else (0,), dtype=FLOAT32),
+        r.new_empty((slots, H, 2, N) if keep else (0,), dtype=FLOAT32),
         r.new_empty((slots, H, 3) if keep else (0,), dtype=FLOAT32),
         r.new_empty((slots, H, N, N) if keep else (0,), dtype=_fine(r)),
         r.new_empty((slots, H, N // launch["V"]) if keep else (0,), dtype=FLOAT32),
@@ -236,10 +252,11 @@ def _backward(
     )
     T, H, N = r.shape[1:]
     dr, dw, dk, dv = (torch.empty_like(r) for _ in range(4))
-    du, launch = torch.empty_like(decay), _launch(r)
+    du, launch = r.new_empty(len(facts), H, N, dtype=FLOAT32), _launch(r)
     with torch.cuda.device_of(r):
         gradient_kernel[(len(facts) * H,)](
-            *(r, w, k, v, u, grad_y, decay, facts, states, powers),
+            *(r, w, k, v, u, grad_y, _matrices(launch["C"], _fine(r), r.device)),
+            *(decay, facts, states, powers),
             *(grad_facts, grad_states, grad_powers),
             *(dr, dw, dk, dv, du, owners, cu_seqlens, T, H),
             N=N,

@@ -65,17 +65,32 @@ def _fits(sums, LIMIT: tl.constexpr):
 
 @triton.jit
 def _leaf_size(rate, C: tl.constexpr, LIMIT: tl.constexpr):
-    """The largest leaf, C, C / 2, C / 4 or 1 tokens, in whose halves no sum is above LIMIT."""
+    """The largest leaf, C, C / 2, C / 4 or 1 tokens, in whose halves no sum is above LIMIT.
+
+    And the sums of both halves of the chunk, [2, N].
+    """
     N: tl.constexpr = rate.shape[1]
     sums = tl.sum(tl.reshape(rate, (8, C // 8, N)), axis=1)
     leaf = tl.where(_fits(sums, LIMIT), C // 4, 1)
     sums = tl.sum(tl.reshape(sums, (4, 2, N)), axis=1)
     leaf = tl.where(_fits(sums, LIMIT), C // 2, leaf)
     sums = tl.sum(tl.reshape(sums, (2, 2, N)), axis=1)
-    return tl.where(_fits(sums, LIMIT), C, leaf)
+    return tl.where(_fits(sums, LIMIT), C, leaf), sums
 
 
-# Matrices [C, C] for tokens t, a column, and j, a row, by bounds of j that are columns too.
+# Masks and matrices [C, C] for tokens t, a column, and j, a row.
+
+
+@triton.jit
+def _matrix(matrices, which, C: tl.constexpr):
+    """One of `matrices`: made in the kernel it would cost more than the products with it."""
+    t = tl.arange(0, C)
+    return tl.load(matrices + which * (C * C) + t[:, None] * C + t[None, :])
+
+
+@triton.jit
+def _leaf_matrix(matrices, leaf, C: tl.constexpr):
+    return _matrix(matrices, tl.where(leaf == 1, 3, C // leaf), C)
 
 
 @triton.jit
@@ -85,23 +100,12 @@ def _between(low, j, high):
 
 
 @triton.jit
-def _sums(low, j, high, dtype: tl.constexpr):
-    """1 for low <= j < high, -1 for high <= j < low, else 0: sums from low to high."""
-    return narrow(tl.where(j < high, 1.0, 0.0) - tl.where(j < low, 1.0, 0.0), dtype)
-
-
-@triton.jit
-def _before(t, j, dtype: tl.constexpr):
-    """Sums of all before t."""
-    return narrow(tl.where(j < t, 1.0, 0.0), dtype)
-
-
-@triton.jit
 def _to_half(t, j, half, dtype: tl.constexpr):
-    """Sums between t and the middle of its block of two halves, without t itself."""
+    """The matrix of sums between t and the middle of its block of two halves, without t itself."""
     first = t & -half
     upper = (t & half) != 0
-    return _sums(tl.where(upper, first, t + 1), j, tl.where(upper, t, first + half), dtype)
+    mask = _between(tl.where(upper, first, t + 1), j, tl.where(upper, t, first + half))
+    return narrow(tl.where(mask != 0, 1.0, 0.0), dtype)
 
 
 @triton.jit
@@ -116,6 +120,7 @@ def drive_kernel(
     x,
     w,
     z,
+    matrices,
     drive,
     facts,
     decay,
@@ -129,7 +134,7 @@ def drive_kernel(
     LIMIT: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """What a chunk adds to the state, V^T (k e^Q), and L.
+    """What a chunk adds to the state, V^T (k e^Q), and L as the sums of both halves.
 
     In reverse what it adds to the gradient of the state, dY^T (r e^P), for (r, w, dy). The drive
     is stored divided by the powers of two of its two factors. These are the first two of a chunk's
@@ -147,12 +152,12 @@ def drive_kernel(
     unit = slot.to(tl.int64) * H + h
 
     rate = narrow(_rates(_load(w + tile, rows), rows), FINE)
-    if REVERSE:
-        matrix = _before(t[:, None], t[None, :], FINE)
-    else:
-        matrix = tl.trans(_before(t[:, None], t[None, :], FINE))
-        tl.store(decay + unit * N + n, tl.sum(widen(rate), axis=0))
-        tl.store(facts + unit * 3 + 2, _leaf_size(widen(rate), C, LIMIT).to(tl.float32))
+    matrix = _matrix(matrices, 0, C)
+    if not REVERSE:
+        matrix = tl.trans(matrix)
+        leaf, halves = _leaf_size(widen(rate), C, LIMIT)
+        tl.store(facts + unit * 3 + 2, leaf.to(tl.float32))
+        tl.store(decay + unit * 2 * N + tl.arange(0, 2)[:, None] * N + n[None, :], halves)
     keys = _load(x + tile, rows)
     key_power = power_below(keys)
     values = _load(z + tile, rows)
@@ -204,7 +209,7 @@ def scan_kernel(
         chunk = chunks - 1 - step if REVERSE else step
         one = (slot + chunk) * H + h
         added = tl.load(drive + one * N * N + square)
-        rate = tl.load(decay + one * N + n)
+        rate = tl.load(decay + one * 2 * N + n) + tl.load(decay + (one * 2 + 1) * N + n)
         power = tl.load(facts + one * 3) * tl.load(facts + one * 3 + 1)
         state_power = power_below(S)
         tl.store(states + one * N * N + square, narrow(S * (1.0 / state_power), FINE))
@@ -266,6 +271,8 @@ def output_kernel(
     k,
     v,
     u,
+    matrices,
+    decay,
     facts,
     states,
     state_powers,
@@ -310,17 +317,20 @@ def output_kernel(
         k_out = _load(k + part, rows) * shrink_k
         bonus += tl.sum(r_out * k_out * tl.load(u + h * N + c).to(tl.float32)[None, :], axis=1)
         rate = narrow(_rates(_load(w + part, rows), rows), FINE)
-        r_start = narrow(r_out * tl.exp2(-product(_before(t, j, FINE), rate)), FINE)
-        S = tl.load(states + unit * N * N + n[None, :] * N + c[:, None])  # transposed
-        out = add_product(out, r_start, S)
-
-        used = product(_sums((t & -leaf) + leaf // 2, j, t, FINE), rate)
-        r_in = narrow(r_out * tl.exp2(-used), WIDE)
+        used = product(_leaf_matrix(matrices, leaf, C), rate)
+        shrink = tl.exp2(-used)
+        r_in = narrow(r_out * shrink, WIDE)
         k_in = narrow(k_out * tl.exp2(used + widen(rate)), WIDE)
         A += tl.where(_between(t & -leaf, j, t) != 0, product(r_in, tl.trans(k_in)), 0.0)
-        A = _add_halves(
-            A, r + part, w + part, k + part, rows, shrink_r, shrink_k, t, j, leaf, C, WIDE, FINE
-        )
+        if leaf == C:
+            shrink *= tl.exp2(-tl.load(decay + unit * 2 * N + c))[None, :]
+        else:
+            shrink = tl.exp2(-product(_matrix(matrices, 0, C), rate))
+            A = _add_halves(
+                A, r + part, w + part, k + part, rows, shrink_r, shrink_k, t, j, leaf, C, WIDE, FINE
+            )
+        S = tl.load(states + unit * N * N + n[None, :] * N + c[:, None])  # transposed
+        out = add_product(out, narrow(r_out * shrink, FINE), S)
     row = tl.load(state_powers + unit * (N // V) + n // V)
     v_out = _load(v + tile, rows)
     values = narrow(v_out * (1.0 / v_power), FINE)
@@ -347,6 +357,7 @@ def gradient_kernel(
     v,
     u,
     grad_y,
+    matrices,
     decay,
     facts,
     states,
@@ -436,7 +447,7 @@ def gradient_kernel(
         rate = narrow(_rates(_load(w + part, rows), rows), FINE)
 
         # Pairs of one leaf.
-        middle = _sums((t & -leaf) + leaf // 2, j, t, FINE)
+        middle = _leaf_matrix(matrices, leaf, C)
         used = product(middle, rate)
         shrink = tl.exp2(-used)
         grow = tl.exp2(used + widen(rate))
@@ -474,29 +485,36 @@ def gradient_kernel(
 
         # Through the states at both ends.
         dl *= u_share * z_share
-        earlier = _before(t, j, FINE)
+        earlier = _matrix(matrices, 0, C)
+        head = tl.load(decay + unit * 2 * N + c)
+        tail = tl.load(decay + (unit * 2 + 1) * N + c)
+        if leaf == C:
+            shrink *= tl.exp2(-head)[None, :]
+            grow *= tl.exp2(-tail)[None, :]
+        else:
+            shrink = tl.exp2(-product(earlier, rate))
+            grow = tl.exp2(-product(tl.trans(earlier), rate))
         S = tl.load(states + square) * S_scale
         r_out = _load_again(r + part, rows)
         k_out = _load_again(k + part, rows)
-        grad = product(dy, S) * tl.exp2(-product(earlier, rate))
+        grad = product(dy, S) * shrink
         entry = narrow(grad * r_out * (shrink_r * z_share * S_share), WIDE)
         grad_r = grad_r * (y_power * k_power * v_power) + grad * (y_power * S_power)
         grad_r += own * bonus_u * k_out
         tl.store(dr + part, narrow(grad_r, WIDE), mask=rows)
 
         dS = tl.load(grad_states + square) * dS_scale
-        share = tl.exp2(-product(tl.trans(earlier), rate))
-        k_end = narrow(k_out * shrink_k * share, FINE)
+        k_end = narrow(k_out * shrink_k * grow, FINE)
         grad_v = add_product(grad_v, k_end, tl.trans(dS))
-        grad = product(values, dS) * share
+        grad = product(values, dS) * grow
         exit = narrow(grad * k_out * (shrink_k * u_share * dS_share), WIDE)
         grad_k = grad_k * (v_power * r_power * y_power) + grad * (v_power * dS_power)
         grad_k += own * bonus_u * r_out
         tl.store(dk + part, narrow(grad_k, WIDE), mask=rows)
 
-        earlier = _before(t, j, WIDE)
+        earlier = narrow(widen(earlier), WIDE)
         dl = add_product(add_product(dl, tl.trans(earlier), entry), earlier, exit)
-        keep = tl.exp2(-tl.load(decay + unit * N + c)) * (S_share * dS_share)
+        keep = tl.exp2(-head - tail) * (S_share * dS_share)
         dl += (tl.sum(widen(S) * widen(dS), axis=0) * keep)[None, :]
         rate_out = _rates(_load_again(w + part, rows), rows)
         slope = tl.where(rate_out < MOST, rate_out, 0.0) * (-u_power * z_power / LOG2_E)
