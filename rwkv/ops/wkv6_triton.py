@@ -109,16 +109,20 @@ def _fine(r: Tensor) -> torch.dtype:
 
 @cache
 def _matrices(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The matrices that sum decays, [5, C, C], by token t and token j.
+    """The matrices that sum decays, [., C, C], by token t and token j.
 
-    First that of sums of all j before t; then those of sums of all j from the middle of t's leaf to
-    before t, negative where t is the first: for leaves of C, C / 2, 1 and C / 4 tokens.
+    First that of sums of all j before t. Then those of sums of all j from the middle of t's leaf to
+    before t, negative where t is the first, for leaves of C, C / 2, 1 and C / 4 tokens. Then those
+    of sums between t and the middle of a block, without t, for halves of C / 2, C / 4 ... 1 tokens.
     """
     t = torch.arange(C)
     before = (t < t[:, None]).to(dtype)
-    middles = (t // leaf * leaf + leaf // 2 for leaf in (C, C // 2, 1, C // 4))
+    middles = [before - before[t // n * n + n // 2] for n in (C, C // 2, 1, C // 4)]
+    halves = [C >> level for level in range(1, C.bit_length())]
+    within = (((t ^ t[:, None]) < n) & ((t & n != 0)[:, None] == (t < t[:, None])) for n in halves)
+    apart = t != t[:, None]
     with torch.inference_mode(False):
-        return torch.stack([before, *(before - before[middle] for middle in middles)]).to(device)
+        return torch.stack([before, *middles, *(x & apart for x in within)]).to(device, dtype)
 
 
 def _chunks(r: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:

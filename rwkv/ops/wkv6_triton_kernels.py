@@ -100,15 +100,6 @@ def _between(low, j, high):
 
 
 @triton.jit
-def _to_half(t, j, half, dtype: tl.constexpr):
-    """The matrix of sums between t and the middle of its block of two halves, without t itself."""
-    first = t & -half
-    upper = (t & half) != 0
-    mask = _between(tl.where(upper, first, t + 1), j, tl.where(upper, t, first + half))
-    return narrow(tl.where(mask != 0, 1.0, 0.0), dtype)
-
-
-@triton.jit
 def _half_pairs(t, j, half):
     """A mask: t in the upper and j in the lower half of one block."""
     first = t & (-2 * half)
@@ -227,10 +218,10 @@ def _opaque(pointer, C: tl.constexpr):
 
 
 @triton.jit
-def _half_factors(r, w, k, rows, shrink_r, shrink_k, t, j, half, FINE: tl.constexpr):
+def _half_factors(r, w, k, rows, shrink_r, shrink_k, matrix, FINE: tl.constexpr):
     """r and k, scaled, with the decay between each token and the middle of its block; that too."""
     rate = narrow(_rates(_load_again(w, rows), rows), FINE)
-    share = tl.exp2(-product(_to_half(t, j, half, FINE), rate))
+    share = tl.exp2(-product(matrix, rate))
     return (
         _load_again(r, rows) * shrink_r * share,
         _load_again(k, rows) * shrink_k * share,
@@ -247,6 +238,7 @@ def _add_halves(
     rows,
     shrink_r,
     shrink_k,
+    matrices,
     t,
     j,
     leaf,
@@ -255,12 +247,14 @@ def _add_halves(
     FINE: tl.constexpr,
 ):
     """A plus the products of pairs of two leaves."""
-    half = leaf
-    while half < C:
-        r_in, k_in, _ = _half_factors(r, w, k, rows, shrink_r, shrink_k, t, j, half, FINE)
+    half, which = C // 2, 5
+    while half >= leaf:
+        matrix = _matrix(matrices, which, C)
+        r_in, k_in, _ = _half_factors(r, w, k, rows, shrink_r, shrink_k, matrix, FINE)
         pairs = product(narrow(r_in, WIDE), tl.trans(narrow(k_in, WIDE)))
         A += tl.where(_half_pairs(t, j, half) != 0, pairs, 0.0)
-        half *= 2
+        half //= 2
+        which += 1
     return A
 
 
@@ -327,7 +321,8 @@ def output_kernel(
         else:
             shrink = tl.exp2(-product(_matrix(matrices, 0, C), rate))
             A = _add_halves(
-                A, r + part, w + part, k + part, rows, shrink_r, shrink_k, t, j, leaf, C, WIDE, FINE
+                *(A, r + part, w + part, k + part, rows, shrink_r, shrink_k),
+                *(matrices, t, j, leaf, C, WIDE, FINE),
             )
         S = tl.load(states + unit * N * N + n[None, :] * N + c[:, None])  # transposed
         out = add_product(out, narrow(r_out * shrink, FINE), S)
@@ -463,10 +458,11 @@ def gradient_kernel(
         grad_k *= grow
 
         # Pairs of two leaves.
-        half = leaf
-        while half < C:
+        half, which = C // 2, 5
+        while half >= leaf:
+            matrix = _matrix(matrices, which, C)
             r_half, k_half, share = _half_factors(
-                r + part, w + part, k + part, rows, shrink_r, shrink_k, t, j, half, FINE
+                r + part, w + part, k + part, rows, shrink_r, shrink_k, matrix, FINE
             )
             apart = _half_pairs(t, j, half)
             r_in = narrow(r_half, WIDE)
@@ -477,11 +473,12 @@ def gradient_kernel(
             grad = add_product(product(dA, k_in), tl.trans(dA), r_in)
             upper = (t & half) != 0
             exponent = narrow(grad * tl.where(upper, r_half, k_half), WIDE)
-            dl = add_product(dl, tl.trans(_to_half(t, j, half, WIDE)), exponent)
+            dl = add_product(dl, tl.trans(narrow(widen(matrix), WIDE)), exponent)
             grad *= share
             grad_r += tl.where(upper, grad, 0.0)
             grad_k += tl.where(upper, 0.0, grad)
-            half *= 2
+            half //= 2
+            which += 1
 
         # Through the states at both ends.
         dl *= u_share * z_share
