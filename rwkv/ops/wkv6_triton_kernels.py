@@ -400,7 +400,6 @@ def gradient_kernel(
 
     k_power = tl.load(facts + unit * 3)
     v_power = tl.load(facts + unit * 3 + 1)
-    leaf = tl.load(facts + unit * 3 + 2).to(tl.int32)
     r_power = tl.load(grad_facts + unit * 3)
     y_power = tl.load(grad_facts + unit * 3 + 1)
     shrink_r, shrink_k = 1.0 / r_power, 1.0 / k_power
@@ -422,23 +421,51 @@ def gradient_kernel(
     own = tl.sum(v_out * dy_out, axis=1)[:, None]  # the gradient of r . u * k
     values = narrow(v_out * (1.0 / v_power), FINE)
     dy = narrow(dy_out * (1.0 / y_power), FINE)
-    pairs = _between(t & -leaf, j, t)
-    dA_leaf = narrow_where(pairs, product(dy, tl.trans(values)), WIDE)
 
+    # The gradient of v, and that of u.
     A = tl.zeros((C, C), tl.float32)
     grad_v = tl.zeros((C, N), tl.float32)
     bonus = tl.zeros((C,), tl.float32)
     for column in range(0, N, K):
         c = column + tl.arange(0, K)
         part = first + t * (H * N) + c[None, :]
-        square = unit * N * N + n[:, None] * N + c[None, :]
         leaf, t = _opaque(facts + unit * 3 + 2, C)
-        bonus_u = tl.load(u + h * N + c).to(tl.float32)[None, :]
         r_out = _load(r + part, rows)
         k_out = _load(k + part, rows)
         both = r_out * k_out
-        bonus += tl.sum(both * bonus_u, axis=1)
+        bonus += tl.sum(both * tl.load(u + h * N + c).to(tl.float32)[None, :], axis=1)
         tl.store(du + unit * N + c, tl.sum(own * both, axis=0))
+        rate = narrow(_rates(_load(w + part, rows), rows), FINE)
+        used = product(_leaf_matrix(matrices, leaf, C), rate)
+        grow = tl.exp2(used + widen(rate))
+        r_in = narrow(r_out * shrink_r * tl.exp2(-used), WIDE)
+        k_in = narrow(k_out * shrink_k * grow, WIDE)
+        A += tl.where(_between(t & -leaf, j, t) != 0, product(r_in, tl.trans(k_in)), 0.0)
+        if leaf == C:
+            grow *= tl.exp2(-tl.load(decay + (unit * 2 + 1) * N + c))[None, :]
+        else:
+            grow = tl.exp2(-product(tl.trans(_matrix(matrices, 0, C)), rate))
+            A = _add_halves(
+                *(A, r + part, w + part, k + part, rows, shrink_r, shrink_k),
+                *(matrices, t, j, leaf, C, WIDE, FINE),
+            )
+        k_end = narrow(_load_again(k + part, rows) * shrink_k * grow, FINE)
+        dS = tl.load(grad_states + unit * N * N + n[:, None] * N + c[None, :]) * dS_scale
+        grad_v = add_product(grad_v, k_end, tl.trans(dS))
+    grad_v *= k_power * dS_power
+    grad_v += product(tl.trans(narrow(A, FINE)), dy) * (r_power * k_power * y_power)
+    grad_v += bonus[:, None] * _load_again(grad_y + tile, rows)
+    tl.store(dv + tile, narrow(grad_v, WIDE), mask=rows)
+
+    # The gradients of r, k and w.
+    leaf = tl.load(facts + unit * 3 + 2).to(tl.int32)
+    dA_leaf = narrow_where(_between(t & -leaf, j, t), product(dy, tl.trans(values)), WIDE)
+    for column in range(0, N, K):
+        c = column + tl.arange(0, K)
+        part = first + t * (H * N) + c[None, :]
+        square = unit * N * N + n[:, None] * N + c[None, :]
+        bonus_u = tl.load(u + h * N + c).to(tl.float32)[None, :]
+        leaf, t = _opaque(facts + unit * 3 + 2, C)
         rate = narrow(_rates(_load(w + part, rows), rows), FINE)
 
         # Pairs of one leaf.
@@ -446,9 +473,8 @@ def gradient_kernel(
         used = product(middle, rate)
         shrink = tl.exp2(-used)
         grow = tl.exp2(used + widen(rate))
-        r_in = narrow(r_out * shrink_r * shrink, WIDE)
-        k_in = narrow(k_out * shrink_k * grow, WIDE)
-        A += tl.where(_between(t & -leaf, j, t) != 0, product(r_in, tl.trans(k_in)), 0.0)
+        r_in = narrow(_load(r + part, rows) * shrink_r * shrink, WIDE)
+        k_in = narrow(_load(k + part, rows) * shrink_k * grow, WIDE)
         grad_r = product(dA_leaf, k_in)
         grad_k = product(tl.trans(dA_leaf), r_in)
         from_s = widen(k_in) * grad_k
@@ -464,13 +490,11 @@ def gradient_kernel(
             r_half, k_half, share = _half_factors(
                 r + part, w + part, k + part, rows, shrink_r, shrink_k, matrix, FINE
             )
-            apart = _half_pairs(t, j, half)
-            r_in = narrow(r_half, WIDE)
-            k_in = narrow(k_half, WIDE)
-            A += tl.where(apart != 0, product(r_in, tl.trans(k_in)), 0.0)
-            dA = narrow_where(apart, product(dy, tl.trans(values)), WIDE)
+            pairs = product(dy, tl.trans(values))
+            dA = narrow_where(_half_pairs(t, j, half), pairs, WIDE)
             # A token is in the upper or in the lower half: one of the two products is 0 there.
-            grad = add_product(product(dA, k_in), tl.trans(dA), r_in)
+            grad = product(dA, narrow(k_half, WIDE))
+            grad = add_product(grad, tl.trans(dA), narrow(r_half, WIDE))
             upper = (t & half) != 0
             exponent = narrow(grad * tl.where(upper, r_half, k_half), WIDE)
             dl = add_product(dl, tl.trans(narrow(widen(matrix), WIDE)), exponent)
@@ -479,9 +503,9 @@ def gradient_kernel(
             grad_k += tl.where(upper, 0.0, grad)
             half //= 2
             which += 1
+        dl *= u_share * z_share
 
         # Through the states at both ends.
-        dl *= u_share * z_share
         earlier = _matrix(matrices, 0, C)
         head = tl.load(decay + unit * 2 * N + c)
         tail = tl.load(decay + (unit * 2 + 1) * N + c)
@@ -501,8 +525,6 @@ def gradient_kernel(
         tl.store(dr + part, narrow(grad_r, WIDE), mask=rows)
 
         dS = tl.load(grad_states + square) * dS_scale
-        k_end = narrow(k_out * shrink_k * grow, FINE)
-        grad_v = add_product(grad_v, k_end, tl.trans(dS))
         grad = product(values, dS) * grow
         exit = narrow(grad * k_out * (shrink_k * u_share * dS_share), WIDE)
         grad_k = grad_k * (v_power * r_power * y_power) + grad * (v_power * dS_power)
@@ -516,8 +538,3 @@ def gradient_kernel(
         rate_out = _rates(_load_again(w + part, rows), rows)
         slope = tl.where(rate_out < MOST, rate_out, 0.0) * (-u_power * z_power / LOG2_E)
         tl.store(dw + part, narrow(dl * slope, WIDE), mask=rows)
-
-    grad_v *= k_power * dS_power
-    grad_v += product(tl.trans(narrow(A, FINE)), dy) * (r_power * k_power * y_power)
-    grad_v += bonus[:, None] * _load_again(grad_y + tile, rows)
-    tl.store(dv + tile, narrow(grad_v, WIDE), mask=rows)
