@@ -306,7 +306,7 @@ def output_kernel(
     for column in range(0, N, K):
         c = column + tl.arange(0, K)
         part = first + t * (H * N) + c[None, :]
-        leaf, t = _opaque(facts + unit * 3 + 2, C)
+        leaf, token = _opaque(facts + unit * 3 + 2, C)
         r_out = _load(r + part, rows) * shrink_r
         k_out = _load(k + part, rows) * shrink_k
         bonus += tl.sum(r_out * k_out * tl.load(u + h * N + c).to(tl.float32)[None, :], axis=1)
@@ -315,14 +315,14 @@ def output_kernel(
         shrink = tl.exp2(-used)
         r_in = narrow(r_out * shrink, WIDE)
         k_in = narrow(k_out * tl.exp2(used + widen(rate)), WIDE)
-        A += tl.where(_between(t & -leaf, j, t) != 0, product(r_in, tl.trans(k_in)), 0.0)
+        A += tl.where(_between(token & -leaf, j, token) != 0, product(r_in, tl.trans(k_in)), 0.0)
         if leaf == C:
             shrink *= tl.exp2(-tl.load(decay + unit * 2 * N + c))[None, :]
         else:
             shrink = tl.exp2(-product(_matrix(matrices, 0, C), rate))
             A = _add_halves(
                 *(A, r + part, w + part, k + part, rows, shrink_r, shrink_k),
-                *(matrices, t, j, leaf, C, WIDE, FINE),
+                *(matrices, token, j, leaf, C, WIDE, FINE),
             )
         S = tl.load(states + unit * N * N + n[None, :] * N + c[:, None])  # transposed
         out = add_product(out, narrow(r_out * shrink, FINE), S)
@@ -429,7 +429,7 @@ def gradient_kernel(
     for column in range(0, N, K):
         c = column + tl.arange(0, K)
         part = first + t * (H * N) + c[None, :]
-        leaf, t = _opaque(facts + unit * 3 + 2, C)
+        leaf, token = _opaque(facts + unit * 3 + 2, C)
         r_out = _load(r + part, rows)
         k_out = _load(k + part, rows)
         both = r_out * k_out
@@ -440,14 +440,14 @@ def gradient_kernel(
         grow = tl.exp2(used + widen(rate))
         r_in = narrow(r_out * shrink_r * tl.exp2(-used), WIDE)
         k_in = narrow(k_out * shrink_k * grow, WIDE)
-        A += tl.where(_between(t & -leaf, j, t) != 0, product(r_in, tl.trans(k_in)), 0.0)
+        A += tl.where(_between(token & -leaf, j, token) != 0, product(r_in, tl.trans(k_in)), 0.0)
         if leaf == C:
             grow *= tl.exp2(-tl.load(decay + (unit * 2 + 1) * N + c))[None, :]
         else:
             grow = tl.exp2(-product(tl.trans(_matrix(matrices, 0, C)), rate))
             A = _add_halves(
                 *(A, r + part, w + part, k + part, rows, shrink_r, shrink_k),
-                *(matrices, t, j, leaf, C, WIDE, FINE),
+                *(matrices, token, j, leaf, C, WIDE, FINE),
             )
         k_end = narrow(_load_again(k + part, rows) * shrink_k * grow, FINE)
         dS = tl.load(grad_states + unit * N * N + n[:, None] * N + c[None, :]) * dS_scale
@@ -465,7 +465,7 @@ def gradient_kernel(
         part = first + t * (H * N) + c[None, :]
         square = unit * N * N + n[:, None] * N + c[None, :]
         bonus_u = tl.load(u + h * N + c).to(tl.float32)[None, :]
-        leaf, t = _opaque(facts + unit * 3 + 2, C)
+        leaf, token = _opaque(facts + unit * 3 + 2, C)
         rate = narrow(_rates(_load(w + part, rows), rows), FINE)
 
         # Pairs of one leaf.
@@ -491,11 +491,11 @@ def gradient_kernel(
                 r + part, w + part, k + part, rows, shrink_r, shrink_k, matrix, FINE
             )
             pairs = product(dy, tl.trans(values))
-            dA = narrow_where(_half_pairs(t, j, half), pairs, WIDE)
+            dA = narrow_where(_half_pairs(token, j, half), pairs, WIDE)
             # A token is in the upper or in the lower half: one of the two products is 0 there.
             grad = product(dA, narrow(k_half, WIDE))
             grad = add_product(grad, tl.trans(dA), narrow(r_half, WIDE))
-            upper = (t & half) != 0
+            upper = (token & half) != 0
             exponent = narrow(grad * tl.where(upper, r_half, k_half), WIDE)
             dl = add_product(dl, tl.trans(narrow(widen(matrix), WIDE)), exponent)
             grad *= share
