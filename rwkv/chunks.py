@@ -110,6 +110,8 @@ def cut(batch: Batch, start: int, stop: int) -> tuple[Batch, bool]:
 
 def _with_new_texts(model: Any, texts: int, first: State | None) -> State:
     """The state of a packed piece: `first` for its first text, if given, new ones for the rest."""
+    if first is not None and texts == 1:
+        return first
     fresh = model.initial_state(texts)
     if first is None:
         return fresh
