@@ -279,8 +279,17 @@ def test_the_state_alone_is_saved(run):
 
 def test_the_package_rwkv_writes_the_same_text(run):
     """Our model with the tuned state and the package's, greedily, token by token."""
+    assert_peer_agrees(run, run / "out" / "rwkv-0-state.pth")
+
+
+def test_the_package_rwkv_starts_behind_the_prefix(prefixed, run):
+    """The same for the state of a prefix, token shifts included."""
+    assert_peer_agrees(run, prefixed / "rwkv-0-state.pth")
+
+
+def assert_peer_agrees(run: Path, state: Path) -> None:
     skip_without_peer()
-    state, prompt = run / "out" / "rwkv-0-state.pth", list(b"12?")
+    prompt = list(b"12?")
     model = load_model(run / "base.pth", backend="torch").requires_grad_(False)
     without, _ = model(torch.tensor([prompt]))
     load_state(model, read_tensors(state))
