@@ -101,6 +101,10 @@ def check(settings: Settings) -> None:
     prompts = settings[EvaluationFlags].val_prompts
     if prompts and not Path(prompts).is_file():
         raise InputError(f"--val_prompts {prompts}: no such file; it has one prompt a line")
+    if settings[StateFlags].prefix_token_len < 1:
+        raise InputError(
+            f"--prefix_token_len {settings[StateFlags].prefix_token_len}: must be at least 1"
+        )
     if model.fla and model.kernel not in ("auto", "fla"):
         raise InputError(f"--fla 1: contradicts --kernel {model.kernel}; keep one of them")
 
@@ -293,7 +297,7 @@ def is_own_reference(settings: Settings, layers: "Plan") -> bool:
     full = any(
         plan.mode == "full" and layers.layers[n].parameters for n, plan in layers.plans.items()
     )
-    return not (full or settings[StateFlags].state or settings[PeftFlags].load_adapter)
+    return not (full or settings[StateFlags].changes_start or settings[PeftFlags].load_adapter)
 
 
 def open_scores(settings: Settings, paths: str, tokenizer: "Tokenizer") -> "TeacherStore":
@@ -390,7 +394,7 @@ def describe(
 ) -> Iterable[str]:
     """The plan of a run: model, kernel, what trains, data and steps."""
     from peft.plan import describe as describe_layers
-    from peft.tuned_state import describe_state
+    from peft.tuned_state import describe_prefix, describe_state
     from rwkv.ops.backends import describe_choice
 
     data, trainer = settings[DataFlags], settings[TrainerFlags]
@@ -408,8 +412,11 @@ def describe(
         backend=settings[ModelFlags].backend,
     )
     yield from describe_layers(layers, device.dtype)
-    if settings[StateFlags].state:
+    start = settings[StateFlags]
+    if start.state:
         yield describe_state(config)
+    if start.prefix_tuning:
+        yield describe_prefix(config, start.prefix_token_len)
     report = ", ".join(f"{name} {count:,}" for name, count in plan.pieces.report.items() if count)
     yield f"data: {report}"
     yield (
@@ -426,7 +433,7 @@ def build(settings: Settings, config: "RWKVConfig", device: Device) -> tuple["RW
     """The model with its stores and adapters in place, the plan, and the base's fingerprint."""
     from peft.adapter_file import load_adapter
     from peft.apply import apply_profile, load_with_profile
-    from peft.tuned_state import add_tuned_state
+    from peft.tuned_state import add_prefix, add_tuned_state
     from rwkv.checkpoint import fingerprint, read_tensors
     from rwkv.training.model import new_model
 
@@ -441,8 +448,11 @@ def build(settings: Settings, config: "RWKVConfig", device: Device) -> tuple["RW
         base = f"new, seed {seed}"
         model = new_model(config, flags.backend, device=device.kind, dtype=device.dtype, seed=seed)
         plan = apply_profile(model, peft)
-    if settings[StateFlags].state:
+    start = settings[StateFlags]
+    if start.state:
         add_tuned_state(model)
+    if start.prefix_tuning:
+        add_prefix(model, start.prefix_token_len)
     if peft.load_adapter:
         load_adapter(model, peft.load_adapter, base=base)
     model.grad_cp = settings[TrainerFlags].grad_cp
@@ -500,6 +510,7 @@ def fit(
         "steps": steps.total,
         "trained parameters": trained_count(layers),
         "tuned state": settings[StateFlags].state,
+        "prefix": settings[StateFlags].prefix_tuning and settings[StateFlags].prefix_token_len,
     }
     first = 0
     if point is not None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from peft.adapter import AdapterLinear
 from peft.adapter_file import AdapterKind, read_adapter
-from peft.plan import STATE
+from peft.plan import PREFIX, STATE
 from peft.registry import make_adapter
 from peft.stores import make_store
 from rwkv.checkpoint import TensorFile, config_of, fill, fingerprint, set_parameter
@@ -26,7 +26,7 @@ class Pair:
     """A base model's file and an adapter's that belongs to it.
 
     kinds: the adapter of each adapted layer.
-    whole: keys of tensors that replace the base's; a tuned state is none of them.
+    whole: keys of tensors that replace the base's; a tuned state and a prefix are none of them.
     storage: layers to take quantized and back, as the training saw them.
     """
 
@@ -88,7 +88,9 @@ def open_pair(
     whole = tuple(
         name
         for name in adapter
-        if name.rpartition(".")[0] not in kinds and not name.endswith(f".{STATE}")
+        if name.rpartition(".")[0] not in kinds
+        and not name.endswith(f".{STATE}")
+        and name != PREFIX
     )
     for name in (*whole, *(f"{layer}.weight" for layer in kinds)):
         if name not in base:

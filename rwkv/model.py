@@ -22,7 +22,8 @@ LAYERS: dict[int, tuple[Any, Any]] = {6: (TimeMix6, ChannelMix6), 7: (TimeMix7, 
 class Block(nn.Module):
     """Time mix and channel mix, each behind a layer norm and added to the stream.
 
-    The first block also norms the embedding (`ln0`), as in BlinkDL's files.
+    The first block also norms the embedding (`ln0`), as in BlinkDL's files. `shift_state` is what
+    time mix and channel mix take for the token before a text, [2, C], only where one was tuned.
     """
 
     def __init__(self, config: RWKVConfig, layer: int, backend: str = "auto"):
@@ -35,6 +36,7 @@ class Block(nn.Module):
         self.ffn = channel_mix(config)
         self.att.output.closes = True
         self.ffn.value.closes = config.version == 7  # version 6 multiplies it by its gate
+        self.shift_state: nn.Parameter | None = None
 
     def forward(
         self,
@@ -84,12 +86,14 @@ class RWKV(nn.Module):
         config: the sizes.
         grad_cp: recompute each half of a block in the backward pass instead of keeping its
             activations; only the stream before and within each block is kept.
+        prefix: embeddings [n, C] that are read before every text, only where they are tuned.
     """
 
     def __init__(self, config: RWKVConfig, backend: str = "auto"):
         super().__init__()
         self.config = config
         self.grad_cp = False
+        self.prefix: nn.Parameter | None = None
         self.emb = nn.Embedding(
             config.vocab_size, config.n_embd, _weight=torch.empty(config.vocab_size, config.n_embd)
         )
@@ -137,14 +141,27 @@ class RWKV(nn.Module):
         return self.ln_out(x), after
 
     def initial_state(self, Q: int) -> State:
-        """The state of Q new texts: zeros, and each layer's tuned wkv state where it has one."""
-        state = zero_state(self.config, Q, like=self.ln_out.weight)
+        """The state of Q new texts: zeros or what was tuned, after the prefix if there is one.
+
+        The prefix is read once for all texts.
+        """
+        state = zero_state(self.config, 1 if self.prefix is not None else Q, self.ln_out.weight)
         block: Any
         for layer, block in enumerate(self.blocks):
             if block.att.time_state is not None:
                 wkv = block.att.time_state.to(state[layer].wkv.dtype).expand_as(state[layer].wkv)
                 state[layer] = state[layer]._replace(wkv=wkv)
-        return state
+            if block.shift_state is not None:
+                att, ffn = (x.expand_as(state[layer].att_shift) for x in block.shift_state)
+                state[layer] = state[layer]._replace(
+                    att_shift=att.to(state[layer].att_shift),
+                    ffn_shift=ffn.to(state[layer].ffn_shift),
+                )
+        if self.prefix is None:
+            return state
+        _, state = self.run_blocks(self.prefix.to(self.emb.weight.dtype).unsqueeze(0), state)
+        first = torch.zeros(Q, dtype=torch.int64, device=self.emb.weight.device)
+        return [layer.select(first) for layer in state]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., C] -> [..., V]."""

@@ -29,12 +29,19 @@ def recomputed(function: Callable[..., Any], *args: Any, model: Any, closed: boo
     """
     if not torch.is_grad_enabled():
         return function(*args)
+    # Given one by one: of tensors within other arguments a checkpoint keeps the first values alive
+    # even where it is itself recomputed, or where hooks put what is kept elsewhere.
+    flat, form = tree_flatten(args)
+
+    def call(*again: Any) -> Any:
+        return function(*tree_unflatten(list(again), form))
+
     if not is_scattered(model):
         contexts = _closed_contexts if closed else _plain_contexts
-        return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+        return checkpoint(call, *flat, use_reentrant=False, context_fn=contexts)
 
     def run(*again: Any) -> Any:
-        results, structure = tree_flatten(function(*again))
+        results, structure = tree_flatten(call(*again))
         places = [n for n, x in enumerate(results) if isinstance(x, Tensor) and x.requires_grad]
         if places:
             through = _RecomputeFirst.apply(*(results[n] for n in places))
@@ -44,7 +51,7 @@ def recomputed(function: Callable[..., Any], *args: Any, model: Any, closed: boo
 
     # Stopping early would jump over DeepSpeed's hooks behind each module.
     return checkpoint(
-        run, *args, use_reentrant=False, early_stop=False, context_fn=_scattered_contexts
+        run, *flat, use_reentrant=False, early_stop=False, context_fn=_scattered_contexts
     )
 
 
