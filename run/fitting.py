@@ -19,7 +19,7 @@ from peft.flags import StateFlags
 from peft.groups import parameter_groups
 from peft.plan import trained_count
 from run.batches import Batches
-from run.models import Device, build, load_teacher
+from run.models import Device, build, building_place, load_teacher
 from run.overview import Steps
 from rwkv.cli import say
 from rwkv.config import RWKVConfig
@@ -33,11 +33,12 @@ from rwkv.tokenizer import Tokenizer
 from rwkv.training import resume
 from rwkv.training.evaluation import Evaluation
 from rwkv.training.flags import EvaluationFlags, OptimizerFlags, TrainerFlags
+from rwkv.training.launch import all_ranks
 from rwkv.training.lit import LitModel, quiet_lightning
 from rwkv.training.saving import Saving
 from rwkv.training.schedule import Schedule
 from rwkv.training.step_log import RunLog, StepLog, draw_loss
-from rwkv.training.strategy import make_strategy
+from rwkv.training.strategy import make_strategy, take_device
 
 
 def fit(
@@ -50,9 +51,8 @@ def fit(
 ) -> int:
     """Train; returns 0, or 128 plus the number of the signal that stopped the run."""
     quiet_lightning()
-    flags, data = settings[TrainerFlags], settings[DataFlags]
-    optimizer, evaluation = settings[OptimizerFlags], settings[EvaluationFlags]
-    folder, plan = Path(flags.proj_dir), batches.training
+    flags = settings[TrainerFlags]
+    folder = Path(flags.proj_dir)
     point = resume.newest(folder)
     if point is not None and not flags.resume:
         raise InputError(
@@ -60,9 +60,28 @@ def fit(
             "add --resume 1 to go on with it, or choose another folder"
         )
     strategy = make_strategy(flags, device.dtype, device.kind)
+    with all_ranks(flags.devices, flags.num_nodes, folder):
+        take_device(flags, device.kind)
+        return fit_ranks(settings, config, batches, steps, device, tokenizer, strategy, point)
+
+
+def fit_ranks(
+    settings: Settings,
+    config: RWKVConfig,
+    batches: Batches,
+    steps: Steps,
+    device: Device,
+    tokenizer: Tokenizer,
+    strategy: Any,
+    point: Path | None,
+) -> int:
+    """What every rank does of `fit`, from the resume point on if there is one."""
+    flags, data = settings[TrainerFlags], settings[DataFlags]
+    optimizer, evaluation = settings[OptimizerFlags], settings[EvaluationFlags]
+    folder, plan = Path(flags.proj_dir), batches.training
     objective: Any = make_objective(settings, load_teacher(settings, config, device))
     pl.seed_everything(flags.random_seed, workers=True, verbose=False)  # new adapters are random
-    model, layers, base = build(settings, config, device)
+    model, layers, base = build(settings, config, building_place(settings, config, device))
     if chosen_objective(settings) in REFERENCED and plan.pieces.store.reference is None:
         objective = replace(objective, reference=adapters_off)
     run = {

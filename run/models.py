@@ -81,6 +81,18 @@ def build(settings: Settings, config: RWKVConfig, device: Device) -> tuple[RWKV,
     return model, plan, base
 
 
+def building_place(settings: Settings, config: RWKVConfig, device: Device) -> Device:
+    """Where the model is built: for ZeRO-3 in the host's memory, from where it is scattered.
+
+    Quantized weights are not scattered, and quantizing needs the GPU's speed.
+    """
+    if not settings[TrainerFlags].strategy.startswith("deepspeed_stage_3"):
+        return device
+    plans = plan_layers(settings, config).plans.values()
+    stored = any(plan.quant not in (None, "none") for plan in plans)
+    return device if stored else device._replace(kind="cpu")
+
+
 def load_teacher(settings: Settings, config: RWKVConfig, device: Device) -> RWKV | None:
     """The model of --teacher_model, frozen, or None without one.
 

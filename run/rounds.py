@@ -21,6 +21,7 @@ from rwkv.flags import Settings
 from rwkv.templates import load_template
 from rwkv.tokenizer import load_tokenizer
 from rwkv.training.flags import ModelFlags, TrainerFlags
+from rwkv.training.launch import is_child
 from rwkv.training.model import read_config
 
 
@@ -50,7 +51,7 @@ def iterate(settings: Settings, train: Callable[[Settings], int]) -> int:
         if not done.exists():
             make_round(settings, now, number)
             status = train(now)
-            if status or trainer.dry_run:
+            if status or trainer.dry_run or is_child():
                 return status
         adapter = str(done)
     return 0

@@ -42,6 +42,19 @@ def check(settings: Settings) -> None:
             raise InputError(f"--{name} {getattr(trainer, name)}: must be at least 1")
     if model.load_model and not Path(model.load_model).exists():
         raise InputError(f"--load_model {model.load_model}: no such file; check the path")
+    if trainer.gpu_memory < 0:
+        raise InputError(f"--gpu_memory {trainer.gpu_memory}: must be above 0, or 0 for no limit")
+    optim = settings[OptimizerFlags].optim
+    if trainer.strategy.startswith("deepspeed") and "8bit" in optim:
+        raise InputError(
+            f"--optim {optim}: its blocks do not fit the pieces of --strategy {trainer.strategy}; "
+            "use --optim adamw, or --strategy ddp"
+        )
+    if trainer.strategy.endswith("offload") and optim == "lion":
+        raise InputError(
+            f"--optim lion: --strategy {trainer.strategy} steps AdamW in the host's memory; "
+            "use --optim adamw, or a strategy without _offload"
+        )
     prompts = settings[EvaluationFlags].val_prompts
     if prompts and not Path(prompts).is_file():
         raise InputError(f"--val_prompts {prompts}: no such file; it has one prompt a line")
