@@ -51,7 +51,7 @@ class AdapterLinear(Linear):
         """[..., in] -> [..., out], as the layer was before the adapter."""
         return self.base_output(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def output(self, x: Tensor) -> Tensor:
         return self.adapted_output(x) if self.active else self.original_output(x)
 
     def add_parts(self, rank: int, fill: Callable[[str, Tensor], Tensor]) -> None:

@@ -18,11 +18,16 @@ class ChannelMix7(nn.Module):
         self.key, self.value = Linear(C, config.dim_ffn), Linear(config.dim_ffn, C)
 
     def forward(
-        self, x: Tensor, shift: Tensor, cu_seqlens: Tensor | None = None
+        self, x: Tensor, norm: nn.LayerNorm, shift: Tensor, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mix the channels of x [B, T, C]; returns the output and each sequence's shift [Q, C]."""
-        x_k = torch.addcmul(x, token_shift(x, shift, cu_seqlens) - x, self.x_k)
-        return self.value(torch.relu(self.key(x_k)).square()), last_token(x, cu_seqlens)
+        """Mix the channels of norm(x) and add the result to the stream x [B, T, C].
+
+        Returns the stream and each sequence's shift, [Q, C].
+        """
+        normed = norm(x)
+        x_k = torch.addcmul(normed, token_shift(normed, shift, cu_seqlens) - normed, self.x_k)
+        hidden = torch.relu(self.key(x_k)).square()
+        return self.value(hidden, residual=x), last_token(normed, cu_seqlens)
 
 
 class ChannelMix6(nn.Module):
@@ -37,11 +42,16 @@ class ChannelMix6(nn.Module):
         self.receptance = Linear(C, C)
 
     def forward(
-        self, x: Tensor, shift: Tensor, cu_seqlens: Tensor | None = None
+        self, x: Tensor, norm: nn.LayerNorm, shift: Tensor, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mix the channels of x [B, T, C]; returns the output and each sequence's shift [Q, C]."""
-        before = token_shift(x, shift, cu_seqlens) - x
-        x_k = torch.addcmul(x, before, self.time_maa_k)
-        x_r = torch.addcmul(x, before, self.time_maa_r)
+        """Mix the channels of norm(x) and add the result to the stream x [B, T, C].
+
+        Returns the stream and each sequence's shift, [Q, C].
+        """
+        normed = norm(x)
+        before = token_shift(normed, shift, cu_seqlens) - normed
+        x_k = torch.addcmul(normed, before, self.time_maa_k)
+        x_r = torch.addcmul(normed, before, self.time_maa_r)
         value = self.value(torch.relu(self.key(x_k)).square())
-        return torch.sigmoid(self.receptance(x_r)) * value, last_token(x, cu_seqlens)
+        out = torch.addcmul(x, torch.sigmoid(self.receptance(x_r)), value)
+        return out, last_token(normed, cu_seqlens)

@@ -66,8 +66,14 @@ class Linear(nn.Module):
         assert self.store is not None
         return self.store.output(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def output(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], as the layer is now."""
         return self.base_output(x)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., in] -> [..., out], added to `residual` [..., out] where one is given."""
+        out = self.output(x)
+        return out if residual is None else residual + out
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"

@@ -38,12 +38,11 @@ class Block(nn.Module):
         """x [B, T, C] and this layer's state in; x, v_first and the state after T tokens out."""
         if self.ln0 is not None:
             x = self.ln0(x)
-        out, v_first, att_shift, wkv = self.att(
-            self.ln1(x), v_first, state.att_shift, state.wkv, cu_seqlens
+        x, v_first, att_shift, wkv = self.att(
+            x, self.ln1, v_first, state.att_shift, state.wkv, cu_seqlens
         )
-        x = x + out
-        out, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, cu_seqlens)
-        return x + out, v_first, LayerState(att_shift, wkv, ffn_shift)
+        x, ffn_shift = self.ffn(x, self.ln2, state.ffn_shift, cu_seqlens)
+        return x, v_first, LayerState(att_shift, wkv, ffn_shift)
 
 
 class RWKV(nn.Module):

@@ -52,6 +52,7 @@ class TimeMix6(nn.Module):
     def forward(
         self,
         x: Tensor,
+        norm: nn.LayerNorm,
         v_first: Tensor | None,
         shift: Tensor,
         wkv: Tensor,
@@ -59,12 +60,13 @@ class TimeMix6(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Mix T tokens; as TimeMix7.forward, with v_first handed on as it is."""
         B, T, _ = x.shape
-        before = token_shift(x, shift, cu_seqlens) - x
-        mixed = torch.tanh(torch.addcmul(x, before, self.time_maa_x) @ self.time_maa_w1)
+        normed = norm(x)
+        before = token_shift(normed, shift, cu_seqlens) - normed
+        mixed = torch.tanh(torch.addcmul(normed, before, self.time_maa_x) @ self.time_maa_w1)
         mixed = mixed.view(B * T, MIXES, -1).transpose(0, 1)  # [5, B T, rank]
         deltas = torch.bmm(mixed, self.time_maa_w2).view(MIXES, B, T, -1)
         x_w, x_k, x_v, x_r, x_g = (
-            torch.addcmul(x, before, mix + delta)
+            torch.addcmul(normed, before, mix + delta)
             for mix, delta in zip(
                 (
                     self.time_maa_w,
@@ -92,4 +94,4 @@ class TimeMix6(nn.Module):
             backend=self.backend,
         )
         y = self.ln_x(y.reshape(B * T, -1)).view(B, T, -1)
-        return self.output(y * gate), v_first, last_token(x, cu_seqlens), wkv
+        return self.output(y * gate, residual=x), v_first, last_token(normed, cu_seqlens), wkv

@@ -55,26 +55,29 @@ class TimeMix7(nn.Module):
     def forward(
         self,
         x: Tensor,
+        norm: nn.LayerNorm,
         v_first: Tensor | None,
         shift: Tensor,
         wkv: Tensor,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Mix T tokens.
+        """Mix T tokens and add the result to the stream.
 
         Args:
-            x: layer-normed input, [B, T, C].
+            x: the stream, [B, T, C].
+            norm: the layer norm in front of the mix.
             v_first: the first layer's values, [B, T, C]; None in layer 0, which makes them.
             shift, wkv: each sequence's state before these tokens, [Q, C] and [Q, H, N, N].
             cu_seqlens: for packed texts, [Q + 1]; see wkv7.
 
         Returns:
-            out [B, T, C], v_first [B, T, C], and each sequence's shift and wkv after the tokens.
+            the stream [B, T, C], v_first [B, T, C], and each sequence's shift and wkv after the tokens.
         """
         B, T, _ = x.shape
-        before = token_shift(x, shift, cu_seqlens) - x
+        normed = norm(x)
+        before = token_shift(normed, shift, cu_seqlens) - normed
         x_r, x_w, x_k, x_v, x_a, x_g = (
-            torch.addcmul(x, before, mix)
+            torch.addcmul(normed, before, mix)
             for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         )
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
@@ -105,5 +108,5 @@ class TimeMix7(nn.Module):
 
         y = self.ln_x(y.reshape(B * T, -1)).view(B, T, -1)
         bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True) * v  # [B, T, H, N]
-        out = self.output((y + bonus.flatten(-2)) * gate)
-        return out, v_first, last_token(x, cu_seqlens), wkv
+        out = self.output((y + bonus.flatten(-2)) * gate, residual=x)
+        return out, v_first, last_token(normed, cu_seqlens), wkv
