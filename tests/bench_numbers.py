@@ -54,7 +54,7 @@ def make(path: Path, lengths: str, rows: int, seed: int) -> None:
 
 
 def answer(work: Path, model: Path, device: str) -> dict[str, str]:
-    """Exact answers by length: 250 numbers of 1 to 50 digits, 50 of 51 to 60, 200 of 61 to 70."""
+    """Exact answers by length: 250 numbers of 1 to 50 digits, 100 of 51 to 60, 200 of 61 to 70."""
     command = [sys.executable, str(EXAMPLE / "check_answers.py"), "--load_model", str(model)]
     command += [*TOKENIZER, "--template", "plain", "--stop", "#", "--tokens", "80"]
     command += ["--data", str(work / "held-out.jsonl"), "--by_length", "50,60,65,70"]
@@ -98,7 +98,7 @@ def main() -> None:
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
     parts = []
-    for lengths, rows in (("1-50", 250), ("51-60", 50), ("61-65", 100), ("66-70", 100)):
+    for lengths, rows in (("1-50", 250), ("51-60", 100), ("61-65", 100), ("66-70", 100)):
         make(options.work / "part.jsonl", lengths, rows, 1000 + rows)
         parts.append((options.work / "part.jsonl").read_text())
     (options.work / "held-out.jsonl").write_text("".join(parts))
