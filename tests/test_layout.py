@@ -19,9 +19,10 @@ OURS = {
     ),
     "peft": ("rwkv",),
     "data": ("rwkv", "losses.logprobs", "losses.preference"),
+    "run": ("rwkv", "losses", "peft", "data"),
 }
 ONLY_IN = {
-    "pytorch_lightning": ("rwkv/training",),
+    "pytorch_lightning": ("rwkv/training", "run/fitting.py"),
     "deepspeed": ("rwkv/training",),
     "fla": ("rwkv/ops",),
     "triton": ("rwkv/ops", "peft"),

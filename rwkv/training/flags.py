@@ -58,6 +58,7 @@ class TrainerFlags:
     precision: str = flag(
         "", "bf16 or fp32; default bf16 on a GPU, fp32 on a CPU", choices=("", "bf16", "fp32")
     )
+    gpu_memory: float = flag(0.0, "GiB of each GPU that the run may take; 0: all there is")
     micro_bsz: int = flag(1, "rows of ctx_len tokens that one device takes at once")
     accumulate_grad_batches: int = flag(1, "micro-batches a device sums up before a step")
     grad_cp: bool = flag(True, "recompute each block in the backward pass: less memory")
