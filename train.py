@@ -165,7 +165,7 @@ def make_round(settings: Settings, now: Settings, number: int) -> None:
     from data.reference_scores import Scorer, file_fingerprint
     from data.rounds import make_judge, make_reward, write_round
     from data.store_cache import open_store
-    from rwkv.checkpoint import load_model
+    from peft.apply import load_frozen
     from rwkv.templates import load_template
     from rwkv.tokenizer import load_tokenizer
     from rwkv.training.model import read_config
@@ -182,7 +182,7 @@ def make_round(settings: Settings, now: Settings, number: int) -> None:
     pairs = Path(now[PairFlags].rlhf_train_file)
     if not pairs.exists():
         if flags.judge:
-            judge = load_model(flags.judge, device=device.kind, dtype=device.dtype).eval()
+            judge = load_frozen(flags.judge, device=device.kind, dtype=device.dtype)
             reward = make_judge(judge, tokenizer, template)
         else:
             reward = make_reward(flags.reward)
@@ -316,19 +316,19 @@ def load_teacher(settings: Settings, config: "RWKVConfig", device: Device) -> "R
     Raises:
         InputError: the file is wrong, or its vocabulary is not the student's.
     """
-    from rwkv.checkpoint import load_model
+    from peft.apply import load_frozen
 
     path = settings[DistillationFlags].teacher_model
     if not path:
         return None
     backend = settings[ModelFlags].backend
-    teacher = load_model(path, device=device.kind, dtype=device.dtype, backend=backend)
+    teacher = load_frozen(path, device=device.kind, dtype=device.dtype, backend=backend)
     if teacher.config.vocab_size != config.vocab_size:
         raise InputError(
             f"--teacher_model {path}: has a vocabulary of {teacher.config.vocab_size:,}, the "
             f"student's is {config.vocab_size:,}; distillation needs one vocabulary"
         )
-    return teacher.requires_grad_(False).eval()
+    return teacher
 
 
 def plan_batches(settings: Settings, store: Any, *, training: bool = True) -> "BatchPlan":

@@ -11,7 +11,7 @@ from peft.plan import STATE, Plan, make_plan
 from peft.quantized import read_store
 from peft.registry import ADAPTERS, make_adapter
 from peft.stores import make_store
-from rwkv.checkpoint import config_of, fill, read_tensors
+from rwkv.checkpoint import TensorFile, config_of, fill, read_tensors
 from rwkv.linear import Linear
 from rwkv.model import RWKV
 
@@ -48,16 +48,56 @@ def load_with_profile(
     def placed(parameter: str) -> None:
         name = layer_of[parameter]
         if name in quantized:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, Linear)
-            store = read_store(tensors, name).to(device)
-            store.dtype = dtype or store.dtype
-            layer.store_as(store)
+            _restore(model, name, tensors, device, dtype)
         install(model, name, plan)
 
     fill(model, tensors, device=device, dtype=dtype, placed=placed)
     mark_trained(model, plan)
     return model, plan
+
+
+def load_frozen(
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> RWKV:
+    """Load a model that nothing trains; what a quantized file stores in few bits stays so.
+
+    Args:
+        path, device, dtype, backend: as for load_with_profile.
+
+    Raises:
+        InputError: the file is wrong.
+        RuntimeError: a package that a store needs is missing.
+    """
+    tensors = read_tensors(path)
+    with torch.device("meta"):
+        model = RWKV(config_of(tensors), backend)
+
+    def placed(parameter: str) -> None:
+        name = parameter.removesuffix(".weight")
+        if name in tensors.quantized:
+            _restore(model, name, tensors, device, dtype)
+
+    fill(model, tensors, device=device, dtype=dtype, placed=placed)
+    return model.requires_grad_(False).eval()
+
+
+def _restore(
+    model: RWKV,
+    name: str,
+    tensors: TensorFile,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a layer the store that a quantized file holds for it."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, Linear)
+    store = read_store(tensors, name).to(device)
+    store.dtype = dtype or store.dtype
+    layer.store_as(store)
 
 
 def apply_profile(model: nn.Module, flags: PeftFlags) -> Plan:

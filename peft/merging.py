@@ -1,6 +1,6 @@
 """Merge an adapter into its base's tensors, and measure how far the result is from both."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +113,6 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-@torch.no_grad()
 def merge(pair: Pair) -> dict[str, Tensor]:
     """The base's tensors with the adapter's changes, in the base's dtypes, in its order.
 
@@ -121,14 +120,38 @@ def merge(pair: Pair) -> dict[str, Tensor]:
         InputError: an adapter's shapes do not fit the weight.
     """
     merged = dict(pair.base)
+    for name, value in changes(pair):
+        merged[name] = value.to(merged[name].dtype)
+    return merged
+
+
+@torch.no_grad()
+def changes(pair: Pair) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of the base that the adapter changes and what it becomes, in float32.
+
+    Raises:
+        InputError: an adapter's shapes do not fit the weight.
+    """
     for layer in pair.kinds.keys() | pair.storage.keys():
         key = f"{layer}.weight"
-        linear = _linear(pair, layer, pair.base[key].float())
-        merged[key] = linear.merged_weight().to(pair.base[key].dtype)
+        yield key, _linear(pair, layer, pair.base[key].float()).merged_weight()
     for name in pair.whole:
-        old = pair.base[name]
-        merged[name] = pair.adapter[name].reshape(old.shape).to(old.dtype)
-    return merged
+        yield name, pair.adapter[name].float().reshape(pair.base.shapes[name])
+
+
+def attach(pair: Pair, model: RWKV) -> None:
+    """Put the adapter's layers into its base's model, which may be stored in few bits.
+
+    Raises:
+        InputError: an adapter's shapes do not fit the weight.
+    """
+    for layer in pair.kinds:
+        linear = model.get_submodule(layer)
+        assert isinstance(linear, Linear)
+        model.set_submodule(layer, _adapted(pair, layer, linear))
+    for name in pair.whole:
+        old = model.get_parameter(name)
+        set_parameter(model, name, pair.adapter[name].reshape(old.shape).to(old))
 
 
 def _linear(pair: Pair, layer: str, weight: Tensor) -> Linear:
@@ -188,11 +211,11 @@ def _adapted_model(pair: Pair, device: str) -> RWKV:
     with torch.device("meta"):
         model = RWKV(config_of(pair.base))
     fill(model, pair.base, device=device, dtype=torch.float32)
-    for layer in pair.kinds.keys() | pair.storage.keys():
-        model.set_submodule(layer, _linear(pair, layer, model.get_parameter(f"{layer}.weight")))
-    for name in pair.whole:
-        shape = model.get_parameter(name).shape
-        set_parameter(model, name, pair.adapter[name].to(device, torch.float32).reshape(shape))
+    for layer, kind in pair.storage.items():
+        linear = model.get_submodule(layer)
+        assert isinstance(linear, Linear) and linear.weight is not None
+        linear.store_as(make_store(kind, linear.weight))
+    attach(pair, model)
     return model
 
 

@@ -94,6 +94,9 @@ class TensorFile(Mapping[str, Tensor]):
         opened, key = self._where[name]
         return opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 

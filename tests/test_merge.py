@@ -76,6 +76,17 @@ def logits(model: RWKV) -> torch.Tensor:
         return model.logits(model(TOKENS)[0])
 
 
+def test_a_file_of_every_parameter_is_a_model(base, tmp_path):
+    """It loads without its base; a file of some is an adapter."""
+    model, path = saved(base, tmp_path, PeftFlags())
+    assert read_metadata(path)["kind"] == "model"
+    assert torch.equal(logits(load_model(path, backend="reference")), logits(model))
+    profile = tmp_path / "some.json"
+    profile.write_text('{"rules": [{"match": "blocks.1.*", "mode": "full"}]}')
+    _, path = saved(base, tmp_path, PeftFlags(layer_profile=str(profile)))
+    assert read_metadata(path)["kind"] == "adapter"
+
+
 modes = pytest.mark.parametrize("mode", ADAPTER_MODES)
 
 
