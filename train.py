@@ -425,10 +425,9 @@ def describe(
 def build(settings: Settings, config: "RWKVConfig", device: Device) -> tuple["RWKV", "Plan", str]:
     """The model with its stores and adapters in place, the plan, and the base's fingerprint."""
     from peft.adapter_file import load_adapter
-    from peft.apply import apply_profile, load_with_profile
+    from peft.apply import load_with_profile, new_with_profile
     from peft.tuned_state import add_tuned_state
     from rwkv.checkpoint import fingerprint, read_tensors
-    from rwkv.training.model import new_model
 
     flags, peft = settings[ModelFlags], settings[PeftFlags]
     if flags.load_model:
@@ -439,8 +438,9 @@ def build(settings: Settings, config: "RWKVConfig", device: Device) -> tuple["RW
     else:
         seed = settings[TrainerFlags].random_seed
         base = f"new, seed {seed}"
-        model = new_model(config, flags.backend, device=device.kind, dtype=device.dtype, seed=seed)
-        plan = apply_profile(model, peft)
+        model, plan = new_with_profile(
+            config, peft, device=device.kind, dtype=device.dtype, backend=flags.backend, seed=seed
+        )
     if settings[StateFlags].state:
         add_tuned_state(model)
     if peft.load_adapter:

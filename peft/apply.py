@@ -1,5 +1,6 @@
 """Turn a model into what its plan says: stored weights, adapters, and what trains."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,9 @@ from peft.plan import STATE, Plan, make_plan
 from peft.quantized import read_store
 from peft.registry import ADAPTERS, make_adapter
 from peft.stores import make_store
-from rwkv.checkpoint import TensorFile, config_of, fill, read_tensors
+from rwkv.checkpoint import TensorFile, config_of, fill, read_tensors, set_parameter
+from rwkv.config import RWKVConfig
+from rwkv.init import initialize
 from rwkv.linear import Linear
 from rwkv.model import RWKV
 
@@ -52,6 +55,83 @@ def load_with_profile(
         install(model, name, plan)
 
     fill(model, tensors, device=device, dtype=dtype, placed=placed)
+    mark_trained(model, plan)
+    return model, plan
+
+
+def new_with_profile(
+    config: RWKVConfig,
+    flags: PeftFlags,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    seed: int = 0,
+) -> tuple[RWKV, Plan]:
+    """A new model with BlinkDL's initialization and its profile, one block after the other.
+
+    Memory never holds more than the finished model and one block in float32 on the CPU.
+
+    Args:
+        config: its sizes.
+        flags: as for make_plan.
+        device, dtype: of the parameters.
+        backend: of the wkv operator.
+        seed: of its matrices.
+
+    Raises:
+        InputError: the profile does not suit the model.
+        RuntimeError: a package that a store needs is missing.
+    """
+
+    def fill(model: RWKV, placed: Callable[[str], None]) -> None:
+        def moved(name: str) -> None:
+            set_parameter(model, name, model.get_parameter(name).detach().to(device, dtype))
+            placed(name)
+
+        initialize(model, seed, placed=moved)
+
+    return _filled(config, flags, backend, fill)
+
+
+def random_with_profile(
+    config: RWKVConfig,
+    flags: PeftFlags,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    seed: int = 0,
+) -> tuple[RWKV, Plan]:
+    """A model of random numbers to measure time and memory with, made in seconds at any size.
+
+    Args and errors are those of new_with_profile. Each layer is drawn on the device and stored
+    before the next one is.
+    """
+
+    def fill(model: RWKV, placed: Callable[[str], None]) -> None:
+        draw = torch.Generator(device).manual_seed(seed)
+        for name, parameter in list(model.named_parameters()):
+            value = torch.empty(parameter.shape, device=device, dtype=dtype)
+            # of a size that keeps a deep stream and its gradient finite
+            set_parameter(model, name, value.normal_(std=0.02, generator=draw))
+            placed(name)
+
+    return _filled(config, flags, backend, fill)
+
+
+def _filled(
+    config: RWKVConfig,
+    flags: PeftFlags,
+    backend: str,
+    fill: Callable[[RWKV, Callable[[str], None]], None],
+) -> tuple[RWKV, Plan]:
+    """A model whose layers are stored and adapted as soon as `fill` has placed them."""
+    with torch.device("meta"):
+        model = RWKV(config, backend)
+    plan = make_plan(model, flags)
+    layer_of = {p: name for name, layer in plan.layers.items() for p in layer.parameters}
+    fill(model, lambda parameter: install(model, layer_of[parameter], plan))
     mark_trained(model, plan)
     return model, plan
 
