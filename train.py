@@ -124,8 +124,24 @@ def train(settings: Settings) -> int:
     for line in describe(settings, config, layers, batches.training, steps, device):
         say(line)
     if trainer.dry_run:
-        return 0
+        return preview(settings, config, layers, batches.training, device)
     return fit(settings, config, batches, steps, device, tokenizer)
+
+
+def preview(
+    settings: Settings, config: "RWKVConfig", layers: "Plan", batches: "BatchPlan", device: Device
+) -> int:
+    """End a dry run with the memory that the run would take."""
+    from run.memory import describe_memory, step_of, verify
+
+    step = step_of(settings, settings[DataFlags].ctx_len, device.dtype)
+    for line in describe_memory(settings, config, layers, step):
+        say(line)
+    if settings[TrainerFlags].dry_run == "verify":
+        objective = make_objective(settings, load_teacher(settings, config, device))
+        for line in verify(settings, config, layers, step, batches, objective):
+            say(line)
+    return 0
 
 
 def iterate(settings: Settings) -> int:

@@ -1,4 +1,4 @@
-"""Make sure that `peft`, `rwkv`, `losses` and `data` are this project's folders."""
+"""Make sure that `peft`, `rwkv`, `losses`, `data` and `run` are this project's folders."""
 
 import importlib.util
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from rwkv.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("rwkv", "peft", "losses", "data")
+FOLDERS = ("rwkv", "peft", "losses", "data", "run")
 
 
 def check_names() -> None:

@@ -19,6 +19,7 @@ OURS = {
     ),
     "peft": ("rwkv",),
     "data": ("rwkv", "losses.logprobs", "losses.preference"),
+    "run": ("rwkv", "losses", "peft", "data"),
 }
 ONLY_IN = {
     "pytorch_lightning": ("rwkv/training",),
