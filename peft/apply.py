@@ -113,8 +113,11 @@ def random_with_profile(
         draw = torch.Generator(device).manual_seed(seed)
         for name, parameter in list(model.named_parameters()):
             value = torch.empty(parameter.shape, device=device, dtype=dtype)
-            # of a size that keeps a deep stream and its gradient finite
-            set_parameter(model, name, value.normal_(std=0.02, generator=draw))
+            if ".ln" in name or name.startswith("ln"):
+                value.fill_(float(name.endswith("weight")))
+            else:  # a matrix hands on half of the size that it reads
+                value.normal_(std=0.5 / value.shape[-1] ** 0.5, generator=draw)
+            set_parameter(model, name, value)
             placed(name)
 
     return _filled(config, flags, backend, fill)

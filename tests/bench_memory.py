@@ -143,8 +143,8 @@ def full_batch(rows: int, ctx_len: int, count: int) -> TokenBatch:
     return TokenBatch(tokens[:, :-1], tokens[:, 1:], mask, borders, total)
 
 
-def measured(setting: Setting, config: RWKVConfig) -> Measured:
-    """Two steps of a setting on the GPU."""
+def measured(setting: Setting, config: RWKVConfig, *, steps: int = 2) -> Measured:
+    """A few steps of a setting on the GPU."""
     optimizer, plan = OptimizerFlags(optim=setting.optim), None
 
     def make() -> RWKV:
@@ -165,7 +165,7 @@ def measured(setting: Setting, config: RWKVConfig) -> Measured:
     objective = SFT(chunks=ChunkPlan(setting.chunk) if setting.chunk else None)
     count = setting.rows * setting.ctx_len * setting.accumulate
     batches = [full_batch(setting.rows, setting.ctx_len, count) for _ in range(setting.accumulate)]
-    return measure(make, optimize, objective, batches)
+    return measure(make, optimize, objective, batches, steps=steps)
 
 
 def compare(only: list[int], seconds: float, details: bool) -> int:

@@ -1,5 +1,6 @@
-"""What two training steps really occupy on a GPU, by moment."""
+"""What training steps really occupy on a GPU, by moment, and how long they take."""
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ class Measured(NamedTuple):
     stepping: at most in the optimizer's step, over model and optimizer.
     peak: at most at any time.
     reserved: at most held by torch.
-    seconds: of the second step.
+    seconds: of a step after the first, the median.
     """
 
     loading: int
@@ -39,14 +40,17 @@ def measure(
     make_optimizer: Callable[[nn.Module], Optimizer],
     objective: Callable[[nn.Module, Any], tuple[torch.Tensor, Any]],
     batches: Sequence[Any],
+    *,
+    steps: int = 2,
 ) -> Measured:
-    """Make a model on the current GPU and train it for two steps.
+    """Make a model on the current GPU and train it for a few steps.
 
     Args:
         make: gives the model.
         make_optimizer: gives the optimizer over what trains.
         objective: the loss of a micro-batch and metrics.
-        batches: micro-batches of a step, on the GPU; both steps take the same.
+        batches: micro-batches of a step, on the GPU; all steps take the same.
+        steps: at least 2.
 
     Raises:
         torch.OutOfMemoryError: the GPU has too little.
@@ -70,7 +74,8 @@ def measure(
     optimizer = make_optimizer(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     walking = stepping = gradients = 0
-    for _ in range(2):
+    times = []
+    for _ in range(steps):
         rest = torch.cuda.memory_allocated()
         start = time.perf_counter()
         for batch in batches:
@@ -83,7 +88,8 @@ def measure(
         optimizer.step()
         stepping = highest(rest)
         optimizer.zero_grad()
-        seconds = time.perf_counter() - start
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
     return Measured(
         loading=loading,
         model=made - before,
@@ -93,5 +99,5 @@ def measure(
         stepping=stepping,
         peak=max(peaks),
         reserved=torch.cuda.max_memory_reserved(),
-        seconds=seconds,
+        seconds=statistics.median(times[1:]),
     )
