@@ -134,7 +134,7 @@ def preview(
     """End a dry run with the memory that the run would take."""
     from run.memory import describe_memory, step_of, verify
 
-    step = step_of(settings, settings[DataFlags].ctx_len, device.dtype)
+    step = step_of(settings, device.dtype)
     for line in describe_memory(settings, config, layers, step):
         say(line)
     if settings[TrainerFlags].dry_run == "verify":

@@ -116,7 +116,8 @@ def random_with_profile(
             if ".ln" in name or name.startswith("ln"):
                 value.fill_(float(name.endswith("weight")))
             else:  # a matrix hands on half of the size that it reads
-                value.normal_(std=0.5 / value.shape[-1] ** 0.5, generator=draw)
+                summed = value.shape[-1 if name.endswith(".weight") else -2]
+                value.normal_(std=0.5 / summed**0.5, generator=draw)
             set_parameter(model, name, value)
             placed(name)
 

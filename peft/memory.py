@@ -38,6 +38,7 @@ class Step:
     rows, ctx_len: of a micro-batch on one device.
     dtype: of the model.
     chunk: tokens of a row that are walked at once; 0 for all.
+    packed: the rows of a micro-batch lie end to end in one, which chunks cut.
     host_states: the states between chunks lie in host memory.
     grad_cp: blocks are recomputed.
     accumulate: micro-batches a step.
@@ -49,6 +50,7 @@ class Step:
     ctx_len: int
     dtype: torch.dtype = torch.bfloat16
     chunk: int = 0
+    packed: bool = True
     host_states: bool = False
     grad_cp: bool = True
     accumulate: int = 1
@@ -60,12 +62,19 @@ class Step:
     @property
     def tokens(self) -> int:
         """Read at once."""
-        return self.rows * min(self.ctx_len, self.chunk or self.ctx_len)
+        rows, length = self._walked
+        return rows * min(length, self.chunk or length)
 
     @property
-    def pieces(self) -> int:
-        """Chunks of a row."""
-        return -(-self.ctx_len // self.chunk) if self.chunk else 1
+    def borders(self) -> int:
+        """States that chunks hand on."""
+        rows, length = self._walked
+        return rows * (-(-length // self.chunk) - 1) if self.chunk else 0
+
+    @property
+    def _walked(self) -> tuple[int, int]:
+        """Rows and their length, as the model sees them."""
+        return (1, self.rows * self.ctx_len) if self.packed else (self.rows, self.ctx_len)
 
     @property
     def stage(self) -> int:
@@ -282,11 +291,10 @@ def blocks_at_work(config: RWKVConfig, plan: Plan, step: Step) -> int:
 
 
 def states_between_chunks(config: RWKVConfig, step: Step) -> int:
-    """The states at the borders of chunks, and of the texts of the piece at hand."""
+    """The states at the borders of chunks."""
     wkv = config.n_head * config.head_size**2 * 4
     shifts = 2 * config.n_embd * step.dtype.itemsize
-    borders = step.pieces - 1 if step.chunk else 0
-    return borders * config.n_layer * step.rows * (wkv + shifts)
+    return step.borders * config.n_layer * (wkv + shifts)
 
 
 def head(config: RWKVConfig, step: Step) -> int:

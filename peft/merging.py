@@ -183,16 +183,29 @@ def _adapted(pair: Pair, layer: str, linear: Linear) -> AdapterLinear:
     return built
 
 
-def compare(pair: Pair, merged: Mapping[str, Tensor], *, device: str = "cpu") -> Difference:
+def compare(
+    pair: Pair,
+    merged: Mapping[str, Tensor],
+    *,
+    device: str = "cpu",
+    storage: Mapping[str, str] | None = None,
+) -> Difference:
     """Let base with adapter, then the merged weights, read the same tokens in float32.
 
     One model is in memory at a time.
+
+    Args:
+        pair, merged: as `merge` takes and gives them.
+        device: where both run.
+        storage: layers of the merged model to be stored in fewer bits, and their storages.
     """
     vocab_size = config_of(pair.base).vocab_size
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab_size, (1, TOKENS), generator=draw).to(device)
     before = _logits(_adapted_model(pair, device), tokens)
-    after = _logits(_merged_model(pair, merged, device), tokens)
+    model = _merged_model(pair, merged, device)
+    _store(model, storage or {})
+    after = _logits(model, tokens)
     gap = (after - before).abs()
     kl = F.kl_div(
         after.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="batchmean"
@@ -211,12 +224,16 @@ def _adapted_model(pair: Pair, device: str) -> RWKV:
     with torch.device("meta"):
         model = RWKV(config_of(pair.base))
     fill(model, pair.base, device=device, dtype=torch.float32)
-    for layer, kind in pair.storage.items():
+    _store(model, pair.storage)
+    attach(pair, model)
+    return model
+
+
+def _store(model: RWKV, storage: Mapping[str, str]) -> None:
+    for layer, kind in storage.items():
         linear = model.get_submodule(layer)
         assert isinstance(linear, Linear) and linear.weight is not None
         linear.store_as(make_store(kind, linear.weight))
-    attach(pair, model)
-    return model
 
 
 def _merged_model(pair: Pair, merged: Mapping[str, Tensor], device: str) -> RWKV:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from data.flags import DataFlags
 from losses.flags import ChunkFlags
 from peft.flags import PeftFlags, StateFlags
 from rwkv.errors import InputError, RunError
@@ -19,16 +20,17 @@ if TYPE_CHECKING:
     from rwkv.training.measure import Measured
 
 
-def step_of(settings: Settings, ctx_len: int, dtype: "torch.dtype") -> "Step":
+def step_of(settings: Settings, dtype: "torch.dtype") -> "Step":
     """What the flags say of a step's memory."""
     from peft.memory import Step
 
     trainer, chunks = settings[TrainerFlags], settings[ChunkFlags]
     return Step(
         rows=trainer.micro_bsz,
-        ctx_len=ctx_len,
+        ctx_len=settings[DataFlags].ctx_len,
         dtype=dtype,
         chunk=chunks.chunk_ctx if chunks.infctx else 0,
+        packed=settings[DataFlags].packing,
         host_states=chunks.infctx and chunks.chunk_offload,
         grad_cp=trainer.grad_cp,
         accumulate=trainer.accumulate_grad_batches,

@@ -195,6 +195,17 @@ def test_less_at_once_needs_less_memory(tmp_path, less):
     assert predict(config, plan, replace(step, **less)).peak < predict(config, plan, step).peak
 
 
+def test_chunks_cut_the_packed_row(tmp_path):
+    """4 rows of 1,024 tokens: 1 row of 4,096 in 16 chunks, or each row in 4."""
+    config, plan = config_of(), plan_of(tmp_path)
+    packed, padded = (Step(4, 1024, chunk=256, packed=packed) for packed in (True, False))
+    assert (packed.tokens, packed.borders) == (256, 15)
+    assert (padded.tokens, padded.borders) == (1024, 12)
+    state = 4 * 2 * 64**2 + 2 * 2 * C  # two heads in float32, two shifts in bfloat16
+    assert memory.states_between_chunks(config, packed) == 15 * 2 * state
+    assert predict(config, plan, padded).peak > predict(config, plan, packed).peak
+
+
 def test_blocks_below_the_first_that_trains_keep_nothing(tmp_path):
     config = config_of(layers=4)
     path = tmp_path / "p.json"
