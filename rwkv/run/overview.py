@@ -9,10 +9,10 @@ from peft.flags import StateFlags
 from peft.plan import Plan
 from peft.plan import describe as describe_layers
 from peft.tuned_state import describe_prefix, describe_state
-from run.models import Device
 from rwkv.config import RWKVConfig
 from rwkv.flags import Settings
 from rwkv.ops.backends import describe_choice
+from rwkv.run.models import Device
 from rwkv.training.flags import ModelFlags, TrainerFlags
 
 

@@ -18,15 +18,15 @@ from peft.adapter_file import adapter_metadata, trained_tensors
 from peft.flags import StateFlags
 from peft.groups import parameter_groups
 from peft.plan import trained_count
-from run.batches import Batches
-from run.models import Device, build, building_place, load_teacher
-from run.overview import Steps
 from rwkv.cli import say
 from rwkv.config import RWKVConfig
 from rwkv.errors import InputError
 from rwkv.flags import Settings
 from rwkv.generate import generate
 from rwkv.model import RWKV
+from rwkv.run.batches import Batches
+from rwkv.run.models import Device, build, building_place, load_teacher
+from rwkv.run.overview import Steps
 from rwkv.sampling_flags import Sampling
 from rwkv.templates import prompt_tokens
 from rwkv.tokenizer import Tokenizer
