@@ -1,7 +1,10 @@
 """The option that says where real data and models lie, and what runs without a GPU."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import emulate
 import pytest
 import torch
 
@@ -28,6 +31,14 @@ def assets(request) -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"no real data and models in {folder}; name their folder with --assets")
     return folder
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory) -> Callable[..., emulate.Library]:
+    """`emulated(source, macros)`: a source of cuda/, compiled for the CPU once a test run."""
+    if reason := emulate.why_not():
+        pytest.skip(reason)
+    return partial(emulate.load, folder=tmp_path_factory.getbasetemp() / "emulated")
 
 
 def pytest_collection_modifyitems(items):

@@ -75,13 +75,19 @@ def test_any_shape_is_stored_in_the_size_foretold(kind, shape):
     assert store.bytes() == stored_size(kind, *shape)
 
 
+def layer_over(store) -> Linear:
+    layer = Linear(IN, OUT)
+    layer.store_as(store)
+    return layer
+
+
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_product_and_gradient_are_those_of_the_dense_weight(kind, dtype):
     store = make_store(kind, weight(dtype))
     x = torch.randn(2, 3, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
     leaves = [x.clone().requires_grad_() for _ in range(2)]
-    outs = store.output(leaves[0]), F.linear(leaves[1], store.dense(dtype))
+    outs = layer_over(store)(leaves[0]), F.linear(leaves[1], store.dense(dtype))
     for out in outs:
         out.square().sum().backward()
     assert relative(outs[0], outs[1]) < 1e-6 and relative(leaves[0].grad, leaves[1].grad) < 1e-6
@@ -92,7 +98,7 @@ def test_the_product_keeps_nothing_for_the_backward_pass(kind):
     store, kept = make_store(kind, weight()), []
     x = torch.randn(4, IN, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        store.output(x)
+        layer_over(store)(x)
     assert not kept
 
 
@@ -215,7 +221,7 @@ def test_products_on_a_gpu_are_near_the_dense_ones(kind):
     store = make_store(kind, weight(torch.bfloat16).cuda())
     x = torch.randn(64, IN, generator=torch.Generator().manual_seed(1)).cuda().bfloat16()
     leaves = [x.clone().requires_grad_() for _ in range(2)]
-    outs = store.output(leaves[0]), F.linear(leaves[1], store.dense(torch.bfloat16))
+    outs = layer_over(store)(leaves[0]), F.linear(leaves[1], store.dense(torch.bfloat16))
     grad = torch.randn_like(outs[0])
     for out in outs:
         out.backward(grad)

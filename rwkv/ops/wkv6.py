@@ -14,6 +14,7 @@ from rwkv.ops.backends import choose_backend
 from rwkv.ops.packing import check_packing
 
 BACKENDS = {
+    "triton": "rwkv.ops.wkv6_triton",
     "fla": "rwkv.ops.wkv6_fla",
     "torch": "rwkv.ops.wkv6_torch",
     "reference": "rwkv.ops.wkv6_reference",

@@ -14,6 +14,7 @@ from rwkv.ops.backends import choose_backend
 from rwkv.ops.packing import check_packing
 
 BACKENDS = {
+    "cuda": "rwkv.ops.wkv7_cuda",
     "triton": "rwkv.ops.wkv7_triton",
     "fla": "rwkv.ops.wkv7_fla",
     "torch": "rwkv.ops.wkv7_torch",

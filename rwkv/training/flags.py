@@ -24,7 +24,7 @@ class ModelFlags:
     kernel: str = flag(
         "auto",
         "wkv implementation; auto takes the best that can run (triton: RWKV-7 only)",
-        choices=("auto", "triton", "fla", "torch", "reference"),
+        choices=("auto", "cuda", "triton", "fla", "torch", "reference"),
     )
     fla: bool = flag(False, "same as --kernel fla")
 
