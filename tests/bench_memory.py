@@ -223,7 +223,7 @@ def counts() -> None:
         for mode, limited in (("lora", False), ("lora", True), ("bone", False), ("full", False)):
             kept, peak = {}, {}
             for layers in (2, 3):
-                setting = Setting("1.5B", mode, limited=limited)
+                setting = Setting("1.5B", mode, ctx_len=tokens, limited=limited)
                 config = config_of_shape("1.5B", layers=layers, version=version)
                 model, plan = random_with_profile(
                     config, peft_flags(setting), device="cuda", dtype=torch.bfloat16

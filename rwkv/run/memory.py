@@ -1,10 +1,13 @@
 """A run's memory before it begins: predicted, what would fit, and measured over two steps."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from data.flags import DataFlags
 from losses.flags import ChunkFlags
+from losses.objectives import chosen_objective
+from losses.preference_flags import REFERENCED
 from peft.flags import PeftFlags, StateFlags
 from rwkv.cli import say
 from rwkv.errors import InputError, RunError
@@ -101,9 +104,11 @@ def verify(
     import torch
 
     from data.datasets import make_loader
+    from peft.adapter import adapters_off
     from peft.apply import load_with_profile, random_with_profile
     from peft.groups import parameter_groups
     from peft.memory import predict
+    from peft.tuned_state import add_tuned_state
     from rwkv.training.measure import measure
     from rwkv.training.optimizer import make_optimizer
 
@@ -122,6 +127,8 @@ def verify(
             model, _ = load_with_profile(flags.load_model, peft, **where)
         else:
             model, _ = random_with_profile(config, peft, **where)
+        if step.tuned_state:
+            add_tuned_state(model)
         model.grad_cp = step.grad_cp
         return model
 
@@ -137,6 +144,8 @@ def verify(
         batch._replace(**{n: t.cuda() for n, t in batch._asdict().items() if t is not None})
         for batch in loader
     ]
+    if chosen_objective(settings) in REFERENCED and batches.pieces.store.reference is None:
+        objective = replace(objective, reference=adapters_off)
     found = measure(make, optimize, objective, moved)
     yield from compared(predict(config, layers, step), found)
 

@@ -1,5 +1,6 @@
 """What training steps really occupy on a GPU, by moment, and how long they take."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -55,6 +56,7 @@ def measure(
     Raises:
         torch.OutOfMemoryError: the GPU has too little.
     """
+    gc.collect()  # what an earlier measurement left in cycles
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
