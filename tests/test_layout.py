@@ -15,7 +15,16 @@ OURS = {
     "rwkv": (),
     "losses": tuple(
         f"rwkv.{name}"
-        for name in ("batch", "chunks", "errors", "flags", "recompute", "scattered", "state")
+        for name in (
+            "batch",
+            "chunks",
+            "errors",
+            "flags",
+            "ops.logit_scores",
+            "recompute",
+            "scattered",
+            "state",
+        )
     ),
     "peft": ("rwkv",),
     "data": ("rwkv", "losses.logprobs", "losses.preference"),
