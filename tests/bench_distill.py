@@ -3,10 +3,12 @@
     python tests/bench_distill.py reversal --model rwkv7-reverse-60digits.pth --output FOLDER
     python tests/bench_distill.py speed
 
-`reversal` trains students of half the teacher's width from nothing, from one seed on the same
-texts ("123,321#", 1 to 20 digits, all tokens scored): one from the texts alone, one from the
-teacher's top-k scores of them. A table of steps against exact answers to 400 held-out numbers, and
-the step from which at least 95% are exact.
+`reversal` trains students of half the teacher's width from nothing, with the same first weights and
+the same texts ("123,321#", 1 to 20 digits, the answers scored): one from the texts alone, the
+others from the teacher's top-k scores of them, at each of --mixes (ALPHA:TEMPERATURE, as train.py
+has them). A table of steps against exact answers to 400 held-out numbers, the mean over --seeds,
+and the step from which on at least 95% are exact. All run beside each other, --jobs at a time, each
+on one thread.
 
 `speed` has a 7B-shape teacher score random texts (k = 50) and a 1.5B-shape student learn from the
 scores, both with random weights on one GPU; tokens a second and peak memory of each, in a minute.
@@ -15,11 +17,13 @@ scores, both with random weights on one GPU; tokens a second and peak memory of 
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -42,9 +46,10 @@ def main() -> int:
     reversal.add_argument("--texts", type=int, default=20000)
     reversal.add_argument("--tokens", type=int, default=1024, help="of a step")
     reversal.add_argument("--rate", type=float, default=1e-2)
-    reversal.add_argument("--seed", type=int, default=1)
-    reversal.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
-    reversal.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    reversal.add_argument("--head_size", type=int, default=0, help="of the students; the teacher's")
+    reversal.add_argument("--seeds", type=int, nargs="+", default=(1,))
+    reversal.add_argument("--mixes", nargs="+", default=("0:2", "0:4", "0.5:4"))
+    reversal.add_argument("--jobs", type=int, default=2)
     speed = commands.add_parser("speed")
     speed.add_argument("--teacher", type=int, nargs=2, default=(32, 4096), help="layers, width")
     speed.add_argument("--student", type=int, nargs=2, default=(24, 2048), help="layers, width")
@@ -57,12 +62,6 @@ def main() -> int:
     options = parser.parse_args()
     {"reversal": run_reversal, "speed": run_speed}[options.command](options)
     return 0
-
-
-STUDENTS = {  # what each learns from, as flags of train.py
-    "texts": ["--sft", 1, "--l2wrap", 0, "--mask_prompt", 0],
-    "teacher": ["--distillation", 1, "--alpha", 0, "--temperature", 1, "--l2wrap", 0],
-}
 
 
 def run_reversal(options: argparse.Namespace) -> None:
@@ -78,37 +77,60 @@ def run_reversal(options: argparse.Namespace) -> None:
     shared = ["--tokenizer", DIGITS, "--template", "plain"]
     shared += ["--cache_dir", options.output / "cache"]
     scores = options.output / "scores"
-    if not scores.exists():
-        words = ["--load_model", options.model, "--data", data, "--output", scores, "--top_k", 10]
-        words += ["--temperature", 1, "--mask_prompt", 0, *shared]
-        call("-m", "data.make_teacher", *words)
+    temperatures = sorted({float(mix.partition(":")[2]) for mix in options.mixes})
+    begin = time.perf_counter()
+    words = ["--load_model", options.model, "--data", data, "--output", scores, "--top_k", 10]
+    call("-m", "data.make_teacher", *words, "--temperature", *temperatures, *shared)
+    print(f"scores: {time.perf_counter() - begin:.0f} s", flush=True)
+
     teacher = config_of(read_tensors(options.model))
     sizes = ["--my_testing", "x070", "--n_layer", teacher.n_layer, "--n_embd", teacher.n_embd // 2]
-    sizes += ["--head_size_a", teacher.head_size // 2]
-    curves: dict[str, list[float]] = {}
-    for name in options.students:
-        begin, folder = time.perf_counter(), options.output / f"from-{name}"
-        words = [*sizes, *shared, *STUDENTS[name]]
-        words += ["--train_data_file", scores if name == "teacher" else data]
-        words += ["--ctx_len", options.tokens, "--micro_bsz", 1, "--accelerator", options.device]
-        words += ["--epoch_steps", options.every, "--epoch_count", options.steps // options.every]
-        words += ["--epoch_save", 1, "--lr_init", options.rate, "--lr_final", options.rate / 10]
-        words += ["--lr_schedule", "cosine", "--warmup_steps", 20, "--random_seed", options.seed]
-        words += ["--grad_cp", 0, "--num_workers", 0, "--precision", "fp32"]
-        call("train.py", *words, "--proj_dir", folder)
-        curves[name] = [
-            exact(folder / f"rwkv-{epoch}.pth", held_out, options.device)
-            for epoch in range(options.steps // options.every)
+    sizes += ["--head_size_a", options.head_size or teacher.head_size]
+    schedule = ["--epoch_steps", options.every, "--epoch_count", options.steps // options.every]
+    schedule += ["--epoch_save", 1, "--lr_init", options.rate, "--lr_final", options.rate / 20]
+    schedule += ["--lr_schedule", "cosine", "--warmup_steps", 20]
+    batches = ["--ctx_len", options.tokens, "--micro_bsz", 1, "--num_workers", 0]
+    students = {"texts": ["--sft", 1, "--train_data_file", data]}
+    for mix in options.mixes:
+        alpha, _, temperature = mix.partition(":")
+        students[f"alpha {alpha}, T {temperature}"] = [
+            *("--distillation", 1, "--alpha", alpha, "--temperature", temperature),
+            *("--train_data_file", scores),
         ]
-        print(f"from the {name}: {time.perf_counter() - begin:.0f} s", flush=True)
-    print("| step |", " | ".join(f"from the {name}" for name in curves), "|")
-    print("|---" * (1 + len(curves)) + "|")
-    for row, values in enumerate(zip(*curves.values(), strict=True), start=1):
+
+    def curve(job: tuple[str, int]) -> list[float]:
+        """Shares of exact answers, at every save."""
+        name, seed = job
+        folder = options.output / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+        flags = [*students[name], *sizes, *shared, *schedule, *batches, "--random_seed", seed]
+        flags += ["--l2wrap", 0, "--grad_cp", 0, "--precision", "fp32", "--accelerator", "cpu"]
+        call("train.py", *flags, "--proj_dir", folder)
+        saves = range(options.steps // options.every)
+        return [exact(folder / f"rwkv-{number}.pth", held_out) for number in saves]
+
+    begin = time.perf_counter()
+    jobs = [(name, seed) for seed in options.seeds for name in students]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        curves = dict(zip(jobs, pool.map(curve, jobs), strict=True))
+    print(f"{len(jobs)} students: {time.perf_counter() - begin:.0f} s\n")
+    means = {
+        name: [
+            sum(at) / len(at) for at in zip(*(curves[name, s] for s in options.seeds), strict=True)
+        ]
+        for name in students
+    }
+    print("| step |", " | ".join(means), "|")
+    print("|---" * (1 + len(means)) + "|")
+    for row, values in enumerate(zip(*means.values(), strict=True), start=1):
         print(f"| {row * options.every} |", " | ".join(f"{value:.1%}" for value in values), "|")
-    for name, curve in curves.items():
-        there = [n for n in range(len(curve)) if min(curve[n:]) >= 0.95]
-        reached = f"from step {(there[0] + 1) * options.every}" if there else "not reached"
-        print(f"95% exact from the {name}: {reached}")
+    reached = [reaches(mean, options.every) for mean in means.values()]
+    print("| 95% from |", " | ".join(reached), "|")
+
+
+def reaches(curve: list[float], every: int) -> str:
+    """The step from which a curve stays at 95% and above."""
+    there = [n for n in range(len(curve)) if min(curve[n:]) >= 0.95]
+    return str((there[0] + 1) * every) if there else "-"
 
 
 def numbers(count: int, seed: int) -> list[str]:
@@ -119,21 +141,24 @@ def numbers(count: int, seed: int) -> list[str]:
 
 def call(*words: object) -> None:
     done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     if done.returncode:
         raise SystemExit(done.stderr)
 
 
-def exact(path: Path, some: list[str], device: str) -> float:
+def exact(path: Path, some: list[str]) -> float:
     """Share of numbers that the model, always writing the likeliest token, reverses."""
     from rwkv.checkpoint import load_model
     from rwkv.generate import generate
     from rwkv.sampling_flags import Sampling
     from rwkv.tokenizer import load_tokenizer
 
-    model = load_model(path, device="cuda" if device == "gpu" else "cpu").requires_grad_(False)
-    tokenizer = load_tokenizer(DIGITS)
+    model, tokenizer = load_model(path).requires_grad_(False), load_tokenizer(DIGITS)
     written = generate(
         model,
         [tokenizer.encode(f"{number},") for number in some],

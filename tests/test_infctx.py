@@ -185,19 +185,19 @@ def test_states_in_host_memory_change_nothing(how, grad_cp):
 
 
 def most_states(T: int, *, grad_cp: bool) -> int:
-    """How many wkv states that a block starts from live at once, those in host memory aside."""
+    """How many wkv states that a time mix starts from live at once, those in host memory aside."""
     model, states, most = small_model(7), [], 0
     model.grad_cp = grad_cp
 
     def note(module, arguments):
         nonlocal most
-        states.append(StorageWeakRef(arguments[2].wkv.untyped_storage()))
+        states.append(StorageWeakRef(arguments[4].untyped_storage()))
         most = max(most, sum(not one.expired() for one in states))
 
     for block in model.blocks:
-        block.register_forward_pre_hook(note)
+        block.att.register_forward_pre_hook(note)
     SFT(chunks=ChunkPlan(16, offload=True))(model, padded(texts([T]), T))[0].backward()
-    passes = 3 if grad_cp else 2  # the first, the chunk again and, if asked for, each block again
+    passes = 3 if grad_cp else 2  # the first, the chunk again and, if asked for, each half again
     assert len(states) == passes * 2 * T / 16
     return most
 
