@@ -273,21 +273,28 @@ def kept_by_block(config: RWKVConfig, plan: Plan, step: Step) -> int:
 def between_blocks(config: RWKVConfig, plan: Plan, step: Step) -> int:
     """What all blocks keep until the backward pass reaches them, and the ends of the stream.
 
-    Recomputed blocks keep their input. Beside them are the first layer's values, the hidden
-    states, those that are scored, and their gradient.
+    Recomputed blocks keep their input and that of their channel mix, under ZeRO-3 the first
+    alone. Beside them are the first layer's values, the hidden states, those that are scored, and
+    their gradient.
     """
     vector = step.tokens * config.n_embd * step.dtype.itemsize
     blocks = learning_blocks(config, plan, step)
     ends = 4 * vector
     if step.grad_cp:
-        return blocks * vector + ends
+        return blocks * vector * (1 if step.stage == 3 else 2) + ends
     return max(blocks - 1, 0) * kept_by_block(config, plan, step) + ends
 
 
 def blocks_at_work(config: RWKVConfig, plan: Plan, step: Step) -> int:
-    """A block with all it keeps, and what its backward pass makes on the way."""
-    passing = PASSING * step.tokens * config.dim_ffn * step.dtype.itemsize
-    return kept_by_block(config, plan, step) + int(passing)
+    """What is there of one block in its backward pass: all it keeps, and what is made on the way.
+
+    Recomputed, time mix and channel mix are never there at once, but under ZeRO-3.
+    """
+    passing = int(PASSING * step.tokens * config.dim_ffn * step.dtype.itemsize)
+    if step.grad_cp and step.stage != 3:
+        halves = kept_by_time_mix(config, plan, step), kept_by_channel_mix(config, plan, step)
+        return max(halves) + passing
+    return kept_by_block(config, plan, step) + passing
 
 
 def states_between_chunks(config: RWKVConfig, step: Step) -> int:
