@@ -32,7 +32,7 @@ def train(settings: Settings) -> int:
     """Prepare a run, print its plan and, unless it is a dry run, train."""
     from run.batches import open_data
     from run.models import choose_device, plan_layers
-    from run.overview import count_steps, describe
+    from run.overview import Run, count_steps, describe
     from rwkv.tokenizer import load_tokenizer
     from rwkv.training.model import read_config
 
@@ -47,13 +47,14 @@ def train(settings: Settings) -> int:
 
     batches = open_data(settings, tokenizer, layers)
     steps = count_steps(trainer, batches.training)
-    for line in describe(settings, config, layers, batches.training, steps, device):
+    run = Run(settings, config, layers, batches, steps, device, tokenizer)
+    for line in describe(run):
         say(line)
     if trainer.dry_run:
         return 0
     from run.fitting import fit
 
-    return fit(settings, config, batches, steps, device, tokenizer)
+    return fit(run)
 
 
 if __name__ == "__main__":
