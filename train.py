@@ -7,10 +7,10 @@
 import sys
 
 from data.flags import DataFlags, IterateFlags
-from run.settings import FLAGS, check
 from rwkv import cli, upstream_flags
 from rwkv.cli import say
 from rwkv.flags import Settings, parse
+from rwkv.run.settings import FLAGS, check
 from rwkv.training.flags import ModelFlags, TrainerFlags
 
 
@@ -23,16 +23,16 @@ def main(argv: list[str] | None = None) -> int:
         say(note)
     if not settings[IterateFlags].iterate:
         return train(settings)
-    from run.rounds import iterate
+    from rwkv.run.rounds import iterate
 
     return iterate(settings, train)
 
 
 def train(settings: Settings) -> int:
     """Prepare a run, print its plan and, unless it is a dry run, train."""
-    from run.batches import open_data
-    from run.models import choose_device, plan_layers
-    from run.overview import Run, count_steps, describe
+    from rwkv.run.batches import open_data
+    from rwkv.run.models import choose_device, plan_layers
+    from rwkv.run.overview import Run, count_steps, describe
     from rwkv.tokenizer import load_tokenizer
     from rwkv.training.model import read_config
 
@@ -51,8 +51,10 @@ def train(settings: Settings) -> int:
     for line in describe(run):
         say(line)
     if trainer.dry_run:
-        return 0
-    from run.fitting import fit
+        from rwkv.run.memory import preview
+
+        return preview(settings, config, layers, batches.training, device)
+    from rwkv.run.fitting import fit
 
     return fit(run)
 

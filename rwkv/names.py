@@ -6,7 +6,7 @@ from pathlib import Path
 from rwkv.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("rwkv", "peft", "losses", "data", "run")
+FOLDERS = ("rwkv", "peft", "losses", "data")
 
 
 def check_names() -> None:

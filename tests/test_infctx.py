@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ from peft.tuned_state import add_tuned_state
 from rwkv.batch import TeacherBatch, TokenBatch
 from rwkv.checkpoint import write_tensors
 from rwkv.chunks import ChunkPlan, walk
+from rwkv.config import default_ranks
+from rwkv.init import initialize
+from rwkv.model import RWKV
 from rwkv.training.step_log import read_log
 
 ROOT = Path(__file__).parent.parent
@@ -169,6 +173,61 @@ def test_evaluation_in_chunks(length):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("how", BATCHES)
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_states_in_host_memory_change_nothing(how, grad_cp):
+    model = with_state(7)
+    model.grad_cp = grad_cp
+    want, expected = gradients(model, BATCHES[how], SFT(chunks=ChunkPlan(7)))
+    got, found = gradients(model, BATCHES[how], SFT(chunks=ChunkPlan(7, offload=True)))
+    assert got == want
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def most_states(T: int, *, grad_cp: bool) -> int:
+    """How many wkv states that a time mix starts from live at once, those in host memory aside."""
+    model, states, most = small_model(7), [], 0
+    model.grad_cp = grad_cp
+
+    def note(module, arguments):
+        nonlocal most
+        states.append(StorageWeakRef(arguments[4].untyped_storage()))
+        most = max(most, sum(not one.expired() for one in states))
+
+    for block in model.blocks:
+        block.att.register_forward_pre_hook(note)
+    SFT(chunks=ChunkPlan(16, offload=True))(model, padded(texts([T]), T))[0].backward()
+    passes = 3 if grad_cp else 2  # the first, the chunk again and, if asked for, each half again
+    assert len(states) == passes * 2 * T / 16
+    return most
+
+
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_states_in_host_memory_leave_the_device(grad_cp):
+    assert most_states(256, grad_cp=grad_cp) == most_states(64, grad_cp=grad_cp)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_memory_of_a_gpu_does_not_grow(grad_cp):
+    """48 chunks more, and less than the state of one of them more; the gradients are the same."""
+    config = replace(small_model(7).config, n_embd=256, dim_ffn=1024, head_size=64)
+    config = replace(config, ranks=default_ranks(7, 256))
+    model = RWKV(config)
+    initialize(model, 0)
+    model.to("cuda", torch.bfloat16).grad_cp = grad_cp
+    peaks, found = [], []
+    for T, offload in ((1024, True), (1024, True), (4096, True), (4096, False)):
+        batch = TokenBatch(*(None if x is None else x.cuda() for x in padded(texts([T]), T)))
+        torch.cuda.reset_peak_memory_stats()
+        found.append(gradients(model, batch, SFT(chunks=ChunkPlan(64, offload=offload)))[1])
+        peaks.append(torch.cuda.max_memory_allocated() - 3 * 17 * T)
+    state = config.n_layer * config.n_head * config.head_size**2 * 4
+    assert peaks[2] - peaks[1] < state + 2**20
+    assert peaks[3] - peaks[2] > 30 * state
+    assert all(torch.equal(found[2][name], gradient) for name, gradient in found[3].items())
+
+
 def most_alive(T: int) -> int:
     """How many of the blocks' outputs live at once in a training step over T tokens."""
     model, outputs, most = small_model(7), [], 0
@@ -243,9 +302,7 @@ def test_from_the_command_line(tmp_path, version, grad):
 
 def byte_model(version: int):
     """As small_model, with a vocabulary of bytes."""
-    from rwkv.config import RWKVConfig, default_ranks
-    from rwkv.init import initialize
-    from rwkv.model import RWKV
+    from rwkv.config import RWKVConfig
 
     config = RWKVConfig(
         version=version,

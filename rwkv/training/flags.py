@@ -24,7 +24,7 @@ class ModelFlags:
     kernel: str = flag(
         "auto",
         "wkv implementation; auto takes the best that can run (triton: RWKV-7 only)",
-        choices=("auto", "triton", "fla", "torch", "reference"),
+        choices=("auto", "cuda", "triton", "fla", "torch", "reference"),
     )
     fla: bool = flag(False, "same as --kernel fla")
 
@@ -69,7 +69,15 @@ class TrainerFlags:
     resume: bool = flag(False, "continue the run in --proj_dir from its last resume point")
     resume_every: int = flag(0, "steps between resume points; 0: at each saved model")
     random_seed: int = flag(42, "of the data order, new weights and dropout")
-    dry_run: bool = flag(False, "print the plan and stop")
+    dry_run: bool | str = flag(
+        False,
+        "print the plan and the predicted memory, and stop; verify: on a GPU, run two steps and "
+        "print what was predicted beside what was measured",
+        also=("verify",),
+    )
+    memory: str = flag(
+        "", "with --dry_run: memory of a device, such as 24GB, for which to name what would fit"
+    )
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class LitModel(pl.LightningModule):
         first_step: steps done before this process started (--resume).
 
     Raises:
-        InputError: a tuned state under ZeRO-3.
+        InputError: a tuned state or prefix under ZeRO-3.
 
     Attributes:
         step_sums: loss and metrics of the step so far on this rank; a callback reads and clears.
@@ -86,10 +86,12 @@ class LitModel(pl.LightningModule):
         first_step: int = 0,
     ):
         super().__init__()
-        tuned = any(name.endswith(".time_state") for name, _ in model.named_parameters())
+        names = [name for name, _ in model.named_parameters()]
+        tuned = [n for n in names if n == "prefix" or n.endswith(".time_state")]
         if tuned and strategy.startswith("deepspeed_stage_3"):  # read outside of their modules
             raise InputError(
-                f"--state 1: --strategy {strategy} cannot scatter the states; use deepspeed_stage_2"
+                f"--{'prefix_tuning' if 'prefix' in tuned else 'state'} 1: --strategy {strategy} "
+                f"cannot scatter {tuned[0]}; use deepspeed_stage_2"
             )
         self.model, self.objective = model, objective
         self.groups, self.flags, self.strategy = groups, flags, strategy

@@ -58,5 +58,9 @@ def check(settings: Settings) -> None:
     prompts = settings[EvaluationFlags].val_prompts
     if prompts and not Path(prompts).is_file():
         raise InputError(f"--val_prompts {prompts}: no such file; it has one prompt a line")
+    if settings[StateFlags].prefix_token_len < 1:
+        raise InputError(
+            f"--prefix_token_len {settings[StateFlags].prefix_token_len}: must be at least 1"
+        )
     if model.fla and model.kernel not in ("auto", "fla"):
         raise InputError(f"--fla 1: contradicts --kernel {model.kernel}; keep one of them")

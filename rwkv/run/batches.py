@@ -88,7 +88,7 @@ def is_own_reference(settings: Settings, layers: Plan) -> bool:
     full = any(
         plan.mode == "full" and layers.layers[n].parameters for n, plan in layers.plans.items()
     )
-    return not (full or settings[StateFlags].state or settings[PeftFlags].load_adapter)
+    return not (full or settings[StateFlags].changes_start or settings[PeftFlags].load_adapter)
 
 
 def open_scores(settings: Settings, paths: str, tokenizer: Tokenizer) -> TeacherStore:

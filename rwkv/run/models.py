@@ -7,17 +7,16 @@ import torch
 
 from losses.flags import DistillationFlags
 from peft.adapter_file import load_adapter
-from peft.apply import apply_profile, load_with_profile
+from peft.apply import load_frozen, load_with_profile, new_with_profile
 from peft.flags import PeftFlags, StateFlags
 from peft.plan import Plan, make_plan
-from peft.tuned_state import add_tuned_state
-from rwkv.checkpoint import fingerprint, load_model, read_tensors
+from peft.tuned_state import add_prefix, add_tuned_state
+from rwkv.checkpoint import fingerprint, read_tensors
 from rwkv.config import RWKVConfig
 from rwkv.errors import InputError
 from rwkv.flags import Settings
 from rwkv.model import RWKV
 from rwkv.training.flags import ModelFlags, OptimizerFlags, TrainerFlags
-from rwkv.training.model import new_model
 from rwkv.training.schedule import check_rates
 from rwkv.training.strategy import chosen_device, chosen_dtype
 
@@ -71,10 +70,14 @@ def build(settings: Settings, config: RWKVConfig, device: Device) -> tuple[RWKV,
     else:
         seed = settings[TrainerFlags].random_seed
         base = f"new, seed {seed}"
-        model = new_model(config, flags.backend, device=device.kind, dtype=device.dtype, seed=seed)
-        plan = apply_profile(model, peft)
-    if settings[StateFlags].state:
+        model, plan = new_with_profile(
+            config, peft, device=device.kind, dtype=device.dtype, backend=flags.backend, seed=seed
+        )
+    start = settings[StateFlags]
+    if start.state:
         add_tuned_state(model)
+    if start.prefix_tuning:
+        add_prefix(model, start.prefix_token_len)
     if peft.load_adapter:
         load_adapter(model, peft.load_adapter, base=base)
     model.grad_cp = settings[TrainerFlags].grad_cp
@@ -103,10 +106,10 @@ def load_teacher(settings: Settings, config: RWKVConfig, device: Device) -> RWKV
     if not path:
         return None
     backend = settings[ModelFlags].backend
-    teacher = load_model(path, device=device.kind, dtype=device.dtype, backend=backend)
+    teacher = load_frozen(path, device=device.kind, dtype=device.dtype, backend=backend)
     if teacher.config.vocab_size != config.vocab_size:
         raise InputError(
             f"--teacher_model {path}: has a vocabulary of {teacher.config.vocab_size:,}, the "
             f"student's is {config.vocab_size:,}; distillation needs one vocabulary"
         )
-    return teacher.requires_grad_(False).eval()
+    return teacher

@@ -8,12 +8,12 @@ from data.flags import DataFlags
 from peft.flags import StateFlags
 from peft.plan import Plan
 from peft.plan import describe as describe_layers
-from peft.tuned_state import describe_state
-from run.batches import Batches
-from run.models import Device
+from peft.tuned_state import describe_prefix, describe_state
 from rwkv.config import RWKVConfig
 from rwkv.flags import Settings
 from rwkv.ops.backends import describe_choice
+from rwkv.run.batches import Batches
+from rwkv.run.models import Device
 from rwkv.tokenizer import Tokenizer
 from rwkv.training.flags import ModelFlags, TrainerFlags
 
@@ -78,8 +78,11 @@ def describe(run: Run) -> Iterable[str]:
         backend=settings[ModelFlags].backend,
     )
     yield from describe_layers(layers, device.dtype)
-    if settings[StateFlags].state:
+    start = settings[StateFlags]
+    if start.state:
         yield describe_state(config)
+    if start.prefix_tuning:
+        yield describe_prefix(config, start.prefix_token_len)
     report = ", ".join(f"{name} {count:,}" for name, count in plan.pieces.report.items() if count)
     yield f"data: {report}"
     yield (

@@ -18,13 +18,13 @@ from peft.adapter_file import adapter_metadata, trained_tensors
 from peft.flags import StateFlags
 from peft.groups import parameter_groups
 from peft.plan import trained_count
-from run.models import build, building_place, load_teacher
-from run.overview import Run, Steps
 from rwkv.cli import say
 from rwkv.errors import InputError
 from rwkv.flags import Settings
 from rwkv.generate import generate
 from rwkv.model import RWKV
+from rwkv.run.models import build, building_place, load_teacher
+from rwkv.run.overview import Run, Steps
 from rwkv.sampling_flags import Sampling
 from rwkv.templates import prompt_tokens
 from rwkv.tokenizer import Tokenizer
@@ -77,6 +77,7 @@ def fit_ranks(run: Run, strategy: Any, point: Path | None) -> int:
         "steps": steps.total,
         "trained parameters": trained_count(layers),
         "tuned state": settings[StateFlags].state,
+        "prefix": settings[StateFlags].prefix_tuning and settings[StateFlags].prefix_token_len,
     }
     first = 0
     if point is not None:

@@ -12,12 +12,12 @@ from data.rounds import make_judge, make_reward, write_round
 from data.store_cache import open_store
 from losses.objectives import chosen_objective
 from losses.preference_flags import REFERENCED
+from peft.apply import load_frozen
 from peft.flags import PeftFlags
-from run.models import build, choose_device
-from rwkv.checkpoint import load_model
 from rwkv.cli import say
 from rwkv.errors import InputError
 from rwkv.flags import Settings
+from rwkv.run.models import build, choose_device
 from rwkv.templates import load_template
 from rwkv.tokenizer import load_tokenizer
 from rwkv.training.flags import ModelFlags, TrainerFlags
@@ -71,7 +71,7 @@ def make_round(settings: Settings, now: Settings, number: int) -> None:
     pairs = Path(now[PairFlags].rlhf_train_file)
     if not pairs.exists():
         if flags.judge:
-            judge = load_model(flags.judge, device=device.kind, dtype=device.dtype).eval()
+            judge = load_frozen(flags.judge, device=device.kind, dtype=device.dtype)
             reward = make_judge(judge, tokenizer, template)
         else:
             reward = make_reward(flags.reward)
