@@ -255,9 +255,10 @@ def _backward(
     )
     T, H, N = r.shape[1:]
     dr, dw, dk, dv = (torch.empty_like(r) for _ in range(4))
-    du, launch = r.new_empty(len(facts), H, N, dtype=FLOAT32), _launch(r)
+    slots = len(grad_facts)
+    du, launch = r.new_empty(slots, H, N, dtype=FLOAT32), _launch(r)
     with torch.cuda.device_of(r):
-        gradient_kernel[(len(facts) * H,)](
+        gradient_kernel[(slots * H,)](
             *(r, w, k, v, u, grad_y, _matrices(launch["C"], _fine(r), r.device)),
             *(decay, facts, states, powers),
             *(grad_facts, grad_states, grad_powers),
