@@ -23,7 +23,7 @@ class ModelFlags:
     head_size_a: int = flag(0, "channels of a head; read from --load_model, default 64")
     kernel: str = flag(
         "auto",
-        "wkv implementation; auto takes the best that can run (triton: RWKV-7 only)",
+        "wkv implementation; auto takes the best that can run",
         choices=("auto", "cuda", "triton", "fla", "torch", "reference"),
     )
     fla: bool = flag(False, "same as --kernel fla")
