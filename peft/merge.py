@@ -5,6 +5,9 @@
 Each layer is merged in float32 and written in the base's dtype under the base's keys, so the
 result runs wherever the base does. Before anything is written, base with adapter and the merged
 weights read the same tokens, and the command stops if their logits are too far apart.
+
+A tuned state or prefix is no part of a model: the state that it makes texts start from is written
+beside the model, as MERGED-state.pth, for --state.
 """
 
 import argparse
@@ -45,7 +48,10 @@ def main(argv: list[str] | None = None) -> int:
 
     from peft.adapter_file import project_version
     from peft.merging import compare, merge, open_pair
-    from rwkv.checkpoint import fingerprint, read_tensors, write_tensors
+    from peft.plan import PREFIX, STATE
+    from rwkv.checkpoint import fingerprint, load_model, read_tensors, write_tensors
+    from rwkv.runner import load_start
+    from rwkv.state import state_tensors
 
     if options.output.resolve() in (options.base.resolve(), options.adapter.resolve()):
         raise InputError(f"--output {options.output}: is an input too; choose another name")
@@ -76,6 +82,12 @@ def main(argv: list[str] | None = None) -> int:
         },
     )
     print(f"{options.output}: {len(merged)} tensors; {difference}")  # noqa: T201
+    if any(name == PREFIX or name.endswith(f".{STATE}") for name in pair.adapter):
+        model = load_model(options.output, device=options.device).requires_grad_(False)
+        load_start(model, pair.adapter)
+        beside = options.output.with_stem(f"{options.output.stem}-state")
+        write_tensors(beside, state_tensors(model.initial_state(1)), {"kind": "state"})
+        print(f"{beside}: the state that texts start from")  # noqa: T201
     return 0
 
 

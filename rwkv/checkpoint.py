@@ -179,7 +179,9 @@ def config_of(tensors: TensorFile) -> RWKVConfig:
         version = 7
     elif "blocks.0.att.time_maa_w1" in shapes:
         version = 6
-    elif any(name.endswith(("lora_A", "lora_B", ".bone", "time_state", "prefix")) for name in shapes):
+    elif any(
+        name.endswith(("lora_A", "lora_B", ".bone", "time_state", "prefix")) for name in shapes
+    ):
         raise InputError(f"{path}: is an adapter or state file; name the base model's file here")
     else:
         kind = "an older RWKV" if "blocks.0.att.key.weight" in shapes else "no RWKV model"
