@@ -6,18 +6,24 @@ Each layer is merged in float32 and written in the base's dtype under the base's
 result runs wherever the base does; with --quant_mode it is a newly quantized base, to train or chat
 over. Before anything is written, base with adapter and the merged weights, and those quantized,
 read the same tokens, and the command stops if their logits are too far apart.
+
+A tuned state or prefix is no part of a model: the state that it makes texts start from is written
+beside the model, as MERGED-state.pth, for --state.
 """
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.flags import QUANT_ALIASES, QUANT_MODES
 from rwkv.errors import InputError
 
 TOLERANCE = 1e-3  # nats
 QUANT_TOLERANCE = 0.3  # nats; nf4 costs the quickstart's base model 0.11 on random tokens
+
+if TYPE_CHECKING:
+    from rwkv.checkpoint import TensorFile
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         metadata = {"kind": "model", "project": project_version(), "base": fingerprint(base)}
         write_tensors(options.output, merged, metadata | origin)
         print(f"{options.output}: {len(merged)} tensors; {difference}")  # noqa: T201
+        write_start(options, pair.adapter)
         return 0
     kind = QUANT_ALIASES.get(options.quant_mode, options.quant_mode)
     layers = linear_layers(config_of(base), head=options.quant_head)
@@ -100,7 +107,25 @@ def main(argv: list[str] | None = None) -> int:
     write_tensors(options.output, written, metadata | origin | {"quantization": vars(loss)})
     print(f"merged, before quantization: {difference}")  # noqa: T201
     print(f"{options.output}: {len(described)} layers as {kind}; {loss}")  # noqa: T201
+    write_start(options, pair.adapter)
     return 0
+
+
+def write_start(options: argparse.Namespace, adapter: "TensorFile") -> None:
+    """Write the state that texts start from beside the model, where the adapter has one."""
+    from peft.apply import load_frozen
+    from peft.plan import PREFIX, STATE
+    from rwkv.checkpoint import write_tensors
+    from rwkv.runner import load_start
+    from rwkv.state import state_tensors
+
+    if not any(name == PREFIX or name.endswith(f".{STATE}") for name in adapter):
+        return
+    model = load_frozen(options.output, device=options.device)
+    load_start(model, adapter)
+    beside = options.output.with_stem(f"{options.output.stem}-state")
+    write_tensors(beside, state_tensors(model.initial_state(1)), {"kind": "state"})
+    print(f"{beside}: the state that texts start from")  # noqa: T201
 
 
 if __name__ == "__main__":

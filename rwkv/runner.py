@@ -92,11 +92,8 @@ def put_adapter(
     Raises:
         InputError: the adapter's file is wrong or does not belong to the base's.
     """
-    import torch
-
     from peft.merging import attach, changes, open_pair
     from rwkv.checkpoint import read_tensors, set_parameter
-    from rwkv.state import state_tensors
 
     pair = open_pair(read_tensors(base), adapter, alpha=alpha)
     if merged and not pair.base.quantized:
@@ -106,15 +103,38 @@ def put_adapter(
     else:
         attach(pair, model)
         model.requires_grad_(False).eval()
-    if any(name.endswith(".time_state") for name in pair.adapter):
-        load_state(model, pair.adapter)
-    if "prefix" in pair.adapter:
-        home = model.emb.weight
-        model.prefix = torch.nn.Parameter(pair.adapter["prefix"].to(home), requires_grad=False)
-        with torch.no_grad():
-            start = state_tensors(model.initial_state(1))
-        model.prefix = None  # read once, here
-        _start_from(model, start)
+    load_start(model, pair.adapter)
+
+
+def load_start(model: "RWKV", adapter: "TensorFile") -> bool:
+    """Give a model the state that texts start from in an adapter file, or the one behind its
+    prefix; whether it has either.
+
+    Raises:
+        InputError: the state or the prefix does not fit the model.
+    """
+    import torch
+
+    from rwkv.state import state_tensors
+
+    found = any(name.endswith(".time_state") for name in adapter)
+    if found:
+        load_state(model, adapter)
+    if "prefix" not in adapter:
+        return found
+    length, width = adapter.shapes["prefix"]
+    if width != model.config.n_embd:
+        raise InputError(
+            f"{adapter.path}: prefix is {[length, width]}, the model's embeddings have "
+            f"{model.config.n_embd} channels; name the base it was trained on"
+        )
+    prefix = adapter["prefix"].to(model.emb.weight)
+    model.prefix = torch.nn.Parameter(prefix, requires_grad=False)
+    with torch.no_grad():
+        start = state_tensors(model.initial_state(1))
+    model.prefix = None  # read once, here
+    _start_from(model, start)
+    return True
 
 
 def load_state(model: "RWKV", tensors: "TensorFile") -> None:

@@ -17,7 +17,7 @@ import train
 from losses.distill import Distillation, Divergence
 from losses.sft import SFT
 from peft.apply import apply_profile
-from peft.flags import PeftFlags
+from peft.flags import QUANT_MODES, PeftFlags
 from peft.tuned_state import add_tuned_state
 from rwkv.batch import TeacherBatch, TokenBatch
 from rwkv.checkpoint import write_tensors
@@ -117,6 +117,26 @@ def test_adapters_get_the_whole_gradient(mode, version, tmp_path):
     assert any(mode.startswith(("lora", "dora")) or name.endswith(mode) for name in expected)
     # DoRA takes its norms in float32
     assert_equal_gradients(found, expected, 1e-6 if mode == "dora" else 1e-8)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("kind", QUANT_MODES)
+def test_every_storage_gives_the_whole_gradient(kind, version, tmp_path):
+    if kind.startswith(("nf4", "fp4")):
+        pytest.importorskip("bitsandbytes")
+    profile = tmp_path / "profile.json"
+    rule = {"match": "blocks.*", "mode": "lora", "rank": 4, "quant": kind}
+    profile.write_text(json.dumps({"rules": [rule]}))
+    model = small_model(version)
+    torch.manual_seed(0)
+    apply_profile(model, PeftFlags(layer_profile=str(profile)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    _, expected = gradients(model, BATCHES["packed"], SFT())
+    _, found = gradients(model, BATCHES["packed"], SFT(chunks=ChunkPlan(9, offload=True)))
+    assert_equal_gradients(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("how", BATCHES)

@@ -17,14 +17,16 @@ import train
 from data.pair_pieces import Pair, make_batch
 from losses.preference import answer_log_probs
 from losses.sft import SFT
+from peft import merge
 from peft.apply import apply_profile
 from peft.flags import PeftFlags
 from peft.groups import parameter_groups
 from peft.tuned_state import add_prefix, add_tuned_state
 from rwkv.checkpoint import load_model, read_metadata, read_tensors, write_tensors
 from rwkv.chunks import ChunkPlan
+from rwkv.errors import InputError
 from rwkv.ops import wkv6, wkv7
-from rwkv.runner import add_model_arguments, load_state, open_model
+from rwkv.runner import add_model_arguments, load_start, load_state, merge_adapter, open_model
 from rwkv.state import state_tensors
 from rwkv.training.flags import OptimizerFlags
 from rwkv.training.saving import Saving
@@ -394,3 +396,27 @@ def test_every_reader_starts_behind_the_prefix(prefixed, run):
     alone = set(read_tensors(prefixed / "rwkv-0.pth")) == {"prefix"}
     assert torch.allclose(state, whole, rtol=1e-4, atol=1e-4) == alone
     assert (logits() - whole).abs().max() > 0.05
+
+
+def test_a_merge_writes_the_state_beside_the_model(prefixed, run, tmp_path, capsys):
+    """Merged model and state give the logits of base and adapter file."""
+    names = ("base.pth", prefixed / "rwkv-0.pth", tmp_path / "merged.pth")
+    words = zip(("--base", "--adapter", "--output"), names, strict=True)
+    words = [
+        str(run / word) if word == "base.pth" else str(word) for pair in words for word in pair
+    ]
+    assert merge.main(words) == 0
+    assert "merged-state.pth: the state that texts start from" in capsys.readouterr().out
+    merged = load_model(tmp_path / "merged.pth", backend="torch")
+    load_state(merged, read_tensors(tmp_path / "merged-state.pth"))
+    adapted = load_model(run / "base.pth", backend="torch")
+    merge_adapter(adapted, run / "base.pth", prefixed / "rwkv-0.pth")
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    torch.testing.assert_close(merged(tokens)[0], adapted(tokens)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_prefix_of_another_model_is_named(run, tmp_path):
+    write_tensors(tmp_path / "other.pth", {"prefix": torch.zeros(3, 64)})
+    model = load_model(run / "base.pth", backend="torch")
+    with pytest.raises(InputError, match=r"prefix is \[3, 64\], the model's embeddings have 32"):
+        load_start(model, read_tensors(tmp_path / "other.pth"))
