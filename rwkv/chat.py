@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from rwkv.templates import load_template
 
-    model, tokenizer = open_model(options)
+    model, tokenizer = open_model(options, merged=True)
     chat = Chat(
         model,
         tokenizer,

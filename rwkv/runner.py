@@ -43,17 +43,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kernel", default="auto", help="backend of the wkv operator (auto)")
 
 
-def open_model(options: argparse.Namespace) -> "tuple[RWKV, Tokenizer]":
-    """The model and tokenizer that the flags of `add_model_arguments` name.
+def open_model(options: argparse.Namespace, *, merged: bool = False) -> "tuple[RWKV, Tokenizer]":
+    """The frozen model and tokenizer that the flags of `add_model_arguments` name.
 
-    The adapter is merged into the weights, in the file's dtype, as `python -m peft.merge` does.
+    Args:
+        options: the parsed flags. The model's file may be a quantized one.
+        merged: put the adapter into the weights, which makes single tokens faster and changes the
+            numbers by the rounding of the weights' dtype; else it stays beside them, as it was
+            trained. Quantized weights are left as they are.
 
     Raises:
         InputError: a file is wrong, does not fit the model, or the device is not there.
     """
     import torch
 
-    from rwkv.checkpoint import config_of, load_model, read_tensors
+    from peft.apply import load_frozen
+    from rwkv.checkpoint import config_of, read_tensors
     from rwkv.ops import wkv6, wkv7
     from rwkv.tokenizer import load_tokenizer
 
@@ -65,36 +70,45 @@ def open_model(options: argparse.Namespace) -> "tuple[RWKV, Tokenizer]":
     dtype = getattr(torch, name)
     config = config_of(read_tensors(options.load_model))
     tokenizer = load_tokenizer(options.tokenizer or None, config.vocab_size)
-    model = load_model(options.load_model, device=device, dtype=dtype, backend=options.kernel)
-    model.requires_grad_(False).eval()
+    model = load_frozen(options.load_model, device=device, dtype=dtype, backend=options.kernel)
     if options.adapter:
-        merge_adapter(model, options.load_model, options.adapter, options.alpha)
+        put_adapter(model, options.load_model, options.adapter, options.alpha, merged=merged)
     if options.state:
         load_state(model, read_tensors(options.state))
     return model, tokenizer
 
 
-def merge_adapter(model: "RWKV", base: Path, adapter: Path, alpha: float | None = None) -> None:
-    """Put an adapter's changes, and its tuned state if it has one, into a loaded model.
+def put_adapter(
+    model: "RWKV", base: Path, adapter: Path, alpha: float | None = None, *, merged: bool
+) -> None:
+    """Put an adapter, and its tuned state if it has one, into a loaded model.
+
+    Args:
+        model: of the file `base`.
+        adapter: its file.
+        alpha: for files that do not state it.
+        merged: as for `open_model`.
 
     Raises:
         InputError: the adapter's file is wrong or does not belong to the base's.
     """
-    from peft.merging import merge, open_pair
+    from peft.merging import attach, changes, open_pair
     from rwkv.checkpoint import read_tensors, set_parameter
 
     pair = open_pair(read_tensors(base), adapter, alpha=alpha)
-    merged = merge(pair)
-    changed = {f"{layer}.weight" for layer in pair.kinds} | set(pair.whole)
-    for name, old in list(model.named_parameters()):
-        if name in changed:
-            set_parameter(model, name, merged[name].reshape(old.shape).to(old))
+    if merged and not pair.base.quantized:
+        for name, value in changes(pair):
+            old = model.get_parameter(name)
+            set_parameter(model, name, value.reshape(old.shape).to(old))
+    else:
+        attach(pair, model)
+        model.requires_grad_(False).eval()
     load_start(model, pair.adapter)
 
 
-def load_start(model: "RWKV", adapter: "TensorFile") -> bool:
-    """Give a model the state that texts start from in an adapter file, or the one behind its
-    prefix; whether it has either.
+def load_start(model: "RWKV", adapter: "TensorFile") -> None:
+    """Give a model the state that texts start from by an adapter file: a tuned one, or the one
+    behind its prefix. A file that has neither changes nothing.
 
     Raises:
         InputError: the state or the prefix does not fit the model.
@@ -103,11 +117,10 @@ def load_start(model: "RWKV", adapter: "TensorFile") -> bool:
 
     from rwkv.state import state_tensors
 
-    found = any(name.endswith(".time_state") for name in adapter)
-    if found:
+    if any(name.endswith(".time_state") for name in adapter):
         load_state(model, adapter)
     if "prefix" not in adapter:
-        return found
+        return
     length, width = adapter.shapes["prefix"]
     if width != model.config.n_embd:
         raise InputError(
@@ -120,7 +133,6 @@ def load_start(model: "RWKV", adapter: "TensorFile") -> bool:
         start = state_tensors(model.initial_state(1))
     model.prefix = None  # read once, here
     _start_from(model, start)
-    return True
 
 
 def load_state(model: "RWKV", tensors: "TensorFile") -> None:

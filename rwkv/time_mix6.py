@@ -6,6 +6,7 @@ arXiv:2404.05892.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rwkv.config import RWKVConfig
 from rwkv.linear import Linear
@@ -76,7 +77,8 @@ class TimeMix6(nn.Module):
             cu_seqlens,
         )
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        w = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
+        decay = torch.tanh(x_w @ self.time_decay_w1)
+        w = F.linear(decay, self.time_decay_w2.t(), self.time_decay.flatten())
         r, w, k, v = (t.unflatten(-1, (-1, self.N)) for t in (r, w, k, v))
         y, wkv = wkv6(
             r=r,

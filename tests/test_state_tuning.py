@@ -26,7 +26,7 @@ from rwkv.checkpoint import load_model, read_metadata, read_tensors, write_tenso
 from rwkv.chunks import ChunkPlan
 from rwkv.errors import InputError
 from rwkv.ops import wkv6, wkv7
-from rwkv.runner import add_model_arguments, load_start, load_state, merge_adapter, open_model
+from rwkv.runner import add_model_arguments, load_start, load_state, open_model, put_adapter
 from rwkv.state import state_tensors
 from rwkv.training.flags import OptimizerFlags
 from rwkv.training.saving import Saving
@@ -410,7 +410,7 @@ def test_a_merge_writes_the_state_beside_the_model(prefixed, run, tmp_path, caps
     merged = load_model(tmp_path / "merged.pth", backend="torch")
     load_state(merged, read_tensors(tmp_path / "merged-state.pth"))
     adapted = load_model(run / "base.pth", backend="torch")
-    merge_adapter(adapted, run / "base.pth", prefixed / "rwkv-0.pth")
+    put_adapter(adapted, run / "base.pth", prefixed / "rwkv-0.pth", merged=True)
     tokens = torch.tensor([[1, 2, 3, 4]])
     torch.testing.assert_close(merged(tokens)[0], adapted(tokens)[0], rtol=1e-4, atol=1e-4)
 

@@ -7,7 +7,7 @@ from rwkv.ops import fused
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)^2. The kernel keeps the result for the backward pass, and not x."""
+    """max(x, 0)^2. The kernel keeps the result for the backward pass, as what reads it does."""
     if fused.uses_kernels(x):
         from rwkv.ops.activation_triton import squared_relu as run
 

@@ -26,7 +26,8 @@ def norm_shift_mix(
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """Mix each token's norm with that of the token before it.
 
-    The kernel keeps x for the backward pass and 8 bytes a token, no normed tensor.
+    The kernel keeps x for the backward pass, 2 bytes a token and channel in bfloat16, and 8 bytes a
+    token; no normed tensor.
 
     Args:
         x: the stream, [B, T, C].
@@ -63,7 +64,8 @@ def norm_shift_mix_by_data(
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """As `norm_shift_mix`, with M mixes that each move by delta_i = tanh(x^(mix) low)_i high_i.
 
-    The kernels keep x and the deltas for the backward pass, and 16 bytes a token.
+    The kernels keep x and the deltas for the backward pass, 2 + 2 M bytes a token and channel in
+    bfloat16, and 16 bytes a token; the products keep the input of the first, 2 bytes more.
 
     Args:
         mix: for the input of the low-rank product, [C].

@@ -186,7 +186,7 @@ def _forward_kernel(
         normed = centered * rstd * scale + offset
         if row >= first:
             q = _text_of_start(row, starts, T)
-            handed = read(shift, q.to(tl.int64) * C + c, inside & (q >= 0))
+            handed = read(shift, tl.maximum(q, 0).to(tl.int64) * C + c, inside & (q >= 0))
             difference = tl.where(q >= 0, handed, before) - normed
             for i in tl.static_range(M):
                 mix = _mix(share[i], deltas, i * all_rows + here + c, inside)
@@ -194,7 +194,9 @@ def _forward_kernel(
             tl.store(statistics + 2 * row.to(tl.int64), mean)
             tl.store(statistics + 2 * row.to(tl.int64) + 1, rstd)
             after = _text_of_start(row + 1, starts, T)
-            write(last, (after.to(tl.int64) - 1) * C + c, normed, inside & (after >= 0))
+            write(
+                last, tl.maximum(after - 1, 0).to(tl.int64) * C + c, normed, inside & (after >= 0)
+            )
         before = normed
 
 
@@ -256,7 +258,7 @@ def _backward_kernel(
         q = _text_of_start(row, starts, T)
         is_first = q >= 0
         unit_before, rstd_before = _unit(x, statistics, tl.maximum(row - 1, 0), c, inside, C)
-        handed = read(shift, q.to(tl.int64) * C + c, inside & is_first)
+        handed = read(shift, tl.maximum(q, 0).to(tl.int64) * C + c, inside & is_first)
         before = tl.where(is_first, handed, unit_before * scale + offset)
         difference = before - (unit * scale + offset)
 
@@ -276,9 +278,9 @@ def _backward_kernel(
         grad_normed = direct - sent
         if grad_last is not None:
             after = _text_of_start(row + 1, starts, T)
-            handed_on = (after.to(tl.int64) - 1) * C + c
+            handed_on = tl.maximum(after - 1, 0).to(tl.int64) * C + c
             grad_normed += read(grad_last, handed_on, inside & (after >= 0))
-        write(grad_shift, q.to(tl.int64) * C + c, sent, inside & is_first)
+        write(grad_shift, tl.maximum(q, 0).to(tl.int64) * C + c, sent, inside & is_first)
         if WANTED & 1:
             sum_scale += grad_normed * unit
         if WANTED & 2:

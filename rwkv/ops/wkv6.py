@@ -10,7 +10,7 @@ Source: "Eagle and Finch: RWKV with matrix-valued states and dynamic recurrence"
 import torch
 from torch import Tensor
 
-from rwkv.ops.backends import choose_backend
+from rwkv.ops.backends import backend_module
 from rwkv.ops.packing import check_packing
 
 BACKENDS = {
@@ -77,7 +77,7 @@ def wkv6(
         raise ValueError(
             f"wkv6: state is {list(state.shape)}, expected [Q, H, N, N] = {[Q, H, N, N]}"
         )
-    module = choose_backend("wkv6", BACKENDS, backend, v, cu_seqlens is not None).module
+    module = backend_module("wkv6", BACKENDS, backend, v, cu_seqlens is not None)
     with torch.autocast(v.device.type, enabled=False):  # the backends choose their own precision
         return module.run(
             **{name: tensor.to(v.dtype) for name, tensor in inputs.items()},

@@ -248,7 +248,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of r, w, k, v, u and of the initial state."""
     owners, L, grad_facts = _chunks(r, cu_seqlens)
-    if decay is None:
+    if decay is None or facts is None:
         decay, facts = L, torch.empty_like(grad_facts)
         _, states, powers = _scan(k, w, v, state, decay, facts, owners, cu_seqlens, reverse=False)
     grad_initial, grad_states, grad_powers = _scan(

@@ -126,12 +126,13 @@ def _forward(
     slots = count_slots(B, T, cu_seqlens)
     kernels, owners = load_kernels(r.device), slot_owners(cu_seqlens, slots)
     y, final = torch.empty_like(r), torch.empty_like(state)
-    half = {"dtype": torch.float16}
-    transition, drive, readout = (r.new_empty(slots, H, C, N, **half) for _ in range(3))
+    transition, drive, readout = (
+        r.new_empty(slots, H, C, N, dtype=torch.float16) for _ in range(3)
+    )
     scalars = r.new_empty(slots, H, SCALARS, dtype=torch.float32)
-    inverse = r.new_empty((slots, H, BLOCKS // 2) if keep else 0, **half)
-    states = r.new_empty((slots, H, N, N) if keep else 0, **half)
-    exponents = r.new_empty((slots, H, N) if keep else 0, dtype=torch.float32)
+    inverse = r.new_empty((slots, H, BLOCKS // 2) if keep else (0,), dtype=torch.float16)
+    states = r.new_empty((slots, H, N, N) if keep else (0,), dtype=torch.float16)
+    exponents = r.new_empty((slots, H, N) if keep else (0,), dtype=torch.float32)
     kernels.prepare(
         *(slots * H, 4 * 32),
         *(r, w, k, v, a, b, y, transition, drive, readout, inverse if keep else None, scalars),
@@ -151,11 +152,11 @@ def _forward(
 
 @_forward.register_fake
 def _(r, w, k, v, a, b, state, cu_seqlens, keep):
-    H = r.shape[2]
-    slots = count_slots(*r.shape[:2], cu_seqlens)
+    B, T, H, _ = r.shape
+    slots = count_slots(B, T, cu_seqlens)
 
     def kept(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-        return r.new_empty((slots, H, *shape) if keep else 0, dtype=dtype)
+        return r.new_empty((slots, H, *shape) if keep else (0,), dtype=dtype)
 
     return (
         torch.empty_like(r),

@@ -97,6 +97,7 @@ class _Wkv7Inputs(torch.autograd.Function):
                 **sizes,
                 WANTED=flags(wanted),
                 SUMS=sums,
+                STAGES=2,  # a row's 15 tensors are loaded while the one before is worked on
                 num_warps=1,
             )
         return *results, *sums_of_programs(partial, parameters, wanted)
@@ -195,6 +196,7 @@ def _backward_kernel(
     HEADS: tl.constexpr,
     WANTED: tl.constexpr,
     SUMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """`given`: gradients of the forward kernel's results; `results`: of r, k, v, v_first, decay,
     iclr, value; None where there is none. WANTED has a bit for each of w0 .. r_k, which `partial`
@@ -214,7 +216,7 @@ def _backward_kernel(
     sum_k_a = sum_w0
     sum_r_k = sum_w0
     first = tl.program_id(0) * count
-    for step in range(0, tl.minimum(count, rows - first)):
+    for step in tl.range(0, tl.minimum(count, rows - first), num_stages=STAGES):
         row = first + step
         at = row.to(tl.int64) * (H * N) + channels
         k_ = read(k, at, inside)

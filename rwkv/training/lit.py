@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from rwkv.errors import InputError
 from rwkv.training.flags import OptimizerFlags
 from rwkv.training.optimizer import make_optimizer
+from rwkv.training.strategy import scatter
 
 
 class Objective(Protocol):
@@ -101,6 +102,11 @@ class LitModel(pl.LightningModule):
     def steps_done(self) -> int:
         """Optimizer steps of the whole run, those before --resume included."""
         return self.first_step + self.trainer.global_step
+
+    def configure_model(self) -> None:
+        """Under ZeRO-3, scatter the weights: from here on a rank holds its part of each."""
+        if self.strategy.startswith("deepspeed_stage_3"):
+            scatter(self.model, self.trainer.strategy)
 
     def train_dataloader(self) -> Iterable[Any]:
         return self.loader(self.trainer.global_rank)

@@ -27,6 +27,7 @@ class MasterWeights(Optimizer):
     ):
         groups = [dict(group, params=list(group["params"])) for group in groups]
         self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._masters: dict[int, Tensor] = {}
         inner_groups = []
         for group in groups:
             copies = [self._master(parameter) for parameter in group["params"]]
@@ -44,6 +45,7 @@ class MasterWeights(Optimizer):
             return parameter
         copy = parameter.detach().float().requires_grad_()
         self._pairs.append((parameter, copy))
+        self._masters[id(parameter)] = copy
         return copy
 
     @torch.no_grad()
@@ -62,18 +64,9 @@ class MasterWeights(Optimizer):
             copy.grad = None
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "inner": self.inner.state_dict(),
-            "masters": [copy.detach() for _, copy in self._pairs],
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state["inner"])
-        for (parameter, copy), saved in zip(self._pairs, state["masters"], strict=True):
-            copy.copy_(saved)
-            parameter.copy_(copy)
+    def master(self, parameter: Tensor) -> Tensor:
+        """The tensor that the inner optimizer steps for a parameter: its copy, or itself."""
+        return self._masters.get(id(parameter), parameter)
 
 
 def make_optimizer(
