@@ -32,7 +32,7 @@ def train(settings: Settings) -> int:
     """Prepare a run, print its plan and, unless it is a dry run, train."""
     from rwkv.run.batches import open_data
     from rwkv.run.models import choose_device, plan_layers
-    from rwkv.run.overview import count_steps, describe
+    from rwkv.run.overview import Run, count_steps, describe
     from rwkv.tokenizer import load_tokenizer
     from rwkv.training.model import read_config
 
@@ -47,7 +47,8 @@ def train(settings: Settings) -> int:
 
     batches = open_data(settings, tokenizer, layers)
     steps = count_steps(trainer, batches.training)
-    for line in describe(settings, config, layers, batches.training, steps, device):
+    run = Run(settings, config, layers, batches, steps, device, tokenizer)
+    for line in describe(run):
         say(line)
     if trainer.dry_run:
         from rwkv.run.memory import preview
@@ -55,7 +56,7 @@ def train(settings: Settings) -> int:
         return preview(settings, config, layers, batches.training, device)
     from rwkv.run.fitting import fit
 
-    return fit(settings, config, batches, steps, device, tokenizer)
+    return fit(run)
 
 
 if __name__ == "__main__":

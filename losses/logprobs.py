@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rwkv.ops.logit_scores import LogitScores, logit_gradient, read_logits, uses_kernels
+from rwkv.ops.logit_scores import LogitScores, logit_gradient, read_logits, without_copies
 from rwkv.recompute import recomputed
 from rwkv.scattered import is_scattered, most_of_all_ranks
 
@@ -200,12 +200,12 @@ def _zeros_like(parameter: Tensor) -> Tensor:
 
 
 def _rows_of_a_piece(probe: Tensor) -> int:
-    """Rows of logits at a time; kernels make no float32 copies, so they take four times as many.
+    """Rows of logits at a time: four times as many where 2 bytes a logit are all they take.
 
     probe: logits [0, V].
     """
-    in_place = probe.dtype.itemsize == 2 and uses_kernels(probe.new_empty(1))
-    return max(1, (4 if in_place else 1) * MAX_LOGITS // probe.shape[-1])
+    small = probe.dtype.itemsize == 2 and without_copies(probe)
+    return max(1, (4 if small else 1) * MAX_LOGITS // probe.shape[-1])
 
 
 def _kept_as_it_is() -> Any:

@@ -20,12 +20,22 @@ OUTSIDE = int(0.6 * GIB)  # CUDA's context, kernels and libraries, which torch d
 SLACK = 1.03  # what torch reserves over what it hands out, by the order of allocations
 
 # Kept by a block's time mix for each token and channel, beside the inputs of its linear layers and
-# the operator's own: with its small layers trained, and without.
-TIME_MIX = {7: (26.4, 19.6), 6: (17.9, 15.9)}
-CHANNEL_MIX = {7: (2.0, 1.0), 6: (4.0, 3.0)}  # the same, beside relu's result and the inputs
+# the operator's own: with its small layers trained, and without. By version and whether the fused
+# kernels run; those of RWKV-6 are taken for as much as plain torch.
+TIME_MIX = {
+    (7, True): (18.0, 14.0),
+    (7, False): (26.4, 19.6),
+    (6, True): (17.9, 15.9),
+    (6, False): (17.9, 15.9),
+}
+# The same of the channel mix, beside relu's result and the inputs.
+CHANNEL_MIX = {(7, True): (1.0, 1.0), (7, False): (2.0, 1.0), (6, True): (3.0, 3.0)}
+CHANNEL_MIX[6, False] = (4.0, 3.0)
 WKV_BYTES = 8  # kept by the operator in bfloat16, bytes a token and channel
-PASSING = 2.6  # tensors of the channel mix's width that a block's backward pass makes on its way
-HEAD_BYTES = 20  # for each logit of a piece in the head's backward pass
+# Tensors that a backward pass makes on its way: of the time mix's width, of the channel mix's.
+PASSING = {True: (8.0, 2.0), False: (10.0, 2.6)}
+HEAD_BYTES = {True: 2, False: 20}  # for each logit of a piece; fused kernels write in their place
+HEAD_PIECES = {True: 4, False: 1}  # times MAX_LOGITS at once
 MAX_LOGITS = 2**26  # of a piece, as in losses.logprobs
 QUANTIZING_BYTES = 14  # for each weight while its codes are made: itself, float32 copies
 KEEPS_INPUT = ("full", "lora", "dora", "dora_column", "bone", "pissa")
@@ -43,6 +53,8 @@ class Step:
     grad_cp: blocks are recomputed.
     accumulate: micro-batches a step.
     tuned_state: the initial states train.
+    fused: a GPU's fused kernels run.
+    fused_head: and the loss takes its gradient while the logits are there, as --sft does.
     optim, strategy, world: --optim, --strategy, and the number of devices.
     """
 
@@ -55,6 +67,8 @@ class Step:
     grad_cp: bool = True
     accumulate: int = 1
     tuned_state: bool = False
+    fused: bool = True
+    fused_head: bool = True
     optim: str = ""
     strategy: str = "auto"
     world: int = 1
@@ -251,7 +265,7 @@ def kept_inputs(config: RWKVConfig, plan: Plan, part: str, *, already: tuple[str
 def kept_by_time_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
     """What one block's time mix keeps for its backward pass."""
     small = trains_small(plan)
-    counted = TIME_MIX[config.version][0 if small else 1] * config.dim_att
+    counted = TIME_MIX[config.version, step.fused][0 if small else 1] * config.dim_att
     already = ("value",) if small and config.version == 7 else ()
     numbers = counted + kept_inputs(config, plan, "att", already=already)
     own = WKV_BYTES * config.dim_att
@@ -259,9 +273,14 @@ def kept_by_time_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
 
 
 def kept_by_channel_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
-    """What one block's channel mix keeps for its backward pass."""
-    counted = CHANNEL_MIX[config.version][0 if trains_small(plan) else 1] * config.n_embd
-    numbers = counted + config.dim_ffn + kept_inputs(config, plan, "ffn")
+    """What one block's channel mix keeps for its backward pass.
+
+    The fused relu keeps its result, which is the input of the layer behind it.
+    """
+    small = trains_small(plan)
+    counted = CHANNEL_MIX[config.version, step.fused][0 if small else 1] * config.n_embd
+    already = ("value",) if step.fused else ()
+    numbers = counted + config.dim_ffn + kept_inputs(config, plan, "ffn", already=already)
     return int(step.tokens * numbers * step.dtype.itemsize)
 
 
@@ -273,21 +292,26 @@ def kept_by_block(config: RWKVConfig, plan: Plan, step: Step) -> int:
 def between_blocks(config: RWKVConfig, plan: Plan, step: Step) -> int:
     """What all blocks keep until the backward pass reaches them, and the ends of the stream.
 
-    Recomputed blocks keep their input. Beside them are the first layer's values, the hidden
-    states, those that are scored, and their gradient.
+    Recomputed blocks keep the inputs of their two halves, under ZeRO-3 that of the whole. Beside
+    them are the first layer's values, the hidden states, those that are scored, and their gradient.
     """
     vector = step.tokens * config.n_embd * step.dtype.itemsize
     blocks = learning_blocks(config, plan, step)
     ends = 4 * vector
     if step.grad_cp:
-        return blocks * vector + ends
+        return blocks * vector * (1 if step.stage == 3 else 2) + ends
     return max(blocks - 1, 0) * kept_by_block(config, plan, step) + ends
 
 
 def blocks_at_work(config: RWKVConfig, plan: Plan, step: Step) -> int:
-    """A block with all it keeps, and what its backward pass makes on the way."""
-    passing = PASSING * step.tokens * config.dim_ffn * step.dtype.itemsize
-    return kept_by_block(config, plan, step) + int(passing)
+    """A block, or the larger half of it, with what it keeps and its backward pass makes."""
+    of_time, of_channels = PASSING[step.fused]
+    vector = step.tokens * step.dtype.itemsize
+    passing = int(of_time * vector * config.dim_att), int(of_channels * vector * config.dim_ffn)
+    halves = kept_by_time_mix(config, plan, step), kept_by_channel_mix(config, plan, step)
+    if step.grad_cp and step.stage != 3:
+        return max(kept + made for kept, made in zip(halves, passing, strict=True))
+    return sum(halves) + max(passing)
 
 
 def states_between_chunks(config: RWKVConfig, step: Step) -> int:
@@ -299,7 +323,9 @@ def states_between_chunks(config: RWKVConfig, step: Step) -> int:
 
 def head(config: RWKVConfig, step: Step) -> int:
     """The logits of one piece with what their backward pass makes."""
-    return min(MAX_LOGITS, step.tokens * config.vocab_size) * HEAD_BYTES
+    fused = step.fused and step.fused_head and step.dtype.itemsize == 2
+    largest = HEAD_PIECES[fused] * MAX_LOGITS
+    return min(largest, step.tokens * config.vocab_size) * HEAD_BYTES[fused]
 
 
 def unpacked_weight(config: RWKVConfig, plan: Plan, step: Step) -> int:

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from peft.flags import QUANT_ALIASES, QUANT_MODES
 from rwkv.errors import InputError
 
-if TYPE_CHECKING:
-    from rwkv.checkpoint import TensorFile
-
 TOLERANCE = 1e-3  # nats
 QUANT_TOLERANCE = 0.3  # nats; nf4 costs the quickstart's base model 0.11 on random tokens
+
+if TYPE_CHECKING:
+    from rwkv.checkpoint import TensorFile
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         metadata = {"kind": "model", "project": project_version(), "base": fingerprint(base)}
         write_tensors(options.output, merged, metadata | origin)
         print(f"{options.output}: {len(merged)} tensors; {difference}")  # noqa: T201
-        write_start(options.output, pair.adapter)
+        write_start(options, pair.adapter)
         return 0
     kind = QUANT_ALIASES.get(options.quant_mode, options.quant_mode)
     layers = linear_layers(config_of(base), head=options.quant_head)
@@ -107,23 +107,25 @@ def main(argv: list[str] | None = None) -> int:
     write_tensors(options.output, written, metadata | origin | {"quantization": vars(loss)})
     print(f"merged, before quantization: {difference}")  # noqa: T201
     print(f"{options.output}: {len(described)} layers as {kind}; {loss}")  # noqa: T201
-    write_start(options.output, pair.adapter)
+    write_start(options, pair.adapter)
     return 0
 
 
-def write_start(path: Path, adapter: "TensorFile") -> None:
-    """Write the state that an adapter file makes texts start from, if it does, beside its model."""
+def write_start(options: argparse.Namespace, adapter: "TensorFile") -> None:
+    """Write the state that texts start from beside the model, where the adapter has one."""
+    from peft.apply import load_frozen
     from peft.plan import PREFIX, STATE
-    from rwkv.checkpoint import load_model, write_tensors
+    from rwkv.checkpoint import write_tensors
     from rwkv.runner import load_start
     from rwkv.state import state_tensors
 
-    if any(name == PREFIX or name.endswith(f".{STATE}") for name in adapter):
-        model = load_model(path).requires_grad_(False)
-        load_start(model, adapter)
-        beside = path.with_stem(f"{path.stem}-state")
-        write_tensors(beside, state_tensors(model.initial_state(1)), {"kind": "state"})
-        print(f"{beside}: the state that texts start from")  # noqa: T201
+    if not any(name == PREFIX or name.endswith(f".{STATE}") for name in adapter):
+        return
+    model = load_frozen(options.output, device=options.device)
+    load_start(model, adapter)
+    beside = options.output.with_stem(f"{options.output.stem}-state")
+    write_tensors(beside, state_tensors(model.initial_state(1)), {"kind": "state"})
+    print(f"{beside}: the state that texts start from")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -52,7 +52,10 @@ class Block(nn.Module):
         in_halves: recompute time mix and channel mix in the backward pass, each by itself, so that
             the activations of only one of them exist at a time.
         """
-        run = partial(recomputed, model=self, closed=True) if in_halves else _call
+        run: Callable[..., Any] = _call
+        if in_halves:
+            draws = any(m.p and m.training for m in self.modules() if isinstance(m, nn.Dropout))
+            run = partial(recomputed, model=self, closed=True, draws=draws)
         x, v_first, att_shift, wkv = run(
             self._mix_time, x, v_first, state.att_shift, state.wkv, cu_seqlens
         )

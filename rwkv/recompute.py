@@ -13,7 +13,13 @@ from rwkv.linear import results_unread
 from rwkv.scattered import is_scattered
 
 
-def recomputed(function: Callable[..., Any], *args: Any, model: Any, closed: bool = False) -> Any:
+def recomputed(
+    function: Callable[..., Any],
+    *args: Any,
+    model: Any,
+    closed: bool = False,
+    draws: bool = True,
+) -> Any:
     """Return function(*args), keeping for the backward pass no more than the arguments.
 
     The gradient is that of a plain call: through all tensors in `args` (in named tuples and lists
@@ -26,6 +32,8 @@ def recomputed(function: Callable[..., Any], *args: Any, model: Any, closed: boo
         model: the module whose parameters `function` reads.
         closed: in the second run, leave out the results of linear layers that close their part:
             for a function in which nothing but the stream reads them.
+        draws: whether `function` may draw random numbers; keeping the generators' states takes the
+            host longer than launching some kernels.
     """
     if not torch.is_grad_enabled():
         return function(*args)
@@ -38,7 +46,9 @@ def recomputed(function: Callable[..., Any], *args: Any, model: Any, closed: boo
 
     if not is_scattered(model):
         contexts = _closed_contexts if closed else _plain_contexts
-        return checkpoint(call, *flat, use_reentrant=False, context_fn=contexts)
+        return checkpoint(
+            call, *flat, use_reentrant=False, context_fn=contexts, preserve_rng_state=draws
+        )
 
     def run(*again: Any) -> Any:
         results, structure = tree_flatten(call(*again))

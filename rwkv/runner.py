@@ -106,9 +106,9 @@ def put_adapter(
     load_start(model, pair.adapter)
 
 
-def load_start(model: "RWKV", adapter: "TensorFile") -> None:
-    """Give a model the state that texts start from by an adapter file: a tuned one, or the one
-    behind its prefix. A file that has neither changes nothing.
+def load_start(model: "RWKV", adapter: "TensorFile") -> bool:
+    """Give a model the state that texts start from in an adapter file, or the one behind its
+    prefix; whether it has either.
 
     Raises:
         InputError: the state or the prefix does not fit the model.
@@ -117,10 +117,11 @@ def load_start(model: "RWKV", adapter: "TensorFile") -> None:
 
     from rwkv.state import state_tensors
 
-    if any(name.endswith(".time_state") for name in adapter):
+    found = any(name.endswith(".time_state") for name in adapter)
+    if found:
         load_state(model, adapter)
     if "prefix" not in adapter:
-        return
+        return found
     length, width = adapter.shapes["prefix"]
     if width != model.config.n_embd:
         raise InputError(
@@ -133,6 +134,7 @@ def load_start(model: "RWKV", adapter: "TensorFile") -> None:
         start = state_tensors(model.initial_state(1))
     model.prefix = None  # read once, here
     _start_from(model, start)
+    return True
 
 
 def load_state(model: "RWKV", tensors: "TensorFile") -> None:

@@ -87,6 +87,7 @@ SETTINGS = (
     Setting("7.2B", quant="nf4", ctx_len=16384, chunk=2048, limited=True, optim="AdamW8bit"),
     Setting("13.3B", quant="nf4"),
     Setting("13.3B", "bone", "fp6_e2m3", ctx_len=1024),
+    Setting("13.3B", quant="nf4", limited=True),
 )
 
 

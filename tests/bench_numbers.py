@@ -36,6 +36,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lengths": "1-44:1,45-60:4,61-72:5",
         "flags": {"micro_bsz": 64, "epoch_steps": 300, "lr_init": 2e-5, "lr_final": 1e-7},
     },
+    "gentle": {
+        "lengths": "1-44:1,45-60:6,61-70:4",
+        "flags": {"micro_bsz": 64, "epoch_steps": 300, "lr_init": 1e-5, "lr_final": 1e-7},
+    },
     "slow": {
         "lengths": "1-44:1,45-60:5,61-72:4",
         "flags": {"micro_bsz": 128, "epoch_steps": 400, "lr_init": 1e-5, "lr_final": 1e-7},

@@ -102,6 +102,21 @@ def test_the_last_product_of_a_half_runs_once(version, mode, monkeypatch):
             assert runs[layer] == (1 if name[2:] in once else 2), name
 
 
+def test_dropout_of_adapters_is_repeated():
+    """The gradient in lora_B is linear in what dropout left of x: it tells the masks apart."""
+    gradients = []
+    for again in (False, True):
+        model = adapted_model(7, "lora")
+        for layer in model.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.5
+        model.grad_cp = again
+        torch.manual_seed(5)
+        gradients.append(run_backward(model))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
 def test_a_model_within_another_recomputation_computes_what_is_read():
     """The pieces of a long text: the second run of the outer one has to give true values."""
     results = []

@@ -23,10 +23,120 @@ from torch import Tensor
 # gradient of its decays, terms of pairs on one side cancel, and leave exp(rate) times a float's
 # last digit; so no block is shorter than 8 tokens (rates up to 2.5), but for single ones.
 SPREAD, SHORTEST = 20.0, 8
+NOTICED = 0.05  # of the rates' norm, that of rate exp(-rate): the error is then about 1e-6
 
 
-class DecayedProducts:
-    """The products of P chunks of C tokens, and their gradient.
+def decayed_products(
+    before: Tensor, after: Tensor | None, written: list[Tensor], rate: Tensor
+) -> "CentredProducts | HalvedProducts":
+    """The products of P chunks of C tokens, with their gradient, in the quickest right form.
+
+    Args:
+        before: reader of the state before its own token, [P, C, N], C a power of two.
+        after: reader of the state after its own token, [P, C, N], or None. X counts the readers.
+        written: what tokens add to the state, Z tensors [P, C, N].
+        rate: minus the natural log of what each token keeps, [P, C, N], >= 0, finite.
+    """
+    steps = _bounded(rate)
+    if steps is None:
+        return HalvedProducts(before, after, written, rate)
+    return CentredProducts(before, after, written, rate, steps)
+
+
+def _bounded(rate: Tensor) -> Tensor | None:
+    """The rates, each at most as large as matters, if one point serves for a whole chunk.
+
+    A share of exp(-LARGE) that a token keeps is nothing beside what it writes itself. Half a chunk
+    may use up HALF: the factors then leave room for the values. And what is left of the decays'
+    gradient where terms cancel, rate times a float's last digit, must be small beside the gradient
+    itself, rate exp(-rate) and less: where nearly every rate is large it is not.
+    """
+    large, half = (20.0, 60.0) if rate.dtype == torch.float32 else (40.0, 500.0)
+    C = rate.shape[1]
+    if C == 1:
+        return None
+    if rate.max().item() <= SPREAD / C:
+        return rate
+    steps = rate.clamp(max=large)
+    if steps.unflatten(1, (2, C // 2)).sum(2).max().item() > half:
+        return None
+    sample = steps.flatten()[:: max(1, steps.numel() // 65536)]
+    sample = sample[sample < large]
+    left = sample * torch.exp(-sample)
+    return steps if left.norm() > NOTICED * sample.norm() else None
+
+
+class CentredProducts:
+    """The products of chunks whose middle serves as the one point; attributes as HalvedProducts.
+
+    steps: the rates as the products see them; where they are less than `rate` they count as
+    constants, but for `kept`, which is exact.
+    """
+
+    def __init__(
+        self,
+        before: Tensor,
+        after: Tensor | None,
+        written: list[Tensor],
+        rate: Tensor,
+        steps: Tensor,
+    ):
+        P, C, N = rate.shape
+        readers = [before] if after is None else [before, after]
+        self._rate, self._steps, self._C = rate, steps, C
+        used = rate.new_zeros(P, C + 1, N)
+        torch.cumsum(steps, 1, out=used[:, 1:])
+        up = used.neg_().sub_(used[:, C // 2].unsqueeze(1).clone()).exp_()
+        self._ups = [up[:, :-1], up[:, 1:]][: len(readers)]
+        self._down = up[:, 1:].reciprocal()
+        self._start, self._end = up[:, :1].reciprocal(), up[:, -1:].clone()
+        self._x = rate.new_empty(P, len(readers) * C, N)
+        self._z = rate.new_empty(P, len(written) * C, N)
+        for x, weight, out in zip(readers, self._ups, self._x.split(C, 1), strict=True):
+            torch.mul(x, weight, out=out)
+        for z, out in zip(written, self._z.split(C, 1), strict=True):
+            torch.mul(z, self._down, out=out)
+        self.products = self._masked(torch.bmm(self._x, self._z.mT))
+        self.entry, self.exit = self._x * self._start, self._z * self._end
+        self.kept = rate.sum(1).neg_().exp_()
+
+    def backward(
+        self, products: Tensor, entry: Tensor, exit: Tensor, kept: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """As HalvedProducts; the arguments are overwritten."""
+        products = self._masked(products)
+        exit.mul_(self._end)
+        total = (kept * self.kept).add_(_sum_products(exit, self._z)).unsqueeze(1)
+        dx = entry.mul_(self._start).baddbmm_(products, self._z)
+        dz = exit.baddbmm_(products.mT, self._x)
+        # A token's decay is in what all later tokens read, in what all earlier ones wrote, in the
+        # total, and in what its own reader after read.
+        reads, writes = (self._x * dx).split(self._C, 1), (self._z * dz).split(self._C, 1)
+        written = sum(writes[1:], start=writes[0])
+        own = written if len(reads) == 1 else written - reads[1]
+        balance = reads[0] - own
+        rate = balance.cumsum(1)
+        total += rate[:, -1:]
+        rate.add_(own).sub_(total)
+        if self._steps is not self._rate:
+            rate.masked_fill_(self._steps < self._rate, 0.0)
+        for part, weight in zip(dx.split(self._C, 1), self._ups, strict=True):
+            part.mul_(weight)
+        for part in dz.split(self._C, 1):
+            part.mul_(self._down)
+        return list(dx.split(self._C, 1)), list(dz.split(self._C, 1)), rate
+
+    def _masked(self, products: Tensor) -> Tensor:
+        """Zero where no pair is, also instead of infinity; in place."""
+        C = self._C
+        for i, rows in enumerate(products.split(C, 1)):
+            for block in rows.split(C, 2):
+                block.tril_(i - 1)
+        return products
+
+
+class HalvedProducts:
+    """The products of chunks with any decay.
 
     Args:
         before: reader of the state before its own token, [P, C, N], C a power of two.
@@ -205,6 +315,11 @@ def _leaf_size(rate: Tensor) -> int:
 def _moved(weight: Tensor, first: Tensor) -> Tensor:
     """Each token of a block gets the weight of the token before it, the first one `first`."""
     return torch.cat([first.unsqueeze(2), weight[:, :, :-1]], dim=2)
+
+
+def _sum_products(one: Tensor, other: Tensor) -> Tensor:
+    """The sum of the products over tokens, [P, N]."""
+    return torch.linalg.vecdot(one, other, dim=1)
 
 
 def _blocks(tensors: list[Tensor], size: int) -> list[Tensor]:

@@ -4,13 +4,12 @@ The plain torch here is the reference and runs everywhere; on a GPU two Triton k
 logits once, in their own dtype, and compute in float32.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from rwkv.ops.fused import uses_kernels
 
 
 class LogitScores(NamedTuple):
@@ -30,20 +29,9 @@ class LogitScores(NamedTuple):
     ties: Tensor
 
 
-def uses_kernels(logits: Tensor) -> bool:
-    """Whether the Triton kernels run: Triton is there and compiles for the device or interprets."""
-    return logits.dtype in KERNEL_DTYPES and logits.numel() > 0 and _has_kernels(logits.device)
-
-
-@cache
-def _has_kernels(device: torch.device) -> bool:
-    try:
-        import triton
-    except ImportError:
-        return False
-    if triton.knobs.runtime.interpret:
-        return True
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+def without_copies(logits: Tensor) -> bool:
+    """Whether logits of this dtype and device are read as they are: no float32 copies are made."""
+    return uses_kernels(logits.new_empty(1))
 
 
 def read_logits(logits: Tensor, targets: Tensor) -> LogitScores:

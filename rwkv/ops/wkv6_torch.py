@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv.ops.chunk_layout import ChunkLayout, Part, chunk_layout
-from rwkv.ops.decayed_products import DecayedProducts
+from rwkv.ops.decayed_products import decayed_products
 
 CHUNK = 32
 SHORTEST = 6  # tokens from which the chunks' fixed cost is less than the steps of the reference
@@ -119,7 +119,7 @@ class _Local:
         self.rate = w.exp_().clamp_(max=nothing)
         if layout.real is not None:
             self.rate *= layout.real[part.rows]
-        self.decayed = DecayedProducts(self.r, None, [self.k], self.rate)
+        self.decayed = decayed_products(self.r, None, [self.k], self.rate)
         self.products, self.kept = self.decayed.products, self.decayed.kept.unsqueeze(1)
         self.entry, self.exit = self.decayed.entry, self.decayed.exit
         self.u = u.to(dtype).unsqueeze(1).repeat(len(self.v) // layout.H, 1, 1)  # [P, 1, N]
@@ -129,11 +129,11 @@ class _Local:
     def backward(self, S: Tensor, dS: Tensor, dy: Tensor) -> tuple[list[Tensor], Tensor]:
         """The gradients of r, w, k, v and u; S and dS are those at start and end."""
         d_products = torch.bmm(dy, self.v.mT)
+        own = d_products.diagonal(dim1=1, dim2=2).unsqueeze(-1).clone()  # [P, C, 1]
         d_v = torch.bmm(self.products.mT, dy).baddbmm_(self.exit, dS.mT)
         (d_r,), (d_k,), d_rate = self.decayed.backward(
             d_products, torch.bmm(dy, S), torch.bmm(self.v, dS), (S * dS).sum(1)
         )
-        own = d_products.diagonal(dim1=1, dim2=2).unsqueeze(-1)  # [P, C, 1]
         own_k = own * self.k
         d_u = (own_k * self.r).sum(1).unflatten(0, (-1, self.H)).sum(0)
         d_r.addcmul_(own_k, self.u)

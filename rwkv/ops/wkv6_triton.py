@@ -37,38 +37,34 @@ LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
     (BFLOAT16, 64): {
         "C": 64,
         "V": 16,
-        "K": 32,
         "drive": {"num_warps": 4},
         "scan": {"num_warps": 1, "STAGES": 4},
-        "output": {"num_warps": 4},
-        "gradient": {"num_warps": 4},
+        "output": {"num_warps": 4, "K": 64},
+        "gradient": {"num_warps": 4, "K": 64},
     },
     (BFLOAT16, 128): {
         "C": 64,
         "V": 16,
-        "K": 32,
         "drive": {"num_warps": 8},
         "scan": {"num_warps": 2, "STAGES": 4},
-        "output": {"num_warps": 4},
-        "gradient": {"num_warps": 4},
+        "output": {"num_warps": 4, "K": 32},
+        "gradient": {"num_warps": 4, "K": 32},
     },
     (FLOAT32, 64): {
         "C": 32,
         "V": 16,
-        "K": 32,
         "drive": {"num_warps": 4},
         "scan": {"num_warps": 1, "STAGES": 4},
-        "output": {"num_warps": 4},
-        "gradient": {"num_warps": 4},
+        "output": {"num_warps": 4, "K": 32},
+        "gradient": {"num_warps": 8, "K": 64},
     },
     (FLOAT32, 128): {
         "C": 32,
         "V": 16,
-        "K": 32,
         "drive": {"num_warps": 8},
         "scan": {"num_warps": 2, "STAGES": 4},
-        "output": {"num_warps": 4},
-        "gradient": {"num_warps": 4},
+        "output": {"num_warps": 8, "K": 64},
+        "gradient": {"num_warps": 8, "K": 64},
     },
 }
 # Operands of matrix products: WIDE where a factor may be 2^LIMIT, FINE where tiles are scaled to 1.
@@ -101,6 +97,10 @@ def run(
 
 def _launch(r: Tensor) -> dict[str, Any]:
     return LAUNCH[r.dtype, max(r.shape[-1], 64)]
+
+
+def _blocked(options: dict[str, Any], N: int) -> dict[str, Any]:
+    return options | {"K": min(options["K"], N)}
 
 
 def _fine(r: Tensor) -> torch.dtype:
@@ -207,9 +207,8 @@ def _forward(
             N=N,
             C=launch["C"],
             V=launch["V"],
-            K=min(N, launch["K"]),
             **DTYPES[r.dtype],
-            **launch["output"],
+            **_blocked(launch["output"], N),
         )
     kept = decay, facts, states, powers
     return y, final, *(kept if keep else (x.new_empty(0) for x in kept))
@@ -256,9 +255,10 @@ def _backward(
     )
     T, H, N = r.shape[1:]
     dr, dw, dk, dv = (torch.empty_like(r) for _ in range(4))
-    du, launch = r.new_empty(len(facts), H, N, dtype=FLOAT32), _launch(r)
+    slots = len(grad_facts)
+    du, launch = r.new_empty(slots, H, N, dtype=FLOAT32), _launch(r)
     with torch.cuda.device_of(r):
-        gradient_kernel[(len(facts) * H,)](
+        gradient_kernel[(slots * H,)](
             *(r, w, k, v, u, grad_y, _matrices(launch["C"], _fine(r), r.device)),
             *(decay, facts, states, powers),
             *(grad_facts, grad_states, grad_powers),
@@ -266,9 +266,8 @@ def _backward(
             N=N,
             C=launch["C"],
             V=launch["V"],
-            K=min(N, launch["K"]),
             **DTYPES[r.dtype],
-            **launch["gradient"],
+            **_blocked(launch["gradient"], N),
         )
     return dr, dw, dk, dv, du.sum(0).to(u.dtype), grad_initial
 

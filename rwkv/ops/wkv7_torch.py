@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv.ops.chunk_layout import ChunkLayout, Part, chunk_layout
-from rwkv.ops.decayed_products import DecayedProducts
+from rwkv.ops.decayed_products import decayed_products
 
 CHUNK = 32  # measured on two cores: 16 and 64 take 1.0 to 1.3 times as long
 SHORTEST = 6  # tokens from which the chunks' fixed cost is less than the steps of the reference
@@ -134,7 +134,7 @@ class _Local:
         self.rate = w.exp_().clamp_(max=nothing)
         if layout.real is not None:
             self.rate *= layout.real[part.rows]
-        self.decayed = DecayedProducts(a, r, [b, k], self.rate)
+        self.decayed = decayed_products(a, r, [b, k], self.rate)
         self.products, self.kept = self.decayed.products, self.decayed.kept.unsqueeze(1)
         self.entry, self.exit = self.decayed.entry, self.decayed.exit
         one = torch.eye(C, dtype=dtype, device=v.device)

@@ -19,14 +19,12 @@ from peft.flags import StateFlags
 from peft.groups import parameter_groups
 from peft.plan import trained_count
 from rwkv.cli import say
-from rwkv.config import RWKVConfig
 from rwkv.errors import InputError
 from rwkv.flags import Settings
 from rwkv.generate import generate
 from rwkv.model import RWKV
-from rwkv.run.batches import Batches
-from rwkv.run.models import Device, build, building_place, load_teacher
-from rwkv.run.overview import Steps
+from rwkv.run.models import build, building_place, load_teacher
+from rwkv.run.overview import Run, Steps
 from rwkv.sampling_flags import Sampling
 from rwkv.templates import prompt_tokens
 from rwkv.tokenizer import Tokenizer
@@ -41,17 +39,10 @@ from rwkv.training.step_log import RunLog, StepLog, draw_loss
 from rwkv.training.strategy import make_strategy, take_device
 
 
-def fit(
-    settings: Settings,
-    config: RWKVConfig,
-    batches: Batches,
-    steps: Steps,
-    device: Device,
-    tokenizer: Tokenizer,
-) -> int:
+def fit(run: Run) -> int:
     """Train; returns 0, or 128 plus the number of the signal that stopped the run."""
     quiet_lightning()
-    flags = settings[TrainerFlags]
+    flags, device = run.settings[TrainerFlags], run.device
     folder = Path(flags.proj_dir)
     point = resume.newest(folder)
     if point is not None and not flags.resume:
@@ -62,20 +53,12 @@ def fit(
     strategy = make_strategy(flags, device.dtype, device.kind)
     with all_ranks(flags.devices, flags.num_nodes, folder):
         take_device(flags, device.kind)
-        return fit_ranks(settings, config, batches, steps, device, tokenizer, strategy, point)
+        return fit_ranks(run, strategy, point)
 
 
-def fit_ranks(
-    settings: Settings,
-    config: RWKVConfig,
-    batches: Batches,
-    steps: Steps,
-    device: Device,
-    tokenizer: Tokenizer,
-    strategy: Any,
-    point: Path | None,
-) -> int:
+def fit_ranks(run: Run, strategy: Any, point: Path | None) -> int:
     """What every rank does of `fit`, from the resume point on if there is one."""
+    settings, config, _, batches, steps, device, tokenizer = run
     flags, data = settings[TrainerFlags], settings[DataFlags]
     optimizer, evaluation = settings[OptimizerFlags], settings[EvaluationFlags]
     folder, plan = Path(flags.proj_dir), batches.training
@@ -84,7 +67,7 @@ def fit_ranks(
     model, layers, base = build(settings, config, building_place(settings, config, device))
     if chosen_objective(settings) in REFERENCED and plan.pieces.store.reference is None:
         objective = replace(objective, reference=adapters_off)
-    run = {
+    same = {
         "base model": base,
         "data": plan.pieces.store.fingerprint,
         "rows of a step": plan.rows_per_step,
@@ -98,7 +81,7 @@ def fit_ranks(
     }
     first = 0
     if point is not None:
-        first = resume.check_same_run(point, run)
+        first = resume.check_same_run(point, same)
         if first >= steps.total:
             say(f"{folder}: this run is done ({first} steps)")
             return 0
@@ -128,7 +111,7 @@ def fit_ranks(
         every=flags.resume_every,
         tensors=lambda: trained_tensors(model),
         metadata=adapter_metadata(model, layers, base=base, flags=settings.as_flags()),
-        run=run,
+        run=same,
         step_log=log,
     )
     callbacks: list[Any] = [log]

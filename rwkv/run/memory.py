@@ -61,6 +61,7 @@ def step_of(settings: Settings, dtype: "torch.dtype") -> "Step":
         grad_cp=trainer.grad_cp,
         accumulate=trainer.accumulate_grad_batches,
         tuned_state=settings[StateFlags].state,
+        fused_head=chosen_objective(settings) == "sft",
         optim=settings[OptimizerFlags].optim,
         strategy=trainer.strategy,
         world=trainer.devices * trainer.num_nodes,

@@ -12,7 +12,9 @@ from peft.tuned_state import describe_prefix, describe_state
 from rwkv.config import RWKVConfig
 from rwkv.flags import Settings
 from rwkv.ops.backends import describe_choice
+from rwkv.run.batches import Batches
 from rwkv.run.models import Device
+from rwkv.tokenizer import Tokenizer
 from rwkv.training.flags import ModelFlags, TrainerFlags
 
 
@@ -45,15 +47,22 @@ def count_steps(flags: TrainerFlags, plan: BatchPlan) -> Steps:
     return Steps(ends[-1], {ends[e]: flags.epoch_begin + e for e in saved})
 
 
-def describe(
-    settings: Settings,
-    config: RWKVConfig,
-    layers: Plan,
-    plan: BatchPlan,
-    steps: Steps,
-    device: Device,
-) -> Iterable[str]:
+class Run(NamedTuple):
+    """All that is known of a run before its model is loaded."""
+
+    settings: Settings
+    config: RWKVConfig
+    layers: Plan
+    batches: Batches
+    steps: Steps
+    device: Device
+    tokenizer: Tokenizer
+
+
+def describe(run: Run) -> Iterable[str]:
     """The plan of a run: model, kernel, what trains, data and steps."""
+    settings, config, layers, batches, steps, device, _ = run
+    plan = batches.training
     data, trainer = settings[DataFlags], settings[TrainerFlags]
     dtype = str(device.dtype).removeprefix("torch.")
     yield (

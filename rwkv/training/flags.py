@@ -23,7 +23,7 @@ class ModelFlags:
     head_size_a: int = flag(0, "channels of a head; read from --load_model, default 64")
     kernel: str = flag(
         "auto",
-        "wkv implementation; auto takes the best that can run (triton: RWKV-7 only)",
+        "wkv implementation; auto takes the best that can run",
         choices=("auto", "cuda", "triton", "fla", "torch", "reference"),
     )
     fla: bool = flag(False, "same as --kernel fla")
@@ -61,7 +61,7 @@ class TrainerFlags:
     gpu_memory: float = flag(0.0, "GiB of each GPU that the run may take; 0: all there is")
     micro_bsz: int = flag(1, "rows of ctx_len tokens that one device takes at once")
     accumulate_grad_batches: int = flag(1, "micro-batches a device sums up before a step")
-    grad_cp: bool = flag(True, "recompute each block in the backward pass: less memory")
+    grad_cp: bool = flag(True, "recompute each half of a block in the backward pass: less memory")
     epoch_steps: int = flag(0, "micro-batches of an epoch; 0: one pass over the data")
     epoch_count: int = flag(1, "epochs to train")
     epoch_begin: int = flag(0, "number of the first epoch, for file names")
