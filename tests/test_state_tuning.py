@@ -26,7 +26,7 @@ from rwkv.checkpoint import load_model, read_metadata, read_tensors, write_tenso
 from rwkv.chunks import ChunkPlan
 from rwkv.errors import InputError
 from rwkv.ops import wkv6, wkv7
-from rwkv.runner import add_model_arguments, load_start, load_state, put_adapter, open_model
+from rwkv.runner import add_model_arguments, load_start, load_state, open_model, put_adapter
 from rwkv.state import state_tensors
 from rwkv.training.flags import OptimizerFlags
 from rwkv.training.saving import Saving
