@@ -104,7 +104,11 @@ class Bench:
     ) -> tuple[int | None, str]:
         """Exit status (None: out of time) and the output's last line; output goes to a file."""
         path = self.work / f"{log}.log"
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        folders = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(folders),
+            "OMP_NUM_THREADS": "1",
+        }
         if self.cpu:
             environment["DS_ACCELERATOR"] = "cpu"
         elif gpus is not None:
