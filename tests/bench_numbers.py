@@ -44,6 +44,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lengths": "1-44:1,45-60:5,61-72:4",
         "flags": {"micro_bsz": 128, "epoch_steps": 400, "lr_init": 1e-5, "lr_final": 1e-7},
     },
+    "far": {
+        "lengths": "1-44:2,45-60:5,61-72:3",
+        "flags": {"micro_bsz": 128, "epoch_steps": 1500, "lr_init": 5e-5, "lr_final": 1e-7},
+    },
     "fast": {
         "lengths": "1-44:2,45-60:4,61-72:4",
         "flags": {"micro_bsz": 128, "epoch_steps": 700, "lr_init": 5e-5, "lr_final": 1e-7},
@@ -58,7 +62,7 @@ def make(path: Path, lengths: str, rows: int, seed: int) -> None:
 
 
 def answer(work: Path, model: Path, device: str) -> dict[str, str]:
-    """Exact answers by length: 250 numbers of 1 to 50 digits, 100 of 51 to 60, 200 of 61 to 70."""
+    """Exact answers by length: 500 numbers of 1 to 50 digits, 1,000 of 51 to 60, 401 of 61 to 70."""
     command = [sys.executable, str(EXAMPLE / "check_answers.py"), "--load_model", str(model)]
     command += [*TOKENIZER, "--template", "plain", "--stop", "#", "--tokens", "80"]
     command += ["--data", str(work / "held-out.jsonl"), "--by_length", "50,60,65,70"]
@@ -102,7 +106,7 @@ def main() -> None:
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
     parts = []
-    for lengths, rows in (("1-50", 250), ("51-60", 100), ("61-65", 100), ("66-70", 100)):
+    for lengths, rows in (("1-50", 500), ("51-60", 1000), ("61-65", 200), ("66-70", 201)):
         make(options.work / "part.jsonl", lengths, rows, 1000 + rows)
         parts.append((options.work / "part.jsonl").read_text())
     (options.work / "held-out.jsonl").write_text("".join(parts))
