@@ -330,25 +330,64 @@ __device__ __forceinline__ void add_triangle(Numbers& c, const Triangle& a, unsi
     add_step<Type>(c, a.diagonal, tile, 16 * me.strip, me);
 }
 
-// For two warps that share rows: the triangle in their rows of another tile. Each makes every other
-// block, and then they wait for each other; the next triangle must go elsewhere.
+// ---- the same by two warps that share rows, with left operands in shared memory too ----
+//
+// Rolled loops: what a warp runs once for each chunk is bound by the fetching of instructions where
+// its code is longer than the caches for them.
+
+// c += left tile^T or, with COLUMNS, left tile
+template <class Type, bool COLUMNS>
+__device__ __forceinline__ void add_product(NumbersOf<LaneOf<2>>& c, unsigned char* left,
+                                            unsigned char* tile, const LaneOf<2>& me) {
+#pragma unroll 1
+    for (int k = 0; k < 4; ++k) {
+        uint32_t a[4];
+        left_rows(a, left, 16 * me.strip, k, me);
+        if constexpr (COLUMNS) {
+            add_step<Type>(c, a, tile, 16 * k, me);
+        } else {
+#pragma unroll
+            for (int p = 0; p < 2; ++p) {
+                uint32_t b[4];
+                right_rows(b, tile, 8 * me.piece + 16 * p, k, me);
+                Type::mma(c[2 * p], a, b);
+                Type::mma(c[2 * p + 1], a, b + 2);
+            }
+        }
+    }
+}
+
+// The triangle of left tile^T, up to the diagonal or with UPPER from it on, in the warps' rows of
+// `out`. Each warp makes every other block, and then they wait for each other; the next triangle
+// must go elsewhere.
 template <class In, class Out, bool UPPER>
-__device__ __forceinline__ void triangle(unsigned char* out, const Operand& a, unsigned char* tile,
-                                         bool equal, float scale, const LaneOf<2>& me) {
-    const int row = 16 * me.strip;
+__device__ __forceinline__ void make_triangle(unsigned char* out, unsigned char* left,
+                                              unsigned char* tile, bool equal, float scale,
+                                              const LaneOf<2>& me) {
+    const int row = 16 * me.strip, first = UPPER ? me.strip : 0, last = UPPER ? 3 : me.strip;
+    const int mine = me.piece >> 2;
+#pragma unroll 1
+    for (int i = first + ((first ^ mine) & 1); i <= last; i += 2) {
+        float c[2][4] = {};
+#pragma unroll 1
+        for (int k = 0; k < 4; ++k) {
+            uint32_t a[4], b[4];
+            left_rows(a, left, row, k, me);
+            right_rows(b, tile, 16 * i, k, me);
+            In::mma(c[0], a, b);
+            In::mma(c[1], a, b + 2);
+        }
+        const Side<UPPER> side{equal};
+        const bool whole = i != me.strip;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if ((i & 1) != me.piece >> 2) continue;
-        if (UPPER ? i < me.strip : i > me.strip) continue;
-        uint32_t pairs[4];
-        if (i == me.strip)
-            block<In, Out>(pairs, a, tile, 16 * i, scale, me, Side<UPPER>{equal});
-        else
-            block<In, Out>(pairs, a, tile, 16 * i, scale, me, Whole{});
-#pragma unroll
-        for (int n = 0; n < 4; ++n)
+        for (int n = 0; n < 4; ++n) {
+            const int t = me.g + 8 * (n & 1), column = 8 * (n >> 1) + 2 * me.q;
+            const float* const pair = c[n >> 1] + 2 * (n & 1);
             *reinterpret_cast<uint32_t*>(out + (row + 8 * (n & 1)) * 128 +
-                                         (me.pairs ^ ((2 * i + (n >> 1)) << 4))) = pairs[n];
+                                         (me.pairs ^ ((2 * i + (n >> 1)) << 4))) =
+                Out::pack(whole || side(t, column) ? pair[0] * scale : 0.0f,
+                          whole || side(t, column + 1) ? pair[1] * scale : 0.0f);
+        }
     }
     named_barrier_sync(1 + me.strip, 64);
 }
@@ -357,13 +396,13 @@ __device__ __forceinline__ void triangle(unsigned char* out, const Operand& a, u
 template <class Type, bool UPPER>
 __device__ __forceinline__ void add_triangle(NumbersOf<LaneOf<2>>& c, unsigned char* triangle,
                                              unsigned char* tile, const LaneOf<2>& me) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        if (UPPER ? i >= me.strip : i <= me.strip) {
-            uint32_t a[4];
-            left_rows(a, triangle, 16 * me.strip, i, me);
-            add_step<Type>(c, a, tile, 16 * i, me);
-        }
+    const int first = UPPER ? me.strip : 0, last = UPPER ? 3 : me.strip;
+#pragma unroll 1
+    for (int i = first; i <= last; ++i) {
+        uint32_t a[4];
+        left_rows(a, triangle, 16 * me.strip, i, me);
+        add_step<Type>(c, a, tile, 16 * i, me);
+    }
 }
 
 // ---- powers of two ----

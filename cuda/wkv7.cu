@@ -97,23 +97,15 @@ __device__ __forceinline__ void write_block(unsigned char* block, const float c[
 template <bool TRANSPOSED, class Me>
 __device__ __forceinline__ void add_inverse(NumbersOf<Me>& c, unsigned char* blocks,
                                             unsigned char* tile, const Me& me) {
-    uint32_t a[4];
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-        const int other = TRANSPOSED ? i + 1 : i;
-        if (TRANSPOSED ? other > me.strip : other < me.strip) {
-            if (TRANSPOSED)
-                left_block_transposed(a, block_of(blocks, other, me.strip), me);
-            else
-                left_block(a, block_of(blocks, me.strip, other), me);
-            add_step<F16>(c, a, tile, 16 * other, me);
-        }
+#pragma unroll 1
+    for (int i = TRANSPOSED ? me.strip : 0; i <= (TRANSPOSED ? 3 : me.strip); ++i) {
+        uint32_t a[4];
+        if (TRANSPOSED)
+            left_block_transposed(a, block_of(blocks, i, me.strip), me);
+        else
+            left_block(a, block_of(blocks, me.strip, i), me);
+        add_step<F16>(c, a, tile, 16 * i, me);
     }
-    if (TRANSPOSED)
-        left_block_transposed(a, block_of(blocks, me.strip, me.strip), me);
-    else
-        left_block(a, block_of(blocks, me.strip, me.strip), me);
-    add_step<F16>(c, a, tile, 16 * me.strip, me);
 }
 
 // ---- decays ----
@@ -760,7 +752,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
                          *const b_end = dz_first, *const k_end = u;
     float* const sums = reinterpret_cast<float*>(blocks + BLOCKS);
     float* const totals = sums + 4 * SIDE;  // [2][4][64]
-    float* const maxima = totals + 8 * SIDE;
+    float* const scales = totals + 8 * SIDE;  // of columns: to the chunk's start, to its end
+    float* const maxima = scales + 2 * SIDE;
     const LaneOf<2> me;
     const int slot = blockIdx.x / H, h = blockIdx.x % H, row = 16 * me.strip;
     const Chunk chunk = find_chunk(slot, owners, cu_seqlens, T);
@@ -815,6 +808,11 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         const Halves l(sums, j, me);
         const float in[2] = {exp2_approx(l.middle[0]), exp2_approx(l.middle[1])};
         const float out[2] = {exp2_approx(l.rest[0]), exp2_approx(l.rest[1])};
+        if (me.strip == 0 && me.g == 0) {
+            float* const at = scales + 8 * (me.piece + j) + 2 * me.q;
+            *reinterpret_cast<float2*>(at) = make_float2(in[0], in[1]);
+            *reinterpret_cast<float2*>(at + SIDE) = make_float2(out[0], out[1]);
+        }
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
             const int t = row + 8 * below;
@@ -855,25 +853,22 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     __syncthreads();
 
     // What the chunk reads, z, and the gradient of what it writes
-    Operand own;
     clear(x);
-    read_operand(own, a_start, row, me);
-    add_by_rows<F16>(x, own, S, me);
-    read_operand(own, a_in, row, me);
-    triangle<BF16, F16, false>(even, own, k_in, false, u_share, me);  // A_ak
+    add_product<F16, false>(x, a_start, S, me);
+    make_triangle<BF16, F16, false>(even, a_in, k_in, false, u_share, me);  // A_ak
     add_triangle<F16, false>(x, even, values, me);
     write_rows<F16>(z, x, row, me);
     clear(x);
-    read_operand(own, b_end, row, me);
-    add_by_rows<F16>(x, own, dS, me);
-    read_operand(own, b_in, row, me);
-    triangle<BF16, F16, true>(odd, own, r_in, true, z_share, me);  // A_rb^T
+    add_product<F16, false>(x, b_end, dS, me);
+    make_triangle<BF16, F16, true>(odd, b_in, r_in, true, z_share, me);  // A_rb^T
     add_triangle<F16, true>(x, odd, dy, me);
     write_rows<F16>(dz_first, x, row, me);
     __syncthreads();
 
     // u = X z, dz = X^T (that gradient)
-    read_operand(own, k_end, row, me);
+    NumbersOf<LaneOf<2>> grad_v;
+    clear(grad_v);
+    add_product<F16, false>(grad_v, k_end, dS, me);
     named_barrier_sync(1 + me.strip, 64);
     clear(x);
     add_inverse<false>(x, blocks, z, me);
@@ -884,38 +879,36 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     write_rows<F16>(dz, x, row, me);
     __syncthreads();
 
-    clear(x);
-    add_by_rows<F16>(x, own, dS, me);  // of k_end
-    read_operand(own, k_in, row, me);
-    triangle<BF16, F16, true>(even, own, r_in, true, z_share, me);  // A_rk^T
-    add_triangle<F16, true>(x, even, dy, me);
-    triangle<BF16, F16, true>(odd, own, a_in, false, 1.0f, me);  // A_ak^T
-    add_triangle<F16, true>(x, odd, dz, me);
+    make_triangle<BF16, F16, true>(even, k_in, r_in, true, z_share, me);  // A_rk^T
+    add_triangle<F16, true>(grad_v, even, dy, me);
+    make_triangle<BF16, F16, true>(odd, k_in, a_in, false, 1.0f, me);  // A_ak^T
+    add_triangle<F16, true>(grad_v, odd, dz, me);
     const float v_scale = exp2_approx(ek + ez);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) x[j][e] *= v_scale;
-    store_rows<BF16>(dv + first, stride, staged, x, row, chunk.left, me);
+        for (int e = 0; e < 4; ++e) grad_v[j][e] *= v_scale;
+    store_rows<BF16>(dv + first, stride, staged, grad_v, row, chunk.left, me);
 
     // da, dr: what the readers' gradients are, and their shares of the gradient of L
     NumbersOf<LaneOf<2>> dL;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
         const float share = pass ? z_share : 1.0f;
-        read_operand(own, pass ? dy : dz, row, me);
+        unsigned char* const own = pass ? dy : dz;
         clear(x);
-        add_by_columns<F16>(x, own, S, me);
+        add_product<F16, true>(x, own, S, me);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const Halves l(sums, j, me);
-            const float in[2] = {exp2_approx(l.middle[0]) * share, exp2_approx(l.middle[1]) * share};
+            const float2 scale =
+                *reinterpret_cast<const float2*>(scales + 8 * (me.piece + j) + 2 * me.q);
+            const float in[2] = {scale.x * share, scale.y * share};
 #pragma unroll
             for (int e = 0; e < 4; ++e) x[j][e] *= in[e & 1];
         }
-        triangle<F16, BF16, false>(even, own, values, pass == 1, share * u_share, me);
+        make_triangle<F16, BF16, false>(even, own, values, pass == 1, share * u_share, me);
         add_triangle<BF16, false>(x, even, k_in, me);
-        triangle<F16, BF16, false>(odd, own, u, pass == 1, share, me);
+        make_triangle<F16, BF16, false>(odd, own, u, pass == 1, share, me);
         add_triangle<BF16, false>(x, odd, b_in, me);
         unsigned char* const reader = pass ? r_in : a_in;
 #pragma unroll
@@ -962,14 +955,15 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
         const float share = pass ? 1.0f : u_share;
-        read_operand(own, pass ? u : values, row, me);
+        unsigned char* const own = pass ? u : values;
         unsigned char* const writer = pass ? b_in : k_in;
         clear(x);
-        add_by_columns<F16>(x, own, dS, me);
+        add_product<F16, true>(x, own, dS, me);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const Halves l(sums, j, me);
-            const float out[2] = {exp2_approx(l.rest[0]) * share, exp2_approx(l.rest[1]) * share};
+            const float2 scale =
+                *reinterpret_cast<const float2*>(scales + SIDE + 8 * (me.piece + j) + 2 * me.q);
+            const float out[2] = {scale.x * share, scale.y * share};
 #pragma unroll
             for (int e = 0; e < 4; ++e) x[j][e] *= out[e & 1];
             const float2 upper = unpack_bf16(*pair_at(writer, row, j, me));
@@ -977,9 +971,9 @@ extern "C" __global__ void __launch_bounds__(256, 2)
             ends[j][0] = fmaf(upper.x, x[j][0], fmaf(lower.x, x[j][2], pass ? ends[j][0] : 0.0f));
             ends[j][1] = fmaf(upper.y, x[j][1], fmaf(lower.y, x[j][3], pass ? ends[j][1] : 0.0f));
         }
-        triangle<F16, BF16, true>(even, own, dy, true, share * z_share, me);
+        make_triangle<F16, BF16, true>(even, own, dy, true, share * z_share, me);
         add_triangle<BF16, true>(x, even, r_in, me);
-        triangle<F16, BF16, true>(odd, own, dz, false, share, me);
+        make_triangle<F16, BF16, true>(odd, own, dz, false, share, me);
         add_triangle<BF16, true>(x, odd, a_in, me);
         const float grow = log2_unit - (pass ? 0.0f : ek);
 #pragma unroll
@@ -999,13 +993,15 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     // dw: l_t is part of L from t on, and of what the chunk keeps
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-        const Halves l(sums, j, me);
+        const float* const at = scales + 8 * (me.piece + j) + 2 * me.q;
+        const float2 in = *reinterpret_cast<const float2*>(at);
+        const float2 out = *reinterpret_cast<const float2*>(at + SIDE);
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
             const float2 s = unpack_f16(*pair_at(S, row + 8 * below, j, me));
             const float2 ds = unpack_f16(*pair_at(dS, row + 8 * below, j, me));
-            ends[j][0] = fmaf(s.x * ds.x, exp2_approx(l.middle[0] + l.rest[0]), ends[j][0]);
-            ends[j][1] = fmaf(s.y * ds.y, exp2_approx(l.middle[1] + l.rest[1]), ends[j][1]);
+            ends[j][0] = fmaf(s.x * ds.x, in.x * out.x, ends[j][0]);
+            ends[j][1] = fmaf(s.y * ds.y, in.y * out.y, ends[j][1]);
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e)
