@@ -18,8 +18,7 @@ constexpr float LN_2 = 0.6931471805599453f;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LOG2_LOG2_E = 0.5287663729448977f;
 
-using Numbers = float[8][4];      // 16 rows of a tile, in lanes
-using Operand = uint32_t[4][4];   // the same as a left operand
+using Operand = uint32_t[4][4];  // 16 rows of a tile as a left operand
 
 __device__ __forceinline__ int place(int row, int piece) {
     return row * 128 + ((piece ^ (row & 7)) << 4);
@@ -28,20 +27,38 @@ __device__ __forceinline__ int place(int row, int piece) {
 // A thread's place in its block, and in what a warp's matrix loads and pair accesses touch: with a
 // row that is a multiple of 16 added and an even piece exclusively or'ed, every address follows from
 // one of these, which costs fewer registers than the addresses themselves.
-struct Lane {
+//
+// HALVES warps share 16 rows: 1, or 2 with 32 columns each. A warp's numbers in lanes are then those
+// of its own columns; left operands always have all 64.
+template <int HALVES>
+struct LaneOf {
+    static constexpr int J = 8 / HALVES;  // groups of 8 columns
     int warp, lane, g, q;
-    int pairs;     // of row g, piece 0, pair q
-    int matrices;  // of matrix lane / 8, the matrices two by two, pieces first
-    int columns;   // of the same, rows first
-    __device__ __forceinline__ Lane()
+    int strip;        // which 16 rows
+    int piece;        // the first of the warp's own columns
+    int pairs;        // of row g, piece 0, pair q
+    int own_pairs;    // of row g, piece `piece`, pair q
+    int matrices;     // of matrix lane / 8, the matrices two by two, pieces first
+    int columns;      // of the same, rows first
+    int own_columns;  // the same from piece `piece` on
+    __device__ __forceinline__ LaneOf()
         : warp(threadIdx.x >> 5),
           lane(threadIdx.x & 31),
           g(lane >> 2),
           q(lane & 3),
+          strip(warp / HALVES),
+          piece(HALVES == 1 ? 0 : 4 * (warp & 1)),
           pairs(place(g, 0) + q * 4),
+          own_pairs(pairs ^ (piece << 4)),
           matrices(place((lane >> 4) * 8 + (lane & 7), (lane >> 3) & 1)),
-          columns(place(((lane >> 3) & 1) * 8 + (lane & 7), lane >> 4)) {}
+          columns(place(((lane >> 3) & 1) * 8 + (lane & 7), lane >> 4)),
+          own_columns(columns ^ (piece << 4)) {}
 };
+
+using Lane = LaneOf<1>;
+template <class Me>
+using NumbersOf = float[Me::J][4];
+using Numbers = NumbersOf<Lane>;  // 16 rows of a tile, in lanes
 
 struct F16 {
     static __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -63,9 +80,10 @@ struct BF16 {
     }
 };
 
-__device__ __forceinline__ void clear(Numbers& x) {
+template <int J>
+__device__ __forceinline__ void clear(float (&x)[J][4]) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
+    for (int j = 0; j < J; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) x[j][e] = 0.0f;
 }
@@ -83,51 +101,44 @@ __device__ __forceinline__ void pack(Operand& a, const Numbers& x) {
 
 // ---- between lanes and a tile; `row` is the first of the warp's 16 rows ----
 
-// The lane's pair of row (row + g), a multiple of 8, columns 8 j + 2 q.
-__device__ __forceinline__ uint32_t* pair_at(unsigned char* tile, int row, int j, const Lane& me) {
-    return reinterpret_cast<uint32_t*>(tile + row * 128 + (me.pairs ^ (j << 4)));
+// The lane's pair of row (row + g), row a multiple of 8, own columns 8 j + 2 q.
+template <class Me>
+__device__ __forceinline__ uint32_t* pair_at(unsigned char* tile, int row, int j, const Me& me) {
+    return reinterpret_cast<uint32_t*>(tile + row * 128 + (me.own_pairs ^ (j << 4)));
 }
 
-template <class Type>
-__device__ __forceinline__ void read_rows(Numbers& x, unsigned char* tile, int row, const Lane& me) {
+template <class Type, class Me>
+__device__ __forceinline__ void read_rows(NumbersOf<Me>& x, unsigned char* tile, int row,
+                                          const Me& me) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < Me::J; ++j) {
         const float2 upper = Type::unpack(*pair_at(tile, row, j, me));
         const float2 lower = Type::unpack(*pair_at(tile, row + 8, j, me));
         x[j][0] = upper.x, x[j][1] = upper.y, x[j][2] = lower.x, x[j][3] = lower.y;
     }
 }
 
-template <class Type>
-__device__ __forceinline__ void write_rows(unsigned char* tile, const Numbers& x, int row,
-                                           const Lane& me) {
+template <class Type, class Me>
+__device__ __forceinline__ void write_rows(unsigned char* tile, const NumbersOf<Me>& x, int row,
+                                           const Me& me) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < Me::J; ++j) {
         *pair_at(tile, row, j, me) = Type::pack(x[j][0], x[j][1]);
         *pair_at(tile, row + 8, j, me) = Type::pack(x[j][2], x[j][3]);
     }
 }
 
-__device__ __forceinline__ void write_operand(unsigned char* tile, const Operand& a, int row,
-                                              const Lane& me) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        *pair_at(tile, row, 2 * k, me) = a[k][0];
-        *pair_at(tile, row + 8, 2 * k, me) = a[k][1];
-        *pair_at(tile, row, 2 * k + 1, me) = a[k][2];
-        *pair_at(tile, row + 8, 2 * k + 1, me) = a[k][3];
-    }
-}
-
 // Columns 16 k to 16 k + 15 of tile rows row to row + 15 as a left operand.
+template <class Me>
 __device__ __forceinline__ void left_rows(uint32_t a[4], unsigned char* tile, int row, int k,
-                                          const Lane& me) {
+                                          const Me& me) {
     ldmatrix_x4(a, tile + row * 128 + (me.columns ^ (k << 5)));
 }
 
 // The warp's 16 rows as a left operand.
+template <class Me>
 __device__ __forceinline__ void read_operand(Operand& a, unsigned char* tile, int row,
-                                             const Lane& me) {
+                                             const Me& me) {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
         left_rows(a[k], tile, row, k, me);
@@ -135,32 +146,34 @@ __device__ __forceinline__ void read_operand(Operand& a, unsigned char* tile, in
 
 // ---- between a tile and global memory, 16 bytes a lane; `stride` between rows in bytes ----
 
+template <class Me>
 __device__ __forceinline__ void fetch_rows(unsigned char* tile, const void* from, int64_t stride,
-                                           int row, int rows, const Lane& me) {
+                                           int row, int rows, const Me& me) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int r = row + i * 4 + (me.lane >> 3), piece = me.lane & 7;
+    for (int i = 0; i < Me::J / 2; ++i) {
+        const int r = row + (i * 32 + me.lane) / Me::J, piece = me.piece + me.lane % Me::J;
         const auto* source = static_cast<const unsigned char*>(from) + r * stride + piece * 16;
         cp_async_16(tile + place(r, piece), r < rows ? source : from, r < rows);
     }
 }
 
+template <class Me>
 __device__ __forceinline__ void put_rows(void* to, int64_t stride, unsigned char* tile, int row,
-                                         int rows, const Lane& me) {
+                                         int rows, const Me& me) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int r = row + i * 4 + (me.lane >> 3), piece = me.lane & 7;
+    for (int i = 0; i < Me::J / 2; ++i) {
+        const int r = row + (i * 32 + me.lane) / Me::J, piece = me.piece + me.lane % Me::J;
         if (r < rows)
             *reinterpret_cast<uint4*>(static_cast<unsigned char*>(to) + r * stride + piece * 16) =
                 *reinterpret_cast<const uint4*>(tile + place(r, piece));
     }
 }
 
-// Numbers in lanes to the warp's rows in global memory, by way of the same rows of a tile that no
-// other warp reads.
-template <class Type>
+// Numbers in lanes to the warp's rows and columns in global memory, by way of the same place of a
+// tile that no other warp reads.
+template <class Type, class Me>
 __device__ __forceinline__ void store_rows(void* to, int64_t stride, unsigned char* tile,
-                                           const Numbers& x, int row, int rows, const Lane& me) {
+                                           const NumbersOf<Me>& x, int row, int rows, const Me& me) {
     __syncwarp();
     write_rows<Type>(tile, x, row, me);
     __syncwarp();
@@ -171,87 +184,83 @@ __device__ __forceinline__ void store_rows(void* to, int64_t stride, unsigned ch
 
 // Tile rows row to row + 15, columns 16 k to 16 k + 15: b[0..1] for the product's columns
 // row .. row + 7, b[2..3] for the next 8. The product sums over the tile's columns.
+template <class Me>
 __device__ __forceinline__ void right_rows(uint32_t b[4], unsigned char* tile, int row, int k,
-                                           const Lane& me) {
+                                           const Me& me) {
     ldmatrix_x4(b, tile + row * 128 + (me.matrices ^ (k << 5)));
 }
 
-// Tile rows row to row + 15, pieces piece (even) and piece + 1: b[0..1] for the product's columns
-// 8 piece .., b[2..3] for the next 8. The product sums over the tile's rows.
-__device__ __forceinline__ void right_columns(uint32_t b[4], unsigned char* tile, int row,
-                                              int piece, const Lane& me) {
-    ldmatrix_x4_trans(b, tile + row * 128 + (me.columns ^ (piece << 4)));
+// Tile rows row to row + 15, own columns 16 p to 16 p + 15: b[0..1] for the first 8 columns of the
+// product, b[2..3] for the next 8. The product sums over the tile's rows.
+template <class Me>
+__device__ __forceinline__ void right_columns(uint32_t b[4], unsigned char* tile, int row, int p,
+                                              const Me& me) {
+    ldmatrix_x4_trans(b, tile + row * 128 + (me.own_columns ^ (p << 5)));
 }
 
 // Columns column to column + 15 of tile rows row .. row + 15, transposed: a left operand.
+template <class Me>
 __device__ __forceinline__ void left_columns(uint32_t a[4], unsigned char* tile, int row,
-                                             int column, const Lane& me) {
+                                             int column, const Me& me) {
     ldmatrix_x4_trans(a, tile + row * 128 + (me.matrices ^ (column << 1)));
 }
 
 // ---- products of whole tiles ----
 
 // c += a tile^T
-template <class Type>
-__device__ __forceinline__ void add_by_rows(Numbers& c, const Operand& a, unsigned char* tile,
-                                            const Lane& me) {
+template <class Type, class Me>
+__device__ __forceinline__ void add_by_rows(NumbersOf<Me>& c, const Operand& a, unsigned char* tile,
+                                            const Me& me) {
 #pragma unroll
-    for (int p = 0; p < 4; ++p)
+    for (int p = 0; p < Me::J / 2; ++p)
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             uint32_t b[4];
-            right_rows(b, tile, 16 * p, k, me);
+            right_rows(b, tile, 8 * me.piece + 16 * p, k, me);
             Type::mma(c[2 * p], a[k], b);
             Type::mma(c[2 * p + 1], a[k], b + 2);
         }
 }
 
 // c += a[k] (rows row .. row + 15 of the tile): one step of a product that sums over rows.
-template <class Type>
-__device__ __forceinline__ void add_step(Numbers& c, const uint32_t a[4], unsigned char* tile,
-                                         int row, const Lane& me) {
+template <class Type, class Me>
+__device__ __forceinline__ void add_step(NumbersOf<Me>& c, const uint32_t a[4], unsigned char* tile,
+                                         int row, const Me& me) {
 #pragma unroll
-    for (int p = 0; p < 4; ++p) {
+    for (int p = 0; p < Me::J / 2; ++p) {
         uint32_t b[4];
-        right_columns(b, tile, row, 2 * p, me);
+        right_columns(b, tile, row, p, me);
         Type::mma(c[2 * p], a, b);
         Type::mma(c[2 * p + 1], a, b + 2);
     }
 }
 
 // c += a tile
-template <class Type>
-__device__ __forceinline__ void add_by_columns(Numbers& c, const Operand& a, unsigned char* tile,
-                                               const Lane& me) {
+template <class Type, class Me>
+__device__ __forceinline__ void add_by_columns(NumbersOf<Me>& c, const Operand& a,
+                                               unsigned char* tile, const Me& me) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) add_step<Type>(c, a[k], tile, 16 * k, me);
 }
 
-// c += tile^T other, for columns 16 warp .. of the first tile
-template <class Type>
-__device__ __forceinline__ void add_transposed(Numbers& c, unsigned char* tile,
-                                               unsigned char* other, const Lane& me) {
+// c += tile^T other, for columns 16 strip .. of the first tile
+template <class Type, class Me>
+__device__ __forceinline__ void add_transposed(NumbersOf<Me>& c, unsigned char* tile,
+                                               unsigned char* other, const Me& me) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
         uint32_t a[4];
-        left_columns(a, tile, 16 * k, 16 * me.warp, me);
+        left_columns(a, tile, 16 * k, 16 * me.strip, me);
         add_step<Type>(c, a, other, 16 * k, me);
     }
 }
 
 // ---- triangles: 64 x 64, of which a warp has its 16 rows as left operands ----
 
-// The blocks of 16 columns on one side of the diagonal (those of index i < warp for a lower
-// triangle, i + 1 > warp for an upper one), and the one on it. Blocks that lie on the other side
-// are not touched.
-struct Triangle {
-    uint32_t side[3][4], diagonal[4];
-};
-
 // c = 16 rows times rows row .. row + 15 of a tile: a block of a product, in lanes.
-template <class In>
+template <class In, class Me>
 __device__ __forceinline__ void block_product(float c[2][4], const Operand& a, unsigned char* tile,
-                                              int row, const Lane& me) {
+                                              int row, const Me& me) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
 #pragma unroll
@@ -264,9 +273,9 @@ __device__ __forceinline__ void block_product(float c[2][4], const Operand& a, u
 }
 
 // The same as a left operand, times `scale`; zero where `keep(row, column)` of the block says no.
-template <class In, class Out, class Keep>
+template <class In, class Out, class Keep, class Me>
 __device__ __forceinline__ void block(uint32_t out[4], const Operand& a, unsigned char* tile,
-                                      int row, float scale, const Lane& me, Keep keep) {
+                                      int row, float scale, const Me& me, Keep keep) {
     float c[2][4];
     block_product<In>(c, a, tile, row, me);
 #pragma unroll
@@ -292,15 +301,22 @@ struct Side {
     }
 };
 
+// The blocks of 16 columns on one side of the diagonal (those of index i < strip for a lower
+// triangle, i + 1 > strip for an upper one), and the one on it. Blocks that lie on the other side
+// are not touched.
+struct Triangle {
+    uint32_t side[3][4], diagonal[4];
+};
+
 // The triangle of a tile^T.
 template <class In, class Out, bool UPPER>
 __device__ __forceinline__ void triangle(Triangle& out, const Operand& a, unsigned char* tile,
                                          bool equal, float scale, const Lane& me) {
 #pragma unroll
     for (int i = 0; i < 3; ++i)
-        if (UPPER ? i + 1 > me.warp : i < me.warp)
+        if (UPPER ? i + 1 > me.strip : i < me.strip)
             block<In, Out>(out.side[i], a, tile, 16 * (UPPER ? i + 1 : i), scale, me, Whole{});
-    block<In, Out>(out.diagonal, a, tile, 16 * me.warp, scale, me, Side<UPPER>{equal});
+    block<In, Out>(out.diagonal, a, tile, 16 * me.strip, scale, me, Side<UPPER>{equal});
 }
 
 // c += triangle tile
@@ -309,9 +325,45 @@ __device__ __forceinline__ void add_triangle(Numbers& c, const Triangle& a, unsi
                                              const Lane& me) {
 #pragma unroll
     for (int i = 0; i < 3; ++i)
-        if (UPPER ? i + 1 > me.warp : i < me.warp)
+        if (UPPER ? i + 1 > me.strip : i < me.strip)
             add_step<Type>(c, a.side[i], tile, 16 * (UPPER ? i + 1 : i), me);
-    add_step<Type>(c, a.diagonal, tile, 16 * me.warp, me);
+    add_step<Type>(c, a.diagonal, tile, 16 * me.strip, me);
+}
+
+// For two warps that share rows: the triangle in their rows of another tile. Each makes every other
+// block, and then they wait for each other; the next triangle must go elsewhere.
+template <class In, class Out, bool UPPER>
+__device__ __forceinline__ void triangle(unsigned char* out, const Operand& a, unsigned char* tile,
+                                         bool equal, float scale, const LaneOf<2>& me) {
+    const int row = 16 * me.strip;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if ((i & 1) != me.piece >> 2) continue;
+        if (UPPER ? i < me.strip : i > me.strip) continue;
+        uint32_t pairs[4];
+        if (i == me.strip)
+            block<In, Out>(pairs, a, tile, 16 * i, scale, me, Side<UPPER>{equal});
+        else
+            block<In, Out>(pairs, a, tile, 16 * i, scale, me, Whole{});
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+            *reinterpret_cast<uint32_t*>(out + (row + 8 * (n & 1)) * 128 +
+                                         (me.pairs ^ ((2 * i + (n >> 1)) << 4))) = pairs[n];
+    }
+    named_barrier_sync(1 + me.strip, 64);
+}
+
+// c += triangle tile
+template <class Type, bool UPPER>
+__device__ __forceinline__ void add_triangle(NumbersOf<LaneOf<2>>& c, unsigned char* triangle,
+                                             unsigned char* tile, const LaneOf<2>& me) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (UPPER ? i >= me.strip : i <= me.strip) {
+            uint32_t a[4];
+            left_rows(a, triangle, 16 * me.strip, i, me);
+            add_step<Type>(c, a, tile, 16 * i, me);
+        }
 }
 
 // ---- powers of two ----
@@ -328,10 +380,11 @@ __device__ __forceinline__ float power_of(float exponent) {
     return biased <= 0 ? 0.0f : __uint_as_float(static_cast<uint32_t>(biased) << 23);
 }
 
-__device__ __forceinline__ float largest(const Numbers& x) {
+template <int J>
+__device__ __forceinline__ float largest(const float (&x)[J][4]) {
     float most = 0.0f;
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
+    for (int j = 0; j < J; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) most = fmaxf(most, fabsf(x[j][e]));
     return most;

@@ -11,7 +11,8 @@
 // relative to the chunk's middle: with w <= -0.5 no factor passes 2^28, so what carries such factors
 // (`_in`) is bfloat16; all other operands are scaled to about 1 by powers of two and float16.
 //
-// A warp owns 16 of the 64 rows of every tile: tokens, or of M and c columns of the state. X is
+// A warp owns 16 of the 64 rows of every tile: tokens, or of M and c columns of the state; in
+// wkv7_gradient two warps share them. X is
 // lower triangular with ones on the diagonal; its ten blocks of 16 x 16 on and below it are kept.
 #include "tiles.cuh"
 
@@ -63,12 +64,14 @@ __device__ __forceinline__ int place_in_narrow(int row, int half) {
     return row * 32 + ((half ^ ((row >> 2) & 1)) << 4);
 }
 
-__device__ __forceinline__ void left_block(uint32_t a[4], unsigned char* block, const Lane& me) {
+template <class Me>
+__device__ __forceinline__ void left_block(uint32_t a[4], unsigned char* block, const Me& me) {
     ldmatrix_x4(a, block + place_in_narrow(me.lane & 15, me.lane >> 4));
 }
 
+template <class Me>
 __device__ __forceinline__ void left_block_transposed(uint32_t a[4], unsigned char* block,
-                                                      const Lane& me) {
+                                                      const Me& me) {
     const int i = me.lane >> 3;
     ldmatrix_x4_trans(a, block + place_in_narrow((i >> 1) * 8 + (me.lane & 7), i & 1));
 }
@@ -91,34 +94,35 @@ __device__ __forceinline__ void write_block(unsigned char* block, const float c[
 }
 
 // c += X tile, or X^T tile, for the warp's rows
-template <bool TRANSPOSED>
-__device__ __forceinline__ void add_inverse(Numbers& c, unsigned char* blocks, unsigned char* tile,
-                                            const Lane& me) {
+template <bool TRANSPOSED, class Me>
+__device__ __forceinline__ void add_inverse(NumbersOf<Me>& c, unsigned char* blocks,
+                                            unsigned char* tile, const Me& me) {
     uint32_t a[4];
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
         const int other = TRANSPOSED ? i + 1 : i;
-        if (TRANSPOSED ? other > me.warp : other < me.warp) {
+        if (TRANSPOSED ? other > me.strip : other < me.strip) {
             if (TRANSPOSED)
-                left_block_transposed(a, block_of(blocks, other, me.warp), me);
+                left_block_transposed(a, block_of(blocks, other, me.strip), me);
             else
-                left_block(a, block_of(blocks, me.warp, other), me);
+                left_block(a, block_of(blocks, me.strip, other), me);
             add_step<F16>(c, a, tile, 16 * other, me);
         }
     }
     if (TRANSPOSED)
-        left_block_transposed(a, block_of(blocks, me.warp, me.warp), me);
+        left_block_transposed(a, block_of(blocks, me.strip, me.strip), me);
     else
-        left_block(a, block_of(blocks, me.warp, me.warp), me);
-    add_step<F16>(c, a, tile, 16 * me.warp, me);
+        left_block(a, block_of(blocks, me.strip, me.strip), me);
+    add_step<F16>(c, a, tile, 16 * me.strip, me);
 }
 
 // ---- decays ----
 
 // l in units of log2, of the warp's rows; 0 behind the sequence's end.
-__device__ __forceinline__ void log2_steps(Numbers& x, int row, int left, const Lane& me) {
+template <class Me>
+__device__ __forceinline__ void log2_steps(NumbersOf<Me>& x, int row, int left, const Me& me) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
+    for (int j = 0; j < Me::J; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
             x[j][e] = row + me.g + (e >> 1) * 8 < left
@@ -127,9 +131,10 @@ __device__ __forceinline__ void log2_steps(Numbers& x, int row, int left, const 
 }
 
 // Sums over the warp's rows up to each.
-__device__ __forceinline__ void accumulate(Numbers& x, const Lane& me) {
+template <class Me>
+__device__ __forceinline__ void accumulate(NumbersOf<Me>& x, const Me& me) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < Me::J; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e)
 #pragma unroll
@@ -143,9 +148,10 @@ __device__ __forceinline__ void accumulate(Numbers& x, const Lane& me) {
 }
 
 // Sums over the warp's rows from each on.
-__device__ __forceinline__ void accumulate_back(Numbers& x, const Lane& me) {
+template <class Me>
+__device__ __forceinline__ void accumulate_back(NumbersOf<Me>& x, const Me& me) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < Me::J; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e)
 #pragma unroll
@@ -158,21 +164,22 @@ __device__ __forceinline__ void accumulate_back(Numbers& x, const Lane& me) {
     }
 }
 
-// For columns 8 j + 2 q and the next: the sums of l over the rows of earlier warps, over the first
+// For own columns 8 j + 2 q and the next: the sums of l over the rows of earlier warps, over the first
 // half of the chunk and over the second.
 struct Halves {
     float before[2], middle[2], rest[2];
-    __device__ __forceinline__ Halves(const float* sums, int j, const Lane& me) {
+    template <class Me>
+    __device__ __forceinline__ Halves(const float* sums, int j, const Me& me) {
         float2 s[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            s[i] = *reinterpret_cast<const float2*>(sums + i * SIDE + 8 * j + 2 * me.q);
+            s[i] = *reinterpret_cast<const float2*>(sums + i * SIDE + 8 * (me.piece + j) + 2 * me.q);
         middle[0] = s[0].x + s[1].x, middle[1] = s[0].y + s[1].y;
         rest[0] = s[2].x + s[3].x, rest[1] = s[2].y + s[3].y;
         before[0] = before[1] = 0.0f;
 #pragma unroll
         for (int i = 0; i < 3; ++i)
-            if (i < me.warp) before[0] += s[i].x, before[1] += s[i].y;
+            if (i < me.strip) before[0] += s[i].x, before[1] += s[i].y;
     }
 };
 
@@ -210,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(128, 3)
     float* const sums = reinterpret_cast<float*>(blocks + BLOCKS);
     float* const maxima = sums + 4 * SIDE;  // [3][4]
     const Lane me;
-    const int slot = blockIdx.x / H, h = blockIdx.x % H, row = 16 * me.warp;
+    const int slot = blockIdx.x / H, h = blockIdx.x % H, row = 16 * me.strip;
     const Chunk chunk = find_chunk(slot, owners, cu_seqlens, T);
     if (chunk.left <= 0) return;
     const int64_t unit = blockIdx.x, first = (chunk.first * H + h) * SIDE;
@@ -243,9 +250,9 @@ extern "C" __global__ void __launch_bounds__(128, 3)
     if (me.g == 7)
 #pragma unroll
         for (int j = 0; j < 8; ++j)
-            *reinterpret_cast<float2*>(sums + me.warp * SIDE + 8 * j + 2 * me.q) =
+            *reinterpret_cast<float2*>(sums + me.strip * SIDE + 8 * j + 2 * me.q) =
                 make_float2(L[j][2], L[j][3]);
-    if (me.lane < 3) maxima[me.lane * 4 + me.warp] = me.lane == 0 ? most[0] : me.lane == 1 ? most[1] : most[2];
+    if (me.lane < 3) maxima[me.lane * 4 + me.strip] = me.lane == 0 ? most[0] : me.lane == 1 ? most[1] : most[2];
     __syncthreads();
 
     float exponent[3];
@@ -260,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(128, 3)
         const Halves l(sums, j, me);
         const float in[2] = {exp2_approx(l.middle[0]), exp2_approx(l.middle[1])};
         const float out[2] = {exp2_approx(l.rest[0]), exp2_approx(l.rest[1])};
-        if (me.warp == 0 && me.g == 0)
+        if (me.strip == 0 && me.g == 0)
             *reinterpret_cast<float2*>(scalars + unit * SCALARS + 8 * j + 2 * me.q) =
                 make_float2(l.middle[0] + l.rest[0], l.middle[1] + l.rest[1]);
 #pragma unroll
@@ -309,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(128, 3)
     float c[2][4];
 #pragma unroll
     for (int i = 0; i < 3; ++i)
-        if (i < me.warp) {
+        if (i < me.strip) {
             uint32_t pairs[4];
             block<BF16, F16>(pairs, a_in, b_in, 16 * i, 1.0f, me, Whole{});
 #pragma unroll
@@ -317,28 +324,28 @@ extern "C" __global__ void __launch_bounds__(128, 3)
                 *pair_at(A_ab, row + 8 * (n & 1), 2 * i + (n >> 1), me) = pairs[n];
         }
     block_product<BF16>(c, a_in, b_in, row, me);
-    float* const A = reinterpret_cast<float*>(u_first) + me.warp * 16 * 20;
+    float* const A = reinterpret_cast<float*>(u_first) + me.strip * 16 * 20;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
             A[(me.g + 8 * (e >> 1)) * 20 + 8 * half + 2 * me.q + (e & 1)] = c[half][e];
     __syncwarp();
-    invert(block_of(blocks, me.warp, me.warp), A, me);
+    invert(block_of(blocks, me.strip, me.strip), A, me);
     __syncthreads();
 
     // Column `warp` of X's blocks: X_ij = X_ii (sum over m from j to i - 1 of A_im X_mj)
-    for (int i = me.warp + 1; i < 4; ++i) {
+    for (int i = me.strip + 1; i < 4; ++i) {
         uint32_t left[4], right[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
-        for (int m = me.warp; m < i; ++m) {
+        for (int m = me.strip; m < i; ++m) {
             left_rows(left, A_ab, 16 * i, m, me);
-            right_block(right, block_of(blocks, m, me.warp), me);
+            right_block(right, block_of(blocks, m, me.strip), me);
             mma_f16(c[0], left, right);
             mma_f16(c[1], left, right + 2);
         }
-        unsigned char* const mine = block_of(blocks, i, me.warp);
+        unsigned char* const mine = block_of(blocks, i, me.strip);
         write_block(mine, c, me);
         left_block(left, block_of(blocks, i, i), me);
         right_block(right, mine, me);
@@ -368,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(128, 3)
     if (inverse != nullptr)
         for (int i = threadIdx.x; i < BLOCKS / 16; i += 128)
             reinterpret_cast<uint4*>(inverse + unit * BLOCKS)[i] = reinterpret_cast<uint4*>(blocks)[i];
-    if (me.warp == 0 && me.lane < 4)
+    if (me.strip == 0 && me.lane < 4)
         scalars[unit * SCALARS + SIDE + me.lane] =
             me.lane == 0 ? exponent[0] : me.lane == 1 ? exponent[1] : me.lane == 2 ? exponent[2] : 0.0f;
     __syncthreads();
@@ -415,7 +422,7 @@ struct Stage {
         transition = memory;
         readout = memory + TILE;
         scalars = reinterpret_cast<float*>(memory + 2 * TILE);
-        narrow = memory + 2 * TILE + 512 + me.warp * per_warp;  // 64 rows of 32 bytes
+        narrow = memory + 2 * TILE + 512 + me.strip * per_warp;  // 64 rows of 32 bytes
         rows = narrow + 2048;                                   // 16 rows of 128 bytes
     }
 };
@@ -498,7 +505,7 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     const Lane me;
     const int warps = blockDim.x >> 5, parts = 4 / warps;
     const int64_t unit = blockIdx.x / parts;
-    const int q = unit / H, h = unit % H, row = 16 * (blockIdx.x % parts * warps + me.warp);
+    const int q = unit / H, h = unit % H, row = 16 * (blockIdx.x % parts * warps + me.strip);
     const Sequence sequence = find_sequence(q, cu_seqlens, T);
     const int chunks = (sequence.length + SIDE - 1) / SIDE;
     const int64_t stride = static_cast<int64_t>(H) * SIDE;
@@ -607,7 +614,7 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     const Lane me;
     const int warps = blockDim.x >> 5, parts = 4 / warps;
     const int64_t unit = blockIdx.x / parts;
-    const int q = unit / H, h = unit % H, row = 16 * (blockIdx.x % parts * warps + me.warp);
+    const int q = unit / H, h = unit % H, row = 16 * (blockIdx.x % parts * warps + me.strip);
     const Sequence sequence = find_sequence(q, cu_seqlens, T);
     const int chunks = (sequence.length + SIDE - 1) / SIDE;
     const int64_t stride = static_cast<int64_t>(H) * SIDE;
@@ -701,22 +708,22 @@ extern "C" __global__ void __launch_bounds__(128, 2)
 
 // l in units of log2 of token row + g, columns 8 j + 2 q, from global memory; 0 behind the end.
 __device__ __forceinline__ float2 log2_step(const uint16_t* w, int64_t stride, int row, int j,
-                                            int left, const Lane& me) {
+                                            int left, const LaneOf<2>& me) {
     const int t = row + me.g;
     if (t >= left) return make_float2(0.0f, 0.0f);
-    const float2 x = unpack_bf16(*reinterpret_cast<const uint32_t*>(w + t * stride + 8 * j + 2 * me.q));
+    const float2 x = unpack_bf16(*reinterpret_cast<const uint32_t*>(w + t * stride + 8 * (me.piece + j) + 2 * me.q));
     return make_float2(-exp2_approx(fmaf(x.x, LOG2_E, LOG2_LOG2_E)),
                        -exp2_approx(fmaf(x.y, LOG2_E, LOG2_LOG2_E)));
 }
 
-// The warp's 16 rows of a tile of float16, each times 2 to (exponents[row] - unit).
+// The warp's part of a tile of float16, each row times 2 to (exponents[row] - unit).
 __device__ __forceinline__ void rescale_rows(unsigned char* tile, const float* exponents, float unit,
-                                             int row, const Lane& me) {
+                                             int row, const LaneOf<2>& me) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int r = row + 4 * i + (me.lane >> 3);
+    for (int i = 0; i < 2; ++i) {
+        const int r = row + 8 * i + (me.lane >> 2);
         const float scale = power_of(exponents[r] - unit);
-        uint4* const at = reinterpret_cast<uint4*>(tile + place(r, me.lane & 7));
+        uint4* const at = reinterpret_cast<uint4*>(tile + place(r, me.piece + (me.lane & 3)));
         const uint4 piece = *at;
         uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
@@ -733,7 +740,7 @@ __device__ __forceinline__ void rescale_rows(unsigned char* tile, const float* e
 // 2^(eu + ez). The gradient of a tile with a decay in it, times that tile, is its share of the
 // gradient of L; there the factor is the rounded operand of the products, so that what must cancel
 // cancels.
-extern "C" __global__ void __launch_bounds__(128, 2)
+extern "C" __global__ void __launch_bounds__(256, 2)
     wkv7_gradient(const uint16_t* r, const uint16_t* w, const uint16_t* k, const uint16_t* v,
                   const uint16_t* a, const uint16_t* b, const uint16_t* grad_y,
                   const uint16_t* states, const float* exponents, const uint16_t* grad_states,
@@ -746,15 +753,16 @@ extern "C" __global__ void __launch_bounds__(128, 2)
                          *const dy = memory + 5 * TILE, *const S = memory + 6 * TILE,
                          *const dS = memory + 7 * TILE, *const z = memory + 8 * TILE,
                          *const u = memory + 9 * TILE, *const dz_first = memory + 10 * TILE,
-                         *const blocks = memory + 11 * TILE;
+                         *const even = memory + 11 * TILE, *const odd = memory + 12 * TILE,
+                         *const blocks = memory + 13 * TILE;
     // a_start, b_end and k_end are read by the warp that owns the rows, before others' tiles go there
     unsigned char *const w_raw = z, *const dz = z, *const staged = dz_first, *const a_start = z,
                          *const b_end = dz_first, *const k_end = u;
     float* const sums = reinterpret_cast<float*>(blocks + BLOCKS);
     float* const totals = sums + 4 * SIDE;  // [2][4][64]
     float* const maxima = totals + 8 * SIDE;
-    const Lane me;
-    const int slot = blockIdx.x / H, h = blockIdx.x % H, row = 16 * me.warp;
+    const LaneOf<2> me;
+    const int slot = blockIdx.x / H, h = blockIdx.x % H, row = 16 * me.strip;
     const Chunk chunk = find_chunk(slot, owners, cu_seqlens, T);
     if (chunk.left <= 0) return;
     const int64_t unit = blockIdx.x, first = (chunk.first * H + h) * SIDE;
@@ -768,7 +776,7 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     fetch_rows(b_in, b + first, stride, row, chunk.left, me);
     fetch_rows(S, states + unit * SIDE * SIDE, 2 * SIDE, row, SIDE, me);
     fetch_rows(dS, grad_states + unit * SIDE * SIDE, 2 * SIDE, row, SIDE, me);
-    for (int i = threadIdx.x; i < BLOCKS / 16; i += 128)
+    for (int i = threadIdx.x; i < BLOCKS / 16; i += 256)
         cp_async_16(blocks + 16 * i, inverse + unit * BLOCKS + 16 * i, true);
     cp_async_commit();
     const float er = scalars[unit * SCALARS + SIDE], ek = scalars[unit * SCALARS + SIDE + 1],
@@ -780,30 +788,30 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     cp_async_wait<0>();
     __syncwarp();
 
-    Numbers x, L;
+    NumbersOf<LaneOf<2>> x, L;
     read_rows<BF16>(x, dy, row, me);
     const float y_most = largest_of_warp(largest(x));
     read_rows<BF16>(x, w_raw, row, me);
     log2_steps(x, row, chunk.left, me);
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
+    for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) L[j][e] = x[j][e];
     accumulate(L, me);
     if (me.g == 7)
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-            *reinterpret_cast<float2*>(sums + me.warp * SIDE + 8 * j + 2 * me.q) =
+        for (int j = 0; j < 4; ++j)
+            *reinterpret_cast<float2*>(sums + me.strip * SIDE + 8 * (me.piece + j) + 2 * me.q) =
                 make_float2(L[j][2], L[j][3]);
-    if (me.lane == 0) maxima[me.warp] = y_most;
+    if (me.lane == 0) maxima[threadIdx.x >> 5] = y_most;
     __syncthreads();
 
-    const float ey = exponent_below(fmaxf(fmaxf(maxima[0], maxima[1]), fmaxf(maxima[2], maxima[3])));
+    const float ey = exponent_below(largest_of_warp(maxima[me.lane & 7]));
     const float eu = 3.0f + fmaxf(ek + ev, S_most), ez = 3.0f + fmaxf(er + ey, dS_most);
     const float u_share = power_of(ek + ev - eu), z_share = power_of(er + ey - ez);
     const float log2_unit = eu + ez;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < 4; ++j) {
         const Halves l(sums, j, me);
         const float in[2] = {exp2_approx(l.middle[0]), exp2_approx(l.middle[1])};
         const float out[2] = {exp2_approx(l.rest[0]), exp2_approx(l.rest[1])};
@@ -848,26 +856,25 @@ extern "C" __global__ void __launch_bounds__(128, 2)
 
     // What the chunk reads, z, and the gradient of what it writes
     Operand own;
-    Triangle A;
     clear(x);
     read_operand(own, a_start, row, me);
     add_by_rows<F16>(x, own, S, me);
     read_operand(own, a_in, row, me);
-    triangle<BF16, F16, false>(A, own, k_in, false, u_share, me);  // A_ak
-    add_triangle<F16, false>(x, A, values, me);
+    triangle<BF16, F16, false>(even, own, k_in, false, u_share, me);  // A_ak
+    add_triangle<F16, false>(x, even, values, me);
     write_rows<F16>(z, x, row, me);
     clear(x);
     read_operand(own, b_end, row, me);
     add_by_rows<F16>(x, own, dS, me);
     read_operand(own, b_in, row, me);
-    triangle<BF16, F16, true>(A, own, r_in, true, z_share, me);  // A_rb^T
-    add_triangle<F16, true>(x, A, dy, me);
+    triangle<BF16, F16, true>(odd, own, r_in, true, z_share, me);  // A_rb^T
+    add_triangle<F16, true>(x, odd, dy, me);
     write_rows<F16>(dz_first, x, row, me);
     __syncthreads();
 
     // u = X z, dz = X^T (that gradient)
     read_operand(own, k_end, row, me);
-    __syncwarp();
+    named_barrier_sync(1 + me.strip, 64);
     clear(x);
     add_inverse<false>(x, blocks, z, me);
     write_rows<F16>(u, x, row, me);
@@ -880,19 +887,19 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     clear(x);
     add_by_rows<F16>(x, own, dS, me);  // of k_end
     read_operand(own, k_in, row, me);
-    triangle<BF16, F16, true>(A, own, r_in, true, z_share, me);  // A_rk^T
-    add_triangle<F16, true>(x, A, dy, me);
-    triangle<BF16, F16, true>(A, own, a_in, false, 1.0f, me);  // A_ak^T
-    add_triangle<F16, true>(x, A, dz, me);
+    triangle<BF16, F16, true>(even, own, r_in, true, z_share, me);  // A_rk^T
+    add_triangle<F16, true>(x, even, dy, me);
+    triangle<BF16, F16, true>(odd, own, a_in, false, 1.0f, me);  // A_ak^T
+    add_triangle<F16, true>(x, odd, dz, me);
     const float v_scale = exp2_approx(ek + ez);
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
+    for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) x[j][e] *= v_scale;
     store_rows<BF16>(dv + first, stride, staged, x, row, chunk.left, me);
 
     // da, dr: what the readers' gradients are, and their shares of the gradient of L
-    Numbers dL;
+    NumbersOf<LaneOf<2>> dL;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
         const float share = pass ? z_share : 1.0f;
@@ -900,19 +907,19 @@ extern "C" __global__ void __launch_bounds__(128, 2)
         clear(x);
         add_by_columns<F16>(x, own, S, me);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
+        for (int j = 0; j < 4; ++j) {
             const Halves l(sums, j, me);
             const float in[2] = {exp2_approx(l.middle[0]) * share, exp2_approx(l.middle[1]) * share};
 #pragma unroll
             for (int e = 0; e < 4; ++e) x[j][e] *= in[e & 1];
         }
-        triangle<F16, BF16, false>(A, own, values, pass == 1, share * u_share, me);
-        add_triangle<BF16, false>(x, A, k_in, me);
-        triangle<F16, BF16, false>(A, own, u, pass == 1, share, me);
-        add_triangle<BF16, false>(x, A, b_in, me);
+        triangle<F16, BF16, false>(even, own, values, pass == 1, share * u_share, me);
+        add_triangle<BF16, false>(x, even, k_in, me);
+        triangle<F16, BF16, false>(odd, own, u, pass == 1, share, me);
+        add_triangle<BF16, false>(x, odd, b_in, me);
         unsigned char* const reader = pass ? r_in : a_in;
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
+        for (int j = 0; j < 4; ++j)
 #pragma unroll
             for (int below = 0; below < 2; ++below) {
                 const int e = 2 * below;
@@ -935,9 +942,9 @@ extern "C" __global__ void __launch_bounds__(128, 2)
             // L_before of a token is L of the one before: its share moves there. That of the warp's
             // first row goes to an earlier warp.
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
+            for (int j = 0; j < 4; ++j) {
                 if (me.g == 0)
-                    *reinterpret_cast<float2*>(totals + me.warp * SIDE + 8 * j + 2 * me.q) =
+                    *reinterpret_cast<float2*>(totals + me.strip * SIDE + 8 * (me.piece + j) + 2 * me.q) =
                         make_float2(dL[j][0], dL[j][1]);
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
@@ -951,7 +958,7 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     }
 
     // dk, db: the writers' gradients
-    float ends[8][2];
+    float ends[4][2];
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
         const float share = pass ? 1.0f : u_share;
@@ -960,7 +967,7 @@ extern "C" __global__ void __launch_bounds__(128, 2)
         clear(x);
         add_by_columns<F16>(x, own, dS, me);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
+        for (int j = 0; j < 4; ++j) {
             const Halves l(sums, j, me);
             const float out[2] = {exp2_approx(l.rest[0]) * share, exp2_approx(l.rest[1]) * share};
 #pragma unroll
@@ -970,13 +977,13 @@ extern "C" __global__ void __launch_bounds__(128, 2)
             ends[j][0] = fmaf(upper.x, x[j][0], fmaf(lower.x, x[j][2], pass ? ends[j][0] : 0.0f));
             ends[j][1] = fmaf(upper.y, x[j][1], fmaf(lower.y, x[j][3], pass ? ends[j][1] : 0.0f));
         }
-        triangle<F16, BF16, true>(A, own, dy, true, share * z_share, me);
-        add_triangle<BF16, true>(x, A, r_in, me);
-        triangle<F16, BF16, true>(A, own, dz, false, share, me);
-        add_triangle<BF16, true>(x, A, a_in, me);
+        triangle<F16, BF16, true>(even, own, dy, true, share * z_share, me);
+        add_triangle<BF16, true>(x, even, r_in, me);
+        triangle<F16, BF16, true>(odd, own, dz, false, share, me);
+        add_triangle<BF16, true>(x, odd, a_in, me);
         const float grow = log2_unit - (pass ? 0.0f : ek);
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
+        for (int j = 0; j < 4; ++j)
 #pragma unroll
             for (int below = 0; below < 2; ++below) {
                 const int e = 2 * below;
@@ -991,7 +998,7 @@ extern "C" __global__ void __launch_bounds__(128, 2)
 
     // dw: l_t is part of L from t on, and of what the chunk keeps
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < 4; ++j) {
         const Halves l(sums, j, me);
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
@@ -1009,8 +1016,8 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     accumulate_back(dL, me);
     if (me.g == 0)
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            float* const at = totals + me.warp * SIDE + 8 * j + 2 * me.q;
+        for (int j = 0; j < 4; ++j) {
+            float* const at = totals + me.strip * SIDE + 8 * (me.piece + j) + 2 * me.q;
             const float2 first_row = *reinterpret_cast<const float2*>(at);
             *reinterpret_cast<float2*>(at) =
                 make_float2(dL[j][0] + first_row.x, dL[j][1] + first_row.y);
@@ -1019,13 +1026,13 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     __syncthreads();
     const float scale = exp2_approx(log2_unit) * LN_2;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < 4; ++j) {
         float2 after = make_float2(0.0f, 0.0f);
 #pragma unroll
         for (int i = 0; i < 8; ++i)  // dL of later warps, ends of all
-            if (i >= 4 || i > me.warp) {
+            if (i >= 4 || i > me.strip) {
                 const float2 part =
-                    *reinterpret_cast<const float2*>(totals + i * SIDE + 8 * j + 2 * me.q);
+                    *reinterpret_cast<const float2*>(totals + i * SIDE + 8 * (me.piece + j) + 2 * me.q);
                 after.x += part.x, after.y += part.y;
             }
 #pragma unroll

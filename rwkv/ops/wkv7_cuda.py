@@ -50,7 +50,7 @@ def load_kernels(device: torch.device) -> Kernels:
             library.kernel("wkv7_prepare", "p" * 14 + "ii", 8 * TILE + BLOCKS + sums + 64),
             {n: library.kernel("wkv7_scan", "p" * 10 + "ii", stage(4096, n)) for n in (1, 4)},
             {n: library.kernel("wkv7_reverse", "p" * 9 + "ii", stage(2048, n)) for n in (1, 4)},
-            library.kernel("wkv7_gradient", "p" * 21 + "ii", 11 * TILE + BLOCKS + 3 * sums + 64),
+            library.kernel("wkv7_gradient", "p" * 21 + "ii", 13 * TILE + BLOCKS + 3 * sums + 64),
         )
     return _kernels[device]
 
@@ -202,7 +202,7 @@ def _backward(
         *(grad_states, grad_exponents, grad_initial, cu_seqlens, T, H),
     )
     kernels.gradient(
-        *(slots * H, 4 * 32),
+        *(slots * H, 8 * 32),
         *(r, w, k, v, a, b, grad_y, states, exponents, grad_states, grad_exponents),
         *(inverse, scalars, dr, dw, dk, dv, da, db, owners, cu_seqlens, T, H),
     )

@@ -70,7 +70,7 @@ def _first(trainer: pl.Trainer) -> bool:
 def _plain(optimizer: MasterWeights, parameter: nn.Parameter) -> dict[str, Any]:
     master = optimizer.master(parameter)
     kept = optimizer.inner.state[master]
-    return {"weight": master.detach(), **kept, "step": int(kept["step"])}
+    return {"weight": master.detach(), **kept, "step": int(kept.get("step", 0))}
 
 
 def _beside(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _gather(zero: Any, parameters: Named, *, keeps: bool) -> dict[str, dict[str,
         if keeps:
             shape = parameter.ds_shape if _is_scattered(parameter) else parameter.shape
             gathered[name] = {
-                "step": int(flat["step"]),
+                "step": int(flat.get("step", 0)),
                 **{key: value.reshape(shape).cpu() for key, value in whole.items()},
             }
     return gathered if keeps else None
