@@ -62,7 +62,7 @@ def make(path: Path, lengths: str, rows: int, seed: int) -> None:
 
 
 def answer(work: Path, model: Path, device: str) -> dict[str, str]:
-    """Exact answers by length: 500 numbers of 1 to 50 digits, 1,000 of 51 to 60, 401 of 61 to 70."""
+    """Exact answers by length, of 500 numbers up to 50 digits, 1,000 up to 60, 401 up to 70."""
     command = [sys.executable, str(EXAMPLE / "check_answers.py"), "--load_model", str(model)]
     command += [*TOKENIZER, "--template", "plain", "--stop", "#", "--tokens", "80"]
     command += ["--data", str(work / "held-out.jsonl"), "--by_length", "50,60,65,70"]

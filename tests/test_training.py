@@ -313,7 +313,7 @@ def is_running(pid: int) -> bool:
 def test_what_one_process_began_goes_on_on_two(folder, alone, tmp_path):
     output = tmp_path / "grown"
     process = start(full(folder, output, **ONE, resume=1))
-    until_step(process, output, 2)
+    until_step(process, output, 1)
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, errors
