@@ -21,6 +21,13 @@ constexpr int BLOCKS = 10 * BLOCK;   // of X
 constexpr int SCALARS = 68;          // of a chunk: log2 of what it keeps of 64 columns; exponents of r, k, v
 constexpr int STAGES = 3;            // chunks of a scan under way
 
+// Blocks of wkv7_gradient that share a multiprocessor: 113 KiB of shared memory each.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define GRADIENT_BLOCKS 1
+#else
+#define GRADIENT_BLOCKS 2
+#endif
+
 // ---- which tokens a chunk holds: as in rwkv/ops/triton_chunks.py ----
 
 struct Chunk {
@@ -732,7 +739,7 @@ __device__ __forceinline__ void rescale_rows(unsigned char* tile, const float* e
 // 2^(eu + ez). The gradient of a tile with a decay in it, times that tile, is its share of the
 // gradient of L; there the factor is the rounded operand of the products, so that what must cancel
 // cancels.
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
     wkv7_gradient(const uint16_t* r, const uint16_t* w, const uint16_t* k, const uint16_t* v,
                   const uint16_t* a, const uint16_t* b, const uint16_t* grad_y,
                   const uint16_t* states, const float* exponents, const uint16_t* grad_states,
@@ -802,7 +809,11 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     const float ey = exponent_below(largest_of_warp(maxima[me.lane & 7]));
     const float eu = 3.0f + fmaxf(ek + ev, S_most), ez = 3.0f + fmaxf(er + ey, dS_most);
     const float u_share = power_of(ek + ev - eu), z_share = power_of(er + ey - ez);
-    const float log2_unit = eu + ez;
+    float* const facts = maxima + 8;  // read again where needed: registers are short
+    if (threadIdx.x == 0) {
+        facts[0] = u_share, facts[1] = z_share, facts[2] = er, facts[3] = ek, facts[4] = ez;
+        facts[5] = eu + ez;
+    }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         const Halves l(sums, j, me);
@@ -879,11 +890,11 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     write_rows<F16>(dz, x, row, me);
     __syncthreads();
 
-    make_triangle<BF16, F16, true>(even, k_in, r_in, true, z_share, me);  // A_rk^T
+    make_triangle<BF16, F16, true>(even, k_in, r_in, true, facts[1], me);  // A_rk^T
     add_triangle<F16, true>(grad_v, even, dy, me);
     make_triangle<BF16, F16, true>(odd, k_in, a_in, false, 1.0f, me);  // A_ak^T
     add_triangle<F16, true>(grad_v, odd, dz, me);
-    const float v_scale = exp2_approx(ek + ez);
+    const float v_scale = exp2_approx(facts[3] + facts[4]);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -894,7 +905,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     NumbersOf<LaneOf<2>> dL;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
-        const float share = pass ? z_share : 1.0f;
+        const float share = pass ? facts[1] : 1.0f;
         unsigned char* const own = pass ? dy : dz;
         clear(x);
         add_product<F16, true>(x, own, S, me);
@@ -906,11 +917,12 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 #pragma unroll
             for (int e = 0; e < 4; ++e) x[j][e] *= in[e & 1];
         }
-        make_triangle<F16, BF16, false>(even, own, values, pass == 1, share * u_share, me);
+        make_triangle<F16, BF16, false>(even, own, values, pass == 1, share * facts[0], me);
         add_triangle<BF16, false>(x, even, k_in, me);
         make_triangle<F16, BF16, false>(odd, own, u, pass == 1, share, me);
         add_triangle<BF16, false>(x, odd, b_in, me);
         unsigned char* const reader = pass ? r_in : a_in;
+        const float er = facts[2], log2_unit = facts[5];
 #pragma unroll
         for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -954,7 +966,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     float ends[4][2];
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
-        const float share = pass ? 1.0f : u_share;
+        const float share = pass ? 1.0f : facts[0];
         unsigned char* const own = pass ? u : values;
         unsigned char* const writer = pass ? b_in : k_in;
         clear(x);
@@ -971,11 +983,11 @@ extern "C" __global__ void __launch_bounds__(256, 2)
             ends[j][0] = fmaf(upper.x, x[j][0], fmaf(lower.x, x[j][2], pass ? ends[j][0] : 0.0f));
             ends[j][1] = fmaf(upper.y, x[j][1], fmaf(lower.y, x[j][3], pass ? ends[j][1] : 0.0f));
         }
-        make_triangle<F16, BF16, true>(even, own, dy, true, share * z_share, me);
+        make_triangle<F16, BF16, true>(even, own, dy, true, share * facts[1], me);
         add_triangle<BF16, true>(x, even, r_in, me);
         make_triangle<F16, BF16, true>(odd, own, dz, false, share, me);
         add_triangle<BF16, true>(x, odd, a_in, me);
-        const float grow = log2_unit - (pass ? 0.0f : ek);
+        const float grow = facts[5] - (pass ? 0.0f : facts[3]);
 #pragma unroll
         for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -1020,7 +1032,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
             *reinterpret_cast<float2*>(at + 4 * SIDE) = make_float2(ends[j][0], ends[j][1]);
         }
     __syncthreads();
-    const float scale = exp2_approx(log2_unit) * LN_2;
+    const float scale = exp2_approx(facts[5]) * LN_2;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         float2 after = make_float2(0.0f, 0.0f);

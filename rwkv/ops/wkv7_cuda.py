@@ -22,6 +22,9 @@ from rwkv.ops import cuda_build
 C = N = 64  # tokens of a chunk, channels of a head: cuda/tiles.cuh
 BLOCKS, SCALARS, STAGES = 10 * 512, 68, 3  # cuda/wkv7.cu
 TILE = 2 * C * N
+SUMS = 4 * C * 4  # bytes of sums over each of four groups of rows, float32
+PREPARE_BYTES = 8 * TILE + BLOCKS + SUMS + 64  # of shared memory
+GRADIENT_BYTES = 13 * TILE + BLOCKS + 3 * SUMS + 2 * C * 4 + 128
 FEW_HEADS = 264  # below it a block of a scan owns 16 value rows of a head, from it on all 64
 
 
@@ -41,13 +44,12 @@ def load_kernels(device: torch.device) -> Kernels:
     """Compile what is not compiled yet, and load it once a device."""
     if device not in _kernels:
         library = cuda_build.load("wkv7.cu", {}, device)
-        sums = 4 * C * 4  # sums over the rows of each of four warps, float32
 
         def stage(warp: int, warps: int) -> int:
             return STAGES * (2 * TILE + 512 + warps * warp)
 
         _kernels[device] = Kernels(
-            library.kernel("wkv7_prepare", "p" * 14 + "ii", 8 * TILE + BLOCKS + sums + 64),
+            library.kernel("wkv7_prepare", "p" * 14 + "ii", PREPARE_BYTES),
             {n: library.kernel("wkv7_scan", "p" * 10 + "ii", stage(4096, n)) for n in (1, 4)},
             {n: library.kernel("wkv7_reverse", "p" * 9 + "ii", stage(2048, n)) for n in (1, 4)},
             library.kernel(
@@ -66,6 +68,9 @@ def why_not(sample: Tensor, packed: bool) -> str | None:
         return f"handles heads of {N} channels, not {sample.shape[-1]}"
     if torch.cuda.get_device_capability(sample.device) < (8, 0):
         return "needs compute capability 8.0 or more"
+    room = torch.cuda.get_device_properties(sample.device).shared_memory_per_block_optin
+    if room < GRADIENT_BYTES:
+        return f"needs {GRADIENT_BYTES:,} bytes of shared memory a block, the GPU has {room:,}"
     return cuda_build.why_not()
 
 
