@@ -16,7 +16,7 @@ from rwkv.ops.packing import text_lengths
 
 # About how many chunk-heads are worked on at once. On a CPU larger parts leave the caches, on a
 # GPU smaller ones leave it idle; either way the memory in use does not grow with T.
-LIMIT_CPU, LIMIT = 256, 1024
+LIMIT_CPU, LIMIT = 144, 1024
 
 
 class Part(NamedTuple):

@@ -103,7 +103,10 @@ class CentredProducts:
     def backward(
         self, products: Tensor, entry: Tensor, exit: Tensor, kept: Tensor
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """As HalvedProducts; the arguments are overwritten."""
+        """As HalvedProducts; the arguments are overwritten, and `entry` and `exit` of this object.
+
+        What is overwritten is in the caches still, new memory would not be.
+        """
         products = self._masked(products)
         exit.mul_(self._end)
         total = (kept * self.kept).add_(_sum_products(exit, self._z)).unsqueeze(1)
@@ -111,10 +114,13 @@ class CentredProducts:
         dz = exit.baddbmm_(products.mT, self._x)
         # A token's decay is in what all later tokens read, in what all earlier ones wrote, in the
         # total, and in what its own reader after read.
-        reads, writes = (self._x * dx).split(self._C, 1), (self._z * dz).split(self._C, 1)
-        written = sum(writes[1:], start=writes[0])
-        own = written if len(reads) == 1 else written - reads[1]
-        balance = reads[0] - own
+        reads = torch.mul(self._x, dx, out=self.entry).split(self._C, 1)
+        own, *writes = torch.mul(self._z, dz, out=self.exit).split(self._C, 1)
+        for write in writes:
+            own.add_(write)
+        if len(reads) > 1:
+            own.sub_(reads[1])
+        balance = reads[0].sub_(own)
         rate = balance.cumsum(1)
         total += rate[:, -1:]
         rate.add_(own).sub_(total)

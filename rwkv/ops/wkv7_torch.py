@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv.ops.chunk_layout import ChunkLayout, Part, chunk_layout
-from rwkv.ops.decayed_products import decayed_products
+from rwkv.ops.decayed_products import LOG2_E, decayed_products
 
 CHUNK = 32  # measured on two cores: 16 and 64 take 1.0 to 1.3 times as long
 SHORTEST = 6  # tokens from which the chunks' fixed cost is less than the steps of the reference
@@ -130,7 +130,7 @@ class _Local:
         self.C = C = layout.C
         limits = torch.finfo(dtype)
         nothing = 1 - math.log(limits.tiny * limits.eps)  # the rate from where exp(-rate) is 0
-        rate = w.exp_().clamp_(max=nothing)
+        rate = w.mul_(LOG2_E).exp2_().clamp_(max=nothing)
         if layout.real is not None:
             rate *= layout.real[part.rows]
         self.decayed = decayed_products(a, r, [b, k], rate)
