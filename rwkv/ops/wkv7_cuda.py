@@ -52,9 +52,7 @@ def load_kernels(device: torch.device) -> Kernels:
             library.kernel("wkv7_prepare", "p" * 14 + "ii", PREPARE_BYTES),
             {n: library.kernel("wkv7_scan", "p" * 10 + "ii", stage(4096, n)) for n in (1, 4)},
             {n: library.kernel("wkv7_reverse", "p" * 9 + "ii", stage(2048, n)) for n in (1, 4)},
-            library.kernel(
-                "wkv7_gradient", "p" * 21 + "ii", 13 * TILE + BLOCKS + 3 * sums + 2 * C * 4 + 64
-            ),
+            library.kernel("wkv7_gradient", "p" * 21 + "ii", GRADIENT_BYTES),
         )
     return _kernels[device]
 
