@@ -191,7 +191,9 @@ class Bench:
         return found[0][:150] if found else "" if name in self.reports else "not run"
 
     def peaks(self, name: str) -> str:
-        return " ".join(f"{line['peak']:.1f}" for line in self.reports[name] if "peak" in line)
+        return " ".join(
+            f"{line['peak']:.1f}" for line in self.reports.get(name, []) if "peak" in line
+        )
 
     def table(self, title: str, head: list[str], rows: list[list[Any]]) -> None:
         print(f"\n**{title}**\n", flush=True)
