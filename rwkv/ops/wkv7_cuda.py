@@ -66,10 +66,13 @@ def why_not(sample: Tensor, packed: bool) -> str | None:
         return f"handles heads of {N} channels, not {sample.shape[-1]}"
     if torch.cuda.get_device_capability(sample.device) < (8, 0):
         return "needs compute capability 8.0 or more"
-    room = torch.cuda.get_device_properties(sample.device).shared_memory_per_block_optin
+    if reason := cuda_build.why_not():
+        return reason
+    index = sample.device.index
+    room = cuda_build.shared_memory(torch.cuda.current_device() if index is None else index)
     if room < GRADIENT_BYTES:
         return f"needs {GRADIENT_BYTES:,} bytes of shared memory a block, the GPU has {room:,}"
-    return cuda_build.why_not()
+    return None
 
 
 def run(
