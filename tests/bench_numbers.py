@@ -48,6 +48,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lengths": "1-44:2,45-60:5,61-72:3",
         "flags": {"micro_bsz": 128, "epoch_steps": 1500, "lr_init": 5e-5, "lr_final": 1e-7},
     },
+    "kept": {
+        "lengths": "1-44:5,45-60:5,61-72:4",
+        "flags": {"micro_bsz": 128, "epoch_steps": 700, "lr_init": 5e-5, "lr_final": 1e-7},
+    },
     "fast": {
         "lengths": "1-44:2,45-60:4,61-72:4",
         "flags": {"micro_bsz": 128, "epoch_steps": 700, "lr_init": 5e-5, "lr_final": 1e-7},
