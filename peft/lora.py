@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from peft.adapter import AdapterLinear, check_rank
 from rwkv.linear import Linear, unread_output
+from rwkv.ops.fused import uses_kernels
 
 
 def lora_scale(rank: int, alpha: float, *, rslora: bool) -> float:
@@ -90,7 +91,7 @@ class _LowRank(torch.autograd.Function):
         if unread:
             return unread_output(x, layer.out_features, residual)
         out = layer.product(x, residual)
-        out.view(-1, layer.out_features).addmm_(low.to(out.dtype), B.to(out.dtype).T)
+        add_product(out.view(-1, layer.out_features), low.to(out.dtype), B.to(out.dtype).T)
         return out
 
     @staticmethod
@@ -101,7 +102,7 @@ class _LowRank(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = ctx.layer.gradient(g.view(grad.shape))
-            dx.view(rows.shape).addmm_(d_low.to(dx.dtype), A.to(dx.dtype))
+            add_product(dx.view(rows.shape), d_low.to(dx.dtype), A.to(dx.dtype))
         d_residual = grad if ctx.needs_input_grad[1] else None
         dA = (d_low.T @ rows).to(A.dtype) if ctx.needs_input_grad[2] else None
         dB = (g.T @ low).to(B.dtype) if ctx.needs_input_grad[3] else None
@@ -111,3 +112,14 @@ class _LowRank(torch.autograd.Function):
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     """factor a b, the factor inside the product."""
     return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=factor)
+
+
+def add_product(out: Tensor, low: Tensor, factor: Tensor) -> None:
+    """out [n, columns] += low [n, rank] factor [rank, columns], in place."""
+    if uses_kernels(out):
+        from peft import low_rank_triton
+
+        if low.shape[1] in low_rank_triton.RANKS and out.is_contiguous():
+            low_rank_triton.add_product(out, low.contiguous(), factor)
+            return
+    out.addmm_(low, factor)
