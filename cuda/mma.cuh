@@ -17,6 +17,7 @@
 #ifdef __CUDACC_RTC__
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;
+using int64_t = long long;
 #else
 #include <cstdint>
 #endif

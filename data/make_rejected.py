@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     from rwkv.templates import load_template
 
     sampling = sampling_of(options)
-    model, tokenizer = open_model(options)
+    model, tokenizer = open_model(options, merged=True)
     template = load_template(options.template, tokenizer, options.turn_end)
     counts = write_rejected(options, model, tokenizer, template, sampling)
     notes = "".join(f"; {count:,} {what}" for what, count in counts.items() if what != "written")

@@ -234,7 +234,9 @@ def open_teacher_model(options: argparse.Namespace) -> "tuple[Teacher, Tokenizer
 
     model, tokenizer = open_model(options)
     files = [options.load_model, *(f for f in (options.adapter, options.state) if f)]
-    made_of = [*(fingerprint(read_tensors(file)) for file in files), options.dtype]
+    stored = {n: entry["storage"] for n, entry in read_tensors(files[0]).quantized.items()}
+    made_of: list[Any] = [*(fingerprint(read_tensors(file)) for file in files), options.dtype]
+    made_of += [stored] if stored else []
 
     def logits(texts: Sequence[Sequence[int]]) -> "Iterator[Tensor]":
         import torch

@@ -9,17 +9,14 @@
 Reference scores lie beside them, in files of their own: data/reference_scores.py.
 """
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from data.records import DataError
-from data.token_store import FORMAT, META, ArrayWriter, TokenStore
-from rwkv.files import replacing
+from data.token_store import Records, TokenStore, write_arrays
 
 if TYPE_CHECKING:
     from data.pair_pieces import Pair, PairPieces
@@ -106,42 +103,16 @@ def write_pairs(
     Raises:
         DataError: there is no record.
     """
-    notes = Counter[str]()
-    records = tokens = pairs = 0
-    with replacing(folder) as beside:
-        beside.mkdir()
-        with (
-            ArrayWriter(beside / "tokens.npy", np.uint16) as token_file,
-            ArrayWriter(beside / "ends.npy", np.int64) as end_file,
-            ArrayWriter(beside / "prompt.npy", np.int64) as prompt_file,
-            ArrayWriter(beside / "chosen.npy", np.int64) as chosen_file,
-            ArrayWriter(beside / "rejected.npy", np.int64) as rejected_file,
-        ):
-            for chunk in chunks:
-                notes += chunk.notes
-                if not len(chunk.lengths):
-                    continue
-                token_file.append(chunk.tokens)
-                end_file.append(np.cumsum(chunk.lengths.sum(axis=1)) + tokens)
-                for file, column in zip(
-                    (prompt_file, chosen_file, rejected_file), chunk.lengths.T, strict=True
-                ):
-                    file.append(column)
-                records, tokens = records + len(chunk.lengths), tokens + len(chunk.tokens)
-                pairs += int((chunk.lengths > 0).all(axis=1).sum())
-        if not records:
-            names = ", ".join(source["path"] for source in meta.get("sources", [])) or str(folder)
-            left_out = "".join(f"; {count:,} {what}" for what, count in notes.items())
-            raise DataError(f"{names}: has no records to train on{left_out}")
-        meta = {
-            "format": FORMAT,
-            "kind": PairStore.kind,
-            "records": records,
-            "tokens": tokens,
-            "pairs": pairs,
-            "notes": dict(notes),
-            "mask_prompt": True,
-            **meta,
-        }
-        (beside / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
-    return meta
+
+    def records() -> Iterator[Records]:
+        for chunk in chunks:
+            arrays = dict(zip(("prompt", "chosen", "rejected"), chunk.lengths.T, strict=True))
+            pairs = int((chunk.lengths > 0).all(axis=1).sum())
+            lengths = chunk.lengths.sum(axis=1)
+            yield Records(
+                {"tokens": chunk.tokens, **arrays}, lengths, {"pairs": pairs}, chunk.notes
+            )
+
+    kinds = {"tokens": np.uint16} | dict.fromkeys(("prompt", "chosen", "rejected"), np.int64)
+    meta = {"kind": PairStore.kind, "mask_prompt": True, **meta}
+    return write_arrays(folder, records(), kinds, meta)

@@ -10,13 +10,14 @@
 Stores of other kinds add arrays, by token or by record, and name them in their class.
 """
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -167,6 +168,21 @@ def split(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore, To
     return store.select(np.sort(order[count:])), store.select(np.sort(order[:count]))
 
 
+class Records(NamedTuple):
+    """Records that are to be written.
+
+    arrays: by name, a value for each token or each record of these; "tokens" is one of them.
+    lengths: tokens of each record.
+    counts: what meta.json adds up over all records, by name.
+    notes: what was left out or added, counted under words for the user.
+    """
+
+    arrays: dict[str, np.ndarray]
+    lengths: np.ndarray
+    counts: dict[str, int]
+    notes: Counter[str]
+
+
 def write_store(folder: Path, chunks: Iterable["Encoded"], meta: dict[str, Any]) -> dict[str, Any]:
     """Write encoded records as a folder, all of it or nothing; return its meta.json.
 
@@ -178,39 +194,62 @@ def write_store(folder: Path, chunks: Iterable["Encoded"], meta: dict[str, Any])
     Raises:
         DataError: there is no record.
     """
-    notes = Counter[str]()
-    records = tokens = scored = 0
+
+    def records() -> Iterator[Records]:
+        for chunk in chunks:
+            if not len(chunk.lengths):
+                continue
+            starts = np.cumsum(chunk.lengths) - chunk.lengths
+            scored = np.add.reduceat(chunk.mask, starts, dtype=np.int64)
+            arrays = {"tokens": chunk.tokens, "mask": chunk.mask}
+            arrays |= {"scored": scored, "dialogue": chunk.dialogue}
+            yield Records(arrays, chunk.lengths, {"scored": int(scored.sum())}, chunk.notes)
+
+    kinds = {"tokens": np.uint16, "mask": np.bool_, "scored": np.int64, "dialogue": np.bool_}
+    return write_arrays(folder, records(), kinds, {"kind": TokenStore.kind, **meta})
+
+
+def write_arrays(
+    folder: Path, chunks: Iterable[Records], kinds: dict[str, Any], meta: dict[str, Any]
+) -> dict[str, Any]:
+    """Write records of any kind of store as a folder, all of it or nothing; return its meta.json.
+
+    Args:
+        folder: the folder to make; one that is there is replaced.
+        chunks: the records; at least one.
+        kinds: the dtype of each array; ends.npy is made beside them.
+        meta: what is to stand in meta.json besides counts.
+
+    Raises:
+        DataError: there is no record.
+    """
+    counts, notes = Counter[str](), Counter[str]()
+    records = tokens = 0
     with replacing(folder) as beside:
         beside.mkdir()
-        with (
-            ArrayWriter(beside / "tokens.npy", np.uint16) as token_file,
-            ArrayWriter(beside / "mask.npy", np.bool_) as mask_file,
-            ArrayWriter(beside / "ends.npy", np.int64) as end_file,
-            ArrayWriter(beside / "scored.npy", np.int64) as scored_file,
-            ArrayWriter(beside / "dialogue.npy", np.bool_) as dialogue_file,
-        ):
+        with contextlib.ExitStack() as stack:
+            files = {
+                name: stack.enter_context(ArrayWriter(beside / f"{name}.npy", kind))
+                for name, kind in {**kinds, "ends": np.int64}.items()
+            }
             for chunk in chunks:
+                notes += chunk.notes
                 if not len(chunk.lengths):
                     continue
-                ends = np.cumsum(chunk.lengths)
-                per_record = np.add.reduceat(chunk.mask, ends - chunk.lengths, dtype=np.int64)
-                token_file.append(chunk.tokens)
-                mask_file.append(chunk.mask)
-                end_file.append(ends + tokens)
-                scored_file.append(per_record)
-                dialogue_file.append(chunk.dialogue)
-                records, tokens = records + len(ends), tokens + len(chunk.tokens)
-                scored += int(per_record.sum())
-                notes += chunk.notes
+                ends = np.cumsum(chunk.lengths) + tokens
+                for name, values in {**chunk.arrays, "ends": ends}.items():
+                    files[name].append(values)
+                counts.update(chunk.counts)
+                records, tokens = records + len(ends), int(ends[-1])
         if not records:
             names = ", ".join(source["path"] for source in meta.get("sources", [])) or str(folder)
-            raise DataError(f"{names}: has no records")
+            left_out = "".join(f"; {count:,} {what}" for what, count in notes.items())
+            raise DataError(f"{names}: has no records to train on{left_out}")
         meta = {
             "format": FORMAT,
-            "kind": TokenStore.kind,
             "records": records,
             "tokens": tokens,
-            "scored": scored,
+            **counts,
             "notes": dict(notes),
             **meta,
         }

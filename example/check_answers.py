@@ -36,7 +36,7 @@ def main() -> int:
     from rwkv.templates import prompt_tokens
 
     rows = [json.loads(line) for line in options.data.read_text(encoding="utf-8").splitlines()]
-    model, tokenizer = open_model(options)
+    model, tokenizer = open_model(options, merged=True)
     flags = SimpleNamespace(template=options.template)
     written = generate(
         model,

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from losses.preference import Answers, accuracy
+from losses.preference import PAIR_METRICS, Answers, pair_metrics
 
 KINDS = ("sigmoid", "ipo", "hinge", "robust", "cdpo", "length-normalized")
 
@@ -70,24 +70,10 @@ class DPO:
     flipped: float = 0.0
 
     needs_reference: ClassVar[bool] = True
-    metrics: ClassVar[tuple[str, ...]] = (
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-        "rewards/margins",
-        "logps/chosen",
-        "logps/rejected",
-    )
+    metrics: ClassVar[tuple[str, ...]] = PAIR_METRICS
 
     def __call__(self, chosen: Answers, rejected: Answers) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Each pair's loss and, in the order of `metrics`, its metrics, all [B]."""
         loss = dpo_loss(chosen, rejected, beta=self.beta, kind=self.kind, flipped=self.flipped)
         better, worse = self.beta * chosen.gain, self.beta * rejected.gain
-        return loss, (
-            better,
-            worse,
-            accuracy(better, worse),
-            better - worse,
-            chosen.log_prob,
-            rejected.log_prob,
-        )
+        return loss, pair_metrics(better, worse, chosen.log_prob, rejected.log_prob)

@@ -2,13 +2,15 @@
 evaluation share."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from rwkv.ops.logit_scores import LogitScores, logit_gradient, read_logits, without_copies
 from rwkv.recompute import recomputed
-from rwkv.scattered import most_of_all_ranks
+from rwkv.scattered import is_scattered, most_of_all_ranks
 
 MAX_LOGITS = 2**26  # logits alive at once: 256 MiB in float32
 
@@ -46,17 +48,188 @@ def score_logits(logits: Tensor, targets: Tensor) -> TokenScores:
     `targets` are the inputs moved one to the left: the logits at position t score the token that
     follows t. No function below this one shifts again.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = torch.logsumexp(logits, dim=-1)
-    target = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    largest = logits.amax(dim=-1)
-    hit = (target.detach() >= largest.detach()).to(logits.dtype)
-    return TokenScores(target - total, logits.mean(dim=-1) - total, largest, hit)
+    return TokenScores(*_Scores.apply(logits, targets))
+
+
+class _Scores(torch.autograd.Function):
+    """Reads the logits once; the backward pass reads them again and writes their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        read = read_logits(logits, targets)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, targets, *read)
+        scores = _token_scores(read)
+        ctx.mark_non_differentiable(scores.hit)
+        return tuple(scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
+        logits, targets, *read = ctx.saved_tensors
+        out = logits.new_empty(logits.shape)
+        return _logit_gradient(logits.contiguous(), targets, LogitScores(*read), grads, out), None
+
+
+def _token_scores(read: LogitScores) -> TokenScores:
+    hit = (read.target >= read.largest).to(read.lse.dtype)
+    # cloned, for a function's outputs may not share memory with what it saves
+    return TokenScores(read.target - read.lse, read.mean - read.lse, read.largest.clone(), hit)
+
+
+def _logit_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    read: LogitScores,
+    grads: Sequence[Tensor | None],
+    out: Tensor,
+) -> Tensor:
+    """The logits' gradient into `out`, from that of the TokenScores; None for none."""
+    by_target, by_mean, by_largest = (
+        torch.zeros_like(read.lse) if grad is None else grad for grad in grads[:3]
+    )
+    return logit_gradient(
+        logits,
+        targets,
+        read,
+        target=by_target,
+        mean=by_mean,
+        lse=-(by_target + by_mean),
+        largest=by_largest,
+        out=out,
+    )
 
 
 def score_tokens(model: LanguageModel, hidden: Tensor, targets: Tensor) -> TokenScores:
     """Score targets [n] from hidden states [n, C], without ever holding all n x V logits."""
     return TokenScores(*map_logits(model, hidden, (targets,), score_logits))
+
+
+def sum_scores(
+    model: LanguageModel,
+    hidden: Tensor,
+    targets: Tensor,
+    sums: Callable[[TokenScores], Tensor],
+) -> Tensor:
+    """What `sums` makes of the scores of targets [n] under hidden states [n, C], added up.
+
+    The value is that of `sums(score_tokens(model, hidden, targets))`. The gradient is made in the
+    forward pass, while a piece's logits are there: each number's gradient is known up to the one
+    factor that comes from behind, so that the head does not run a second time.
+
+    Args:
+        model: whose head.
+        hidden, targets: as for `score_tokens`.
+        sums: (scores of m tokens) -> quantities [K] that add up over tokens; only the first has a
+            gradient.
+
+    Returns:
+        the quantities, [K].
+    """
+    if not torch.is_grad_enabled() or is_scattered(model):
+        return sums(score_tokens(model, hidden, targets))
+    with _kept_as_it_is():
+        probe = model.logits(hidden[:0].detach())
+    total: Tensor = _Sums.apply(hidden, targets, model, sums, probe.detach(), *_leaves(probe))
+    return total
+
+
+class _Sums(torch.autograd.Function):
+    """sum_scores with its gradient; `parameters` are what the head trains."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        model: LanguageModel,
+        sums: Callable[[TokenScores], Tensor],
+        probe: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        wants_hidden = ctx.needs_input_grad[0]
+        d_hidden = hidden.new_empty(hidden.shape) if wants_hidden else None
+        d_parameters = [_zeros_like(parameter) for parameter in parameters]
+        rows = _rows_of_a_piece(probe)
+        total: Tensor | None = None
+        for number, (some, right) in enumerate(
+            zip(hidden.split(rows), targets.split(rows), strict=True)
+        ):
+            with torch.enable_grad(), _kept_as_it_is():
+                piece = some.detach().requires_grad_(wants_hidden)
+                logits = model.logits(piece)
+            values = logits.detach()
+            read = read_logits(values, right)
+            with torch.enable_grad(), _kept_as_it_is():
+                scores = _token_scores(read)
+                leaves = [field.requires_grad_() for field in scores[:3]]
+                quantities = sums(scores)
+                first = quantities[0]
+            total = quantities.detach() if total is None else total + quantities.detach()
+            if not logits.requires_grad:
+                continue
+            flows = torch.autograd.grad(first, leaves, allow_unused=True)
+            # nothing reads the logits any more, so their gradient takes their place
+            _logit_gradient(values, right, read, flows, values)
+            wanted = [*([piece] if wants_hidden else []), *parameters]
+            found = list(torch.autograd.grad(logits, wanted, values))
+            if d_hidden is not None:
+                d_hidden[number * rows : number * rows + len(some)] = found.pop(0)
+            for held, more in zip(d_parameters, found, strict=True):
+                held.add_(more)
+        assert total is not None
+        ctx.save_for_backward(d_hidden, *d_parameters)
+        ctx.dtypes = [parameter.dtype for parameter in parameters]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, *d_parameters = ctx.saved_tensors
+        factor = grad[0]
+        if d_hidden is not None:  # in float32: in fewer bits the factor itself would be rounded
+            wide = torch.promote_types(d_hidden.dtype, torch.float32)
+            d_hidden = (d_hidden.to(wide) * factor).to(d_hidden.dtype)
+        scaled = [(d * factor).to(t) for d, t in zip(d_parameters, ctx.dtypes, strict=True)]
+        return d_hidden, None, None, None, None, *scaled
+
+
+def _zeros_like(parameter: Tensor) -> Tensor:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+
+
+def _rows_of_a_piece(probe: Tensor) -> int:
+    """Rows of logits at a time: four times as many where 2 bytes a logit are all they take.
+
+    probe: logits [0, V].
+    """
+    small = probe.dtype.itemsize == 2 and without_copies(probe)
+    return max(1, (4 if small else 1) * MAX_LOGITS // probe.shape[-1])
+
+
+def _kept_as_it_is() -> Any:
+    """Within the block autograd keeps tensors themselves, also inside a checkpoint.
+
+    A checkpoint around would put them off until its second run, and a gradient taken at once would
+    start that run in the middle of the first.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+def _leaves(result: Tensor) -> list[Tensor]:
+    """The parameters that a result has gradients for, in the order in which they are found."""
+    found: dict[int, Tensor] = {}
+    waiting, seen = [result.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        waiting += [after for after, _ in node.next_functions]
+    return list(found.values())
 
 
 def map_logits(
@@ -90,3 +263,12 @@ def map_logits(
     parts += [tuple(tensor[:0] for tensor in tensors)] * missing
     pieces = [recomputed(piece, *part, model=model) for part in parts]
     return tuple(torch.cat(field) for field in zip(*pieces, strict=True))
+
+
+def scored(hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [B, T, C] and targets [B, T] where the mask is true, [n, C] and [n].
+
+    The gradient of an index list adds rows; that of a mask would sort them first.
+    """
+    places = mask.flatten().nonzero().squeeze(1)
+    return hidden.flatten(0, 1).index_select(0, places), targets.flatten()[places]

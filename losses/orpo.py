@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losses.preference import Answers, accuracy
+from losses.preference import PAIR_METRICS, Answers, pair_metrics
 
 SURE = -1e-7  # the largest average log-probability: an answer of probability 1 has infinite odds
 
@@ -57,25 +57,12 @@ class ORPO:
     weight: float = 0.1
 
     needs_reference: ClassVar[bool] = False
-    metrics: ClassVar[tuple[str, ...]] = (
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-        "rewards/margins",
-        "logps/chosen",
-        "logps/rejected",
-        "log_odds",
-    )
+    metrics: ClassVar[tuple[str, ...]] = (*PAIR_METRICS, "log_odds")
 
     def __call__(self, chosen: Answers, rejected: Answers) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Each pair's loss and, in the order of `metrics`, its metrics, all [B]."""
         better, worse = self.weight * chosen.mean, self.weight * rejected.mean
         return self.weight * orpo_loss(chosen, rejected), (
-            better,
-            worse,
-            accuracy(better, worse),
-            better - worse,
-            chosen.mean,
-            rejected.mean,
+            *pair_metrics(better, worse, chosen.mean, rejected.mean),
             log_odds_ratio(chosen.mean, rejected.mean),
         )

@@ -63,6 +63,28 @@ class PairLoss(Protocol):
         ...
 
 
+PAIR_METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+def pair_metrics(
+    better: Tensor, worse: Tensor, chosen: Tensor, rejected: Tensor
+) -> tuple[Tensor, ...]:
+    """The metrics of pairs under TRL's names, in the order of `PAIR_METRICS`, each [B].
+
+    Args:
+        better, worse: rewards of the chosen and the rejected answers, [B].
+        chosen, rejected: their log-probabilities, [B], sums or means as the loss takes them.
+    """
+    return better, worse, accuracy(better, worse), better - worse, chosen, rejected
+
+
 def accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
     """1 where the chosen answer has the higher reward, 0.5 at a tie, else 0, [B]."""
     return (chosen > rejected).to(chosen.dtype) + 0.5 * (chosen == rejected).to(chosen.dtype)

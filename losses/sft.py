@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses.logprobs import LanguageModel, TokenScores, score_tokens
+from losses.logprobs import LanguageModel, TokenScores, score_tokens, scored, sum_scores
 from rwkv.batch import TokenBatch
 from rwkv.chunks import ChunkPlan, walk
 
@@ -45,11 +45,14 @@ class SFT:
     def __call__(self, model: LanguageModel, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one micro-batch and metrics; both add up over the step's micro-batches."""
 
-        def sums(hidden: Tensor, piece: TokenBatch) -> Tensor:
-            scores = score_tokens(model, hidden[piece.mask], piece.targets[piece.mask])
+        def quantities(scores: TokenScores) -> Tensor:
             loss = smoothed_nll(scores, self.smoothing).sum() + l2wrap(scores, self.l2wrap)
             nll = -scores.log_prob.detach().sum()
             return torch.stack([loss, nll, scores.hit.sum()])
+
+        def sums(hidden: Tensor, piece: TokenBatch) -> Tensor:
+            some, targets = scored(hidden, piece.targets, piece.mask)
+            return sum_scores(model, some, targets, quantities)
 
         loss, nll, hits = walk(model, batch, sums, self.chunks) / batch.count.clamp_min(1)
         return loss, {"nll": nll.detach(), "accuracy": hits.detach()}
@@ -58,7 +61,7 @@ class SFT:
         """(summed nll, correct tokens, scored tokens) of a held-out batch, [3], float64."""
 
         def sums(hidden: Tensor, piece: TokenBatch) -> Tensor:
-            scores = score_tokens(model, hidden[piece.mask], piece.targets[piece.mask])
+            scores = score_tokens(model, *scored(hidden, piece.targets, piece.mask))
             count = piece.mask.sum().to(scores.log_prob.dtype)
             return torch.stack([-scores.log_prob.sum(), scores.hit.sum(), count])
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from losses.preference import Answers, accuracy
+from losses.preference import PAIR_METRICS, Answers, pair_metrics
 
 
 def simpo_loss(chosen: Answers, rejected: Answers, *, beta: float, gamma: float) -> Tensor:
@@ -28,24 +28,10 @@ class SimPO:
     gamma: float = 1.0
 
     needs_reference: ClassVar[bool] = False
-    metrics: ClassVar[tuple[str, ...]] = (
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-        "rewards/margins",
-        "logps/chosen",
-        "logps/rejected",
-    )
+    metrics: ClassVar[tuple[str, ...]] = PAIR_METRICS
 
     def __call__(self, chosen: Answers, rejected: Answers) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Each pair's loss and, in the order of `metrics`, its metrics, all [B]."""
         loss = simpo_loss(chosen, rejected, beta=self.beta, gamma=self.gamma)
         better, worse = self.beta * chosen.mean, self.beta * rejected.mean
-        return loss, (
-            better,
-            worse,
-            accuracy(better, worse),
-            better - worse,
-            chosen.mean,
-            rejected.mean,
-        )
+        return loss, pair_metrics(better, worse, chosen.mean, rejected.mean)

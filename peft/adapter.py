@@ -15,8 +15,8 @@ class AdapterLinear(Linear):
     """A Linear whose weight is changed by a few trained parameters.
 
     A subclass adds the parameters named in PARTS, `adapted_output`, `merged_weight` and `sizes`;
-    it reads the base only through `base_output` and `dense_weight`, so it works over any
-    WeightStore.
+    it reads the base only through `base_output`, `dense_weight`, `product` and `gradient`, so it
+    works over any WeightStore.
 
     Attributes:
         MODE: the adapter's word in a layer profile.
@@ -31,6 +31,7 @@ class AdapterLinear(Linear):
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features)
         self.weight, self.store, self.active = base.weight, base.store, True
+        self.closes = base.closes
         if self.weight is not None:
             self.weight.requires_grad_(False)
 
@@ -43,16 +44,19 @@ class AdapterLinear(Linear):
         """
         raise NotImplementedError
 
-    def adapted_output(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], with the adapter."""
+    def adapted_output(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., in] -> [..., out], with the adapter, added to `residual` if there is one.
+
+        Where `is_unread` says so the result may be left out, unless its gradient reads it.
+        """
         raise NotImplementedError
 
-    def original_output(self, x: Tensor) -> Tensor:
+    def original_output(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., in] -> [..., out], as the layer was before the adapter."""
-        return self.base_output(x)
+        return self.base_output(x, residual, unread=self.is_unread())
 
-    def output(self, x: Tensor) -> Tensor:
-        return self.adapted_output(x) if self.active else self.original_output(x)
+    def output(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return (self.adapted_output if self.active else self.original_output)(x, residual)
 
     def add_parts(self, rank: int, fill: Callable[[str, Tensor], Tensor]) -> None:
         """Make the parameters, in the base's dtype and on its device.

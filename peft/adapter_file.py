@@ -63,7 +63,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 def adapter_metadata(
     model: nn.Module, plan: Plan, *, base: str, flags: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What the `.json` beside an adapter file says.
+    """What the `.json` beside a file of trained tensors says: an adapter, or a whole model.
 
     Args:
         model: with its adapters.
@@ -71,13 +71,14 @@ def adapter_metadata(
         base: fingerprint of the base model's file.
         flags: every flag of the run.
     """
+    whole = all(p.requires_grad for p in model.parameters())
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, AdapterLinear):
             exported = {part: list(t.shape) for part, t in module.exported().items()}
             layers[name] = _layer_metadata(module, exported, plan.plans[name])
     return {
-        "kind": "adapter",
+        "kind": "model" if whole and not layers else "adapter",
         "project": project_version(),
         "base": base,
         "profile": plan.flags.layer_profile,
@@ -114,7 +115,8 @@ def read_adapter(
     """Open an adapter file.
 
     Args:
-        path: a .pth or .safetensors file, ours or RWKV-LM-RLHF's.
+        path: a .pth or .safetensors file, ours or RWKV-LM-RLHF's; a whole model is an adapter that
+            replaces everything.
         alpha: for files that do not state it; ours do.
 
     Returns:
@@ -129,7 +131,7 @@ def read_adapter(
         for fragment, meaning in FOREIGN.items():
             if fragment in name:
                 raise InputError(f"{path}: {name}: {meaning} are not supported; merge it upstream")
-    if metadata and metadata.get("kind") != "adapter":
+    if metadata and metadata.get("kind") not in ("adapter", "model"):
         raise InputError(
             f"{path}: its .json says it is {metadata.get('kind')!r}, not an adapter; "
             "name the adapter's file"

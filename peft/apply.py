@@ -1,5 +1,6 @@
 """Turn a model into what its plan says: stored weights, adapters, and what trains."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,9 @@ from peft.plan import STATE, Plan, make_plan
 from peft.quantized import read_store
 from peft.registry import ADAPTERS, make_adapter
 from peft.stores import make_store
-from rwkv.checkpoint import config_of, fill, read_tensors
+from rwkv.checkpoint import TensorFile, config_of, fill, read_tensors, set_parameter
+from rwkv.config import RWKVConfig
+from rwkv.init import initialize
 from rwkv.linear import Linear
 from rwkv.model import RWKV
 
@@ -48,16 +51,137 @@ def load_with_profile(
     def placed(parameter: str) -> None:
         name = layer_of[parameter]
         if name in quantized:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, Linear)
-            store = read_store(tensors, name).to(device)
-            store.dtype = dtype or store.dtype
-            layer.store_as(store)
+            _restore(model, name, tensors, device, dtype)
         install(model, name, plan)
 
     fill(model, tensors, device=device, dtype=dtype, placed=placed)
     mark_trained(model, plan)
     return model, plan
+
+
+def new_with_profile(
+    config: RWKVConfig,
+    flags: PeftFlags,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    seed: int = 0,
+) -> tuple[RWKV, Plan]:
+    """A new model with BlinkDL's initialization and its profile, one block after the other.
+
+    Memory never holds more than the finished model and one block in float32 on the CPU.
+
+    Args:
+        config: its sizes.
+        flags: as for make_plan.
+        device, dtype: of the parameters.
+        backend: of the wkv operator.
+        seed: of its matrices.
+
+    Raises:
+        InputError: the profile does not suit the model.
+        RuntimeError: a package that a store needs is missing.
+    """
+
+    def fill(model: RWKV, placed: Callable[[str], None]) -> None:
+        def moved(name: str) -> None:
+            set_parameter(model, name, model.get_parameter(name).detach().to(device, dtype))
+            placed(name)
+
+        initialize(model, seed, placed=moved)
+
+    return _filled(config, flags, backend, fill)
+
+
+def random_with_profile(
+    config: RWKVConfig,
+    flags: PeftFlags,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    seed: int = 0,
+) -> tuple[RWKV, Plan]:
+    """A model of random numbers to measure time and memory with, made in seconds at any size.
+
+    Args and errors are those of new_with_profile. Each layer is drawn on the device and stored
+    before the next one is.
+    """
+
+    def fill(model: RWKV, placed: Callable[[str], None]) -> None:
+        draw = torch.Generator(device).manual_seed(seed)
+        for name, parameter in list(model.named_parameters()):
+            value = torch.empty(parameter.shape, device=device, dtype=dtype)
+            if ".ln" in name or name.startswith("ln"):
+                value.fill_(float(name.endswith("weight")))
+            else:  # a matrix hands on half of the size that it reads
+                summed = value.shape[-1 if name.endswith(".weight") else -2]
+                value.normal_(std=0.5 / summed**0.5, generator=draw)
+            set_parameter(model, name, value)
+            placed(name)
+
+    return _filled(config, flags, backend, fill)
+
+
+def _filled(
+    config: RWKVConfig,
+    flags: PeftFlags,
+    backend: str,
+    fill: Callable[[RWKV, Callable[[str], None]], None],
+) -> tuple[RWKV, Plan]:
+    """A model whose layers are stored and adapted as soon as `fill` has placed them."""
+    with torch.device("meta"):
+        model = RWKV(config, backend)
+    plan = make_plan(model, flags)
+    layer_of = {p: name for name, layer in plan.layers.items() for p in layer.parameters}
+    fill(model, lambda parameter: install(model, layer_of[parameter], plan))
+    mark_trained(model, plan)
+    return model, plan
+
+
+def load_frozen(
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> RWKV:
+    """Load a model that nothing trains; what a quantized file stores in few bits stays so.
+
+    Args:
+        path, device, dtype, backend: as for load_with_profile.
+
+    Raises:
+        InputError: the file is wrong.
+        RuntimeError: a package that a store needs is missing.
+    """
+    tensors = read_tensors(path)
+    with torch.device("meta"):
+        model = RWKV(config_of(tensors), backend)
+
+    def placed(parameter: str) -> None:
+        name = parameter.removesuffix(".weight")
+        if name in tensors.quantized:
+            _restore(model, name, tensors, device, dtype)
+
+    fill(model, tensors, device=device, dtype=dtype, placed=placed)
+    return model.requires_grad_(False).eval()
+
+
+def _restore(
+    model: RWKV,
+    name: str,
+    tensors: TensorFile,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a layer the store that a quantized file holds for it."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, Linear)
+    store = read_store(tensors, name).to(device)
+    store.dtype = dtype or store.dtype
+    layer.store_as(store)
 
 
 def apply_profile(model: nn.Module, flags: PeftFlags) -> Plan:

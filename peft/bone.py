@@ -6,12 +6,14 @@ indexes its blocks by the output, this one by the input, so their files do not f
 Source: arXiv:2409.15371.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from peft.adapter import AdapterLinear, check_rank
 from rwkv.errors import InputError
-from rwkv.linear import Linear
+from rwkv.linear import Linear, unread_output
 
 
 class BoneLinear(AdapterLinear):
@@ -46,16 +48,76 @@ class BoneLinear(AdapterLinear):
         update = blocks @ bone + bone  # [out / rank, in / rank, rank, rank]
         return weight + update.transpose(1, 2).reshape_as(weight)
 
-    def adapted_output(self, x: Tensor) -> Tensor:
+    def adapted_output(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """base(x + z) + sum_j z_j in every output block, where z_j = x_j G_j^T.
 
         Equal to x (W + dW)^T without building dW: sum_j x_j (W_ij G_j + G_j)^T
         = sum_j z_j W_ij^T + sum_j z_j for output block i.
         """
-        rank = self.bone.shape[-1]
-        z = torch.einsum("...jq,jpq->...jp", x.unflatten(-1, (-1, rank)), self.bone.to(x.dtype))
-        tiled = z.sum(dim=-2).repeat(*[1] * (x.ndim - 1), self.out_features // rank)
-        return self.base_output(x + z.flatten(-2)) + tiled
+        out: Tensor = _BlockAffine.apply(x, residual, self.bone, self, self.is_unread())
+        return out
+
+
+class _BlockAffine(torch.autograd.Function):
+    """residual + base(x + z) + the sum of z's blocks in every output block, keeping x alone.
+
+    With e the gradient of base(x + z)'s input and s the sum of the output gradient's blocks, the
+    gradient of z_j is e_j + s, hence dG_j = (e_j + s)^T x_j and dx_j = e_j + (e_j + s) G_j. The
+    terms with s are plain products of [n, rank] with all blocks at once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        bone: Tensor,
+        layer: BoneLinear,
+        unread: bool,
+    ) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x, bone)
+        if unread:
+            return unread_output(x, layer.out_features, residual)
+        rows, G = x.reshape(-1, x.shape[-1]), bone.to(x.dtype)
+        mixed = _add_blocks(rows, G.mT)
+        out = layer.product(mixed.view(x.shape), residual)
+        total = rows @ G.mT.reshape(-1, G.shape[-1])  # [n, rank]
+        out.view(-1, layer.out_features).unflatten(1, (-1, total.shape[1])).add_(total.unsqueeze(1))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, bone = ctx.saved_tensors
+        rows, G = x.reshape(-1, x.shape[-1]), bone.to(x.dtype)
+        rank = G.shape[-1]
+        g = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
+        inner = ctx.layer.gradient(g.view(grad.shape)).to(x.dtype).reshape(rows.shape)
+        total = g.unflatten(1, (-1, rank)).sum(dim=1)  # [n, rank]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _add_blocks(inner, G)
+            dx.addmm_(total, G.transpose(0, 1).reshape(rank, -1))
+            dx = dx.view(x.shape)
+        d_bone = None
+        if ctx.needs_input_grad[2]:
+            shared = (total.T @ rows).unflatten(1, (-1, rank)).transpose(0, 1)
+            d_bone = torch.baddbmm(shared, _blocks(inner, rank).mT, _blocks(rows, rank))
+            d_bone = d_bone.to(bone.dtype)
+        return dx, grad if ctx.needs_input_grad[1] else None, d_bone, None, None
+
+
+def _blocks(rows: Tensor, rank: int) -> Tensor:
+    """The blocks of `rank` channels of [n, C], as a view [C / rank, n, rank]."""
+    return rows.unflatten(1, (-1, rank)).transpose(0, 1)
+
+
+def _add_blocks(rows: Tensor, G: Tensor) -> Tensor:
+    """rows_j + rows_j G_j for each block j of channels, [n, C]."""
+    out = rows.new_empty(rows.shape)
+    blocks = _blocks(rows, G.shape[-1])
+    torch.baddbmm(blocks, blocks, G, out=_blocks(out, G.shape[-1]))
+    return out
 
 
 def _nearest_divisor(out_features: int, in_features: int, rank: int) -> int:

@@ -63,9 +63,10 @@ class DoraLinear(LoraLinear):
         )
         return squared.clamp_min(0).sqrt()
 
-    def adapted_output(self, x: Tensor) -> Tensor:
+    def adapted_output(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         factor = self.lora_M.float().squeeze(1) / self.lengths()
-        return factor.to(x.dtype) * (self.base_output(x) + self.update(x))
+        out = factor.to(x.dtype) * self.low_rank_output(x)
+        return out if residual is None else residual + out
 
     def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         V = super().merged_weight(dtype)
@@ -103,10 +104,9 @@ class ColumnDoraLinear(DoraLinear):
         """|V_j| of each column, [in], float32."""
         return LoraLinear.merged_weight(self).norm(dim=0) + TINY
 
-    def adapted_output(self, x: Tensor) -> Tensor:
+    def adapted_output(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         factor = self.lora_M.float().squeeze(0) / self.lengths()
-        x = x * factor.to(x.dtype)
-        return self.base_output(x) + self.update(x)
+        return self.low_rank_output(x * factor.to(x.dtype), residual, unread=self.is_unread())
 
     def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         V = LoraLinear.merged_weight(self, dtype)

@@ -36,10 +36,18 @@ class PeftFlags:
 
 @dataclass(frozen=True)
 class StateFlags:
-    """State tuning"""
+    """State tuning; its rates are the profile's state_lr_init and state_lr_final"""
 
     state: bool = flag(
         False,
-        "train the wkv state that texts start from, beside what the profile trains; its rates are "
-        "the profile's state_lr_init and state_lr_final, else --lr_init and --lr_final",
+        "train the wkv state that texts start from, beside what the profile trains",
     )
+    prefix_tuning: bool = flag(
+        False, "train embeddings that are read before every text; the state behind them is saved"
+    )
+    prefix_token_len: int = flag(128, "number of these embeddings")
+
+    @property
+    def changes_start(self) -> bool:
+        """Whether texts start from something that trains."""
+        return self.state or self.prefix_tuning

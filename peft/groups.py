@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from peft.plan import STATE, Plan
+from peft.plan import PREFIX, STATE, Plan
 from peft.registry import ADAPTERS
 from rwkv.errors import InputError
 from rwkv.init import is_decayed, learning_rate_factor
@@ -16,7 +16,7 @@ from rwkv.training.flags import OptimizerFlags
 class ParameterGroup:
     """Parameters with one schedule.
 
-    name: what they are, for logs: emb, head, weights, adapters, small, state.
+    name: what they are, for logs: emb, head, weights, adapters, small, state, prefix.
     names, params: full names and the parameters, in one order.
     lr_init, lr_final, weight_decay: as the optimizer and its schedule take them.
     """
@@ -34,7 +34,8 @@ def parameter_groups(model: nn.Module, plan: Plan, flags: OptimizerFlags) -> lis
 
     A layer's rates are its profile's where it has them and --lr_advanced holds, else the flags'.
     The decay's offset learns twice as fast, lora_B --lora_plus_ratio times as fast. Weight decay
-    applies to matrices and adapters, never to norms, vectors or a tuned state.
+    applies to matrices and adapters, never to norms, vectors, a tuned state or a prefix, which has
+    the rates of the first block's state.
 
     Raises:
         InputError: nothing trains.
@@ -61,6 +62,9 @@ def _rates(
     name: str, parameter: nn.Parameter, plan: Plan, flags: OptimizerFlags
 ) -> tuple[str, tuple[float, float, float]]:
     """The parameter's kind, and its lr_init, lr_final and weight decay."""
+    if name == PREFIX:
+        _, rates = _rates(f"blocks.0.att.{STATE}", parameter, plan, flags)
+        return PREFIX, rates
     owner, _, part = name.rpartition(".")
     layer_name = owner if owner in plan.layers else name
     kind, mine = plan.layers[layer_name].kind, plan.plans[layer_name]

@@ -4,14 +4,15 @@ Source: arXiv:2106.09685; the rank-stabilized scale is that of rsLoRA, arXiv:231
 """
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft.adapter import AdapterLinear, check_rank
-from rwkv.linear import Linear
+from rwkv.linear import Linear, unread_output
+from rwkv.ops.fused import uses_kernels
 
 
 def lora_scale(rank: int, alpha: float, *, rslora: bool) -> float:
@@ -50,9 +51,75 @@ class LoraLinear(AdapterLinear):
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
         return self.scale * F.linear(low, self.lora_B.to(x.dtype))
 
-    def adapted_output(self, x: Tensor) -> Tensor:
-        return self.base_output(x) + self.update(x)
+    def low_rank_output(
+        self, x: Tensor, residual: Tensor | None = None, *, unread: bool = False
+    ) -> Tensor:
+        """The base's output and the update, [..., out]; `unread` as in `base_output`."""
+        if self.dropout.p and self.training:
+            return self.base_output(x, residual) + self.update(x)
+        out: Tensor = _LowRank.apply(x, residual, self.lora_A, self.lora_B, self, unread)
+        return out
+
+    def adapted_output(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.low_rank_output(x, residual, unread=self.is_unread())
 
     def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
         return self.dense_weight(dtype) + self.scale * update
+
+
+class _LowRank(torch.autograd.Function):
+    """residual + x W^T + scale x A^T B^T, keeping x and x A^T alone.
+
+    The products of the update add to those of the base in place, so that neither the output nor
+    the gradient of x is read and written once more for an addition.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        layer: LoraLinear,
+        unread: bool,
+    ) -> Tensor:
+        low = _product(x.reshape(-1, x.shape[-1]), A.to(x.dtype).T, layer.scale)  # [n, rank]
+        ctx.layer, ctx.scale = layer, layer.scale
+        ctx.save_for_backward(x, low, A, B)
+        if unread:
+            return unread_output(x, layer.out_features, residual)
+        out = layer.product(x, residual)
+        add_product(out.view(-1, layer.out_features), low.to(out.dtype), B.to(out.dtype).T)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, A, B = ctx.saved_tensors
+        rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]).to(x.dtype)
+        d_low = _product(g, B.to(g.dtype), ctx.scale)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.layer.gradient(g.view(grad.shape))
+            add_product(dx.view(rows.shape), d_low.to(dx.dtype), A.to(dx.dtype))
+        d_residual = grad if ctx.needs_input_grad[1] else None
+        dA = (d_low.T @ rows).to(A.dtype) if ctx.needs_input_grad[2] else None
+        dB = (g.T @ low).to(B.dtype) if ctx.needs_input_grad[3] else None
+        return dx, d_residual, dA, dB, None, None
+
+
+def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """factor a b, the factor inside the product."""
+    return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=factor)
+
+
+def add_product(out: Tensor, low: Tensor, factor: Tensor) -> None:
+    """out [n, columns] += low [n, rank] factor [rank, columns], in place."""
+    if uses_kernels(out):
+        from peft import low_rank_triton
+
+        if low.shape[1] in low_rank_triton.RANKS and out.is_contiguous():
+            low_rank_triton.add_product(out, low.contiguous(), factor)
+            return
+    out.addmm_(low, factor)

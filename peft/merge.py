@@ -3,17 +3,27 @@
     python -m peft.merge --base BASE.pth --adapter ADAPTER.pth --output MERGED.pth
 
 Each layer is merged in float32 and written in the base's dtype under the base's keys, so the
-result runs wherever the base does. Before anything is written, base with adapter and the merged
-weights read the same tokens, and the command stops if their logits are too far apart.
+result runs wherever the base does; with --quant_mode it is a newly quantized base, to train or chat
+over. Before anything is written, base with adapter and the merged weights, and those quantized,
+read the same tokens, and the command stops if their logits are too far apart.
+
+A tuned state or prefix is no part of a model: the state that it makes texts start from is written
+beside the model, as MERGED-state.pth, for --state.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from peft.flags import QUANT_ALIASES, QUANT_MODES
 from rwkv.errors import InputError
 
 TOLERANCE = 1e-3  # nats
+QUANT_TOLERANCE = 0.3  # nats; nf4 costs the quickstart's base model 0.11 on random tokens
+
+if TYPE_CHECKING:
+    from rwkv.checkpoint import TensorFile
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,11 +51,24 @@ def main(argv: list[str] | None = None) -> int:
         default=TOLERANCE,
         help=f"largest KL, in nats a token, between adapted and merged model ({TOLERANCE:g})",
     )
+    parser.add_argument(
+        "--quant_mode",
+        choices=(*QUANT_MODES, *QUANT_ALIASES),
+        help="write the merged linear layers in fewer bits",
+    )
+    parser.add_argument("--quant_head", action="store_true", help="quantize the head too")
+    parser.add_argument(
+        "--quant_tolerance",
+        type=float,
+        default=QUANT_TOLERANCE,
+        help=f"the same as --tolerance, between adapted and quantized model ({QUANT_TOLERANCE:g})",
+    )
     options = parser.parse_args(argv)
 
     from peft.adapter_file import project_version
     from peft.merging import compare, merge, open_pair
-    from rwkv.checkpoint import fingerprint, read_tensors, write_tensors
+    from peft.quantized import linear_layers, quantize_tensors, quantized_metadata
+    from rwkv.checkpoint import config_of, fingerprint, read_tensors, write_tensors
 
     if options.output.resolve() in (options.base.resolve(), options.adapter.resolve()):
         raise InputError(f"--output {options.output}: is an input too; choose another name")
@@ -64,19 +87,45 @@ def main(argv: list[str] | None = None) -> int:
             f"{options.output}: not written: {difference}; --tolerance is "
             f"{options.tolerance:g}: check that base and adapter belong together, or raise it"
         )
-    write_tensors(
-        options.output,
-        merged,
-        {
-            "kind": "model",
-            "project": project_version(),
-            "base": fingerprint(base),
-            "merged": str(options.adapter),
-            "difference": vars(difference),
-        },
-    )
-    print(f"{options.output}: {len(merged)} tensors; {difference}")  # noqa: T201
+    origin: dict[str, Any] = {"merged": str(options.adapter), "difference": vars(difference)}
+    if options.quant_mode is None:
+        metadata = {"kind": "model", "project": project_version(), "base": fingerprint(base)}
+        write_tensors(options.output, merged, metadata | origin)
+        print(f"{options.output}: {len(merged)} tensors; {difference}")  # noqa: T201
+        write_start(options, pair.adapter)
+        return 0
+    kind = QUANT_ALIASES.get(options.quant_mode, options.quant_mode)
+    layers = linear_layers(config_of(base), head=options.quant_head)
+    loss = compare(pair, merged, device=options.device, storage=dict.fromkeys(layers, kind))
+    if not loss.kl <= options.quant_tolerance:
+        raise InputError(
+            f"{options.output}: not written: as {kind}, {loss}; --quant_tolerance is "
+            f"{options.quant_tolerance:g}: choose a storage of more bits, or raise it"
+        )
+    written, described = quantize_tensors(merged, layers, kind, options.device)
+    metadata = quantized_metadata(fingerprint(merged), described)
+    write_tensors(options.output, written, metadata | origin | {"quantization": vars(loss)})
+    print(f"merged, before quantization: {difference}")  # noqa: T201
+    print(f"{options.output}: {len(described)} layers as {kind}; {loss}")  # noqa: T201
+    write_start(options, pair.adapter)
     return 0
+
+
+def write_start(options: argparse.Namespace, adapter: "TensorFile") -> None:
+    """Write the state that texts start from beside the model, where the adapter has one."""
+    from peft.apply import load_frozen
+    from peft.plan import PREFIX, STATE
+    from rwkv.checkpoint import write_tensors
+    from rwkv.runner import load_start
+    from rwkv.state import state_tensors
+
+    if not any(name == PREFIX or name.endswith(f".{STATE}") for name in adapter):
+        return
+    model = load_frozen(options.output, device=options.device)
+    load_start(model, adapter)
+    beside = options.output.with_stem(f"{options.output.stem}-state")
+    write_tensors(beside, state_tensors(model.initial_state(1)), {"kind": "state"})
+    print(f"{beside}: the state that texts start from")  # noqa: T201
 
 
 if __name__ == "__main__":

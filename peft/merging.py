@@ -1,6 +1,6 @@
 """Merge an adapter into its base's tensors, and measure how far the result is from both."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from peft.adapter import AdapterLinear
 from peft.adapter_file import AdapterKind, read_adapter
-from peft.plan import STATE
+from peft.plan import PREFIX, STATE
 from peft.registry import make_adapter
 from peft.stores import make_store
 from rwkv.checkpoint import TensorFile, config_of, fill, fingerprint, set_parameter
@@ -26,7 +26,7 @@ class Pair:
     """A base model's file and an adapter's that belongs to it.
 
     kinds: the adapter of each adapted layer.
-    whole: keys of tensors that replace the base's; a tuned state is none of them.
+    whole: keys of tensors that replace the base's; a tuned state and a prefix are none of them.
     storage: layers to take quantized and back, as the training saw them.
     """
 
@@ -88,7 +88,9 @@ def open_pair(
     whole = tuple(
         name
         for name in adapter
-        if name.rpartition(".")[0] not in kinds and not name.endswith(f".{STATE}")
+        if name.rpartition(".")[0] not in kinds
+        and not name.endswith(f".{STATE}")
+        and name != PREFIX
     )
     for name in (*whole, *(f"{layer}.weight" for layer in kinds)):
         if name not in base:
@@ -113,7 +115,6 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-@torch.no_grad()
 def merge(pair: Pair) -> dict[str, Tensor]:
     """The base's tensors with the adapter's changes, in the base's dtypes, in its order.
 
@@ -121,14 +122,38 @@ def merge(pair: Pair) -> dict[str, Tensor]:
         InputError: an adapter's shapes do not fit the weight.
     """
     merged = dict(pair.base)
+    for name, value in changes(pair):
+        merged[name] = value.to(merged[name].dtype)
+    return merged
+
+
+@torch.no_grad()
+def changes(pair: Pair) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of the base that the adapter changes and what it becomes, in float32.
+
+    Raises:
+        InputError: an adapter's shapes do not fit the weight.
+    """
     for layer in pair.kinds.keys() | pair.storage.keys():
         key = f"{layer}.weight"
-        linear = _linear(pair, layer, pair.base[key].float())
-        merged[key] = linear.merged_weight().to(pair.base[key].dtype)
+        yield key, _linear(pair, layer, pair.base[key].float()).merged_weight()
     for name in pair.whole:
-        old = pair.base[name]
-        merged[name] = pair.adapter[name].reshape(old.shape).to(old.dtype)
-    return merged
+        yield name, pair.adapter[name].float().reshape(pair.base.shapes[name])
+
+
+def attach(pair: Pair, model: RWKV) -> None:
+    """Put the adapter's layers into its base's model, which may be stored in few bits.
+
+    Raises:
+        InputError: an adapter's shapes do not fit the weight.
+    """
+    for layer in pair.kinds:
+        linear = model.get_submodule(layer)
+        assert isinstance(linear, Linear)
+        model.set_submodule(layer, _adapted(pair, layer, linear))
+    for name in pair.whole:
+        old = model.get_parameter(name)
+        set_parameter(model, name, pair.adapter[name].reshape(old.shape).to(old))
 
 
 def _linear(pair: Pair, layer: str, weight: Tensor) -> Linear:
@@ -160,16 +185,29 @@ def _adapted(pair: Pair, layer: str, linear: Linear) -> AdapterLinear:
     return built
 
 
-def compare(pair: Pair, merged: Mapping[str, Tensor], *, device: str = "cpu") -> Difference:
+def compare(
+    pair: Pair,
+    merged: Mapping[str, Tensor],
+    *,
+    device: str = "cpu",
+    storage: Mapping[str, str] | None = None,
+) -> Difference:
     """Let base with adapter, then the merged weights, read the same tokens in float32.
 
     One model is in memory at a time.
+
+    Args:
+        pair, merged: as `merge` takes and gives them.
+        device: where both run.
+        storage: layers of the merged model to be stored in fewer bits, and their storages.
     """
     vocab_size = config_of(pair.base).vocab_size
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab_size, (1, TOKENS), generator=draw).to(device)
     before = _logits(_adapted_model(pair, device), tokens)
-    after = _logits(_merged_model(pair, merged, device), tokens)
+    model = _merged_model(pair, merged, device)
+    _store(model, storage or {})
+    after = _logits(model, tokens)
     gap = (after - before).abs()
     kl = F.kl_div(
         after.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="batchmean"
@@ -188,12 +226,16 @@ def _adapted_model(pair: Pair, device: str) -> RWKV:
     with torch.device("meta"):
         model = RWKV(config_of(pair.base))
     fill(model, pair.base, device=device, dtype=torch.float32)
-    for layer in pair.kinds.keys() | pair.storage.keys():
-        model.set_submodule(layer, _linear(pair, layer, model.get_parameter(f"{layer}.weight")))
-    for name in pair.whole:
-        shape = model.get_parameter(name).shape
-        set_parameter(model, name, pair.adapter[name].to(device, torch.float32).reshape(shape))
+    _store(model, pair.storage)
+    attach(pair, model)
     return model
+
+
+def _store(model: RWKV, storage: Mapping[str, str]) -> None:
+    for layer, kind in storage.items():
+        linear = model.get_submodule(layer)
+        assert isinstance(linear, Linear) and linear.weight is not None
+        linear.store_as(make_store(kind, linear.weight))
 
 
 def _merged_model(pair: Pair, merged: Mapping[str, Tensor], device: str) -> RWKV:

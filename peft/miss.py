@@ -32,10 +32,11 @@ class MissLinear(AdapterLinear):
         check_rank("miss", out_features, in_features, rank)
         return {"miss": (rank, out_features)}
 
-    def adapted_output(self, x: Tensor) -> Tensor:
+    def adapted_output(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         rank = self.miss.shape[0]
         slices = F.pad(x, (0, -x.shape[-1] % rank)).unflatten(-1, (-1, rank))
-        return self.base_output(x) + slices.sum(dim=-2) @ self.miss.to(x.dtype)
+        update = slices.sum(dim=-2) @ self.miss.to(x.dtype)
+        return self.base_output(x, update if residual is None else residual + update)
 
     def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         slices = -(-self.in_features // self.miss.shape[0])

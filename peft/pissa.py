@@ -55,9 +55,9 @@ class PissaLinear(LoraLinear):
     def _first_update(self, dtype: torch.dtype) -> Tensor:
         return self.scale * (self.first_B.to(dtype) @ self.first_A.to(dtype))
 
-    def original_output(self, x: Tensor) -> Tensor:
+    def original_output(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         low = x @ self.first_A.to(x.dtype).T
-        return self.base_output(x) + self.scale * (low @ self.first_B.to(x.dtype).T)
+        return self.base_output(x, residual) + self.scale * (low @ self.first_B.to(x.dtype).T)
 
     def exported(self) -> dict[str, Tensor]:
         return {

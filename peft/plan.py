@@ -13,6 +13,7 @@ from rwkv.errors import InputError
 from rwkv.linear import Linear
 
 STATE = "time_state"
+PREFIX = "prefix"
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="where to quantize: cpu or cuda")
     options = parser.parse_args(argv)
 
-    import torch
-
-    from peft.adapter_file import project_version
-    from peft.plan import model_layers
-    from peft.quantized import quantize_tensors
+    from peft.quantized import linear_layers, quantize_tensors, quantized_metadata
     from rwkv.checkpoint import config_of, fingerprint, read_tensors, write_tensors
-    from rwkv.model import RWKV
 
     if options.output.resolve() == options.load_model.resolve():
         raise InputError(f"--output {options.output}: is the model itself; choose another name")
@@ -43,22 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(
             f"{options.load_model}: is quantized already; name the model it was made from"
         )
-    with torch.device("meta"):
-        layers = model_layers(RWKV(config_of(tensors)))
-    linear = {
-        name
-        for name, layer in layers.items()
-        if layer.kind == "linear" and (name != "head" or options.quant_head)
-    }
+    linear = linear_layers(config_of(tensors), head=options.quant_head)
     kind = QUANT_ALIASES.get(options.quant_mode, options.quant_mode)
     written, described = quantize_tensors(tensors, linear, kind, options.device)
-    metadata = {
-        "kind": "quantized",
-        "project": project_version(),
-        "base": fingerprint(tensors),
-        "quantized": described,
-    }
-    write_tensors(options.output, written, metadata)
+    write_tensors(options.output, written, quantized_metadata(fingerprint(tensors), described))
     size, before = (
         sum(t.numel() * t.element_size() for t in some.values()) for some in (written, tensors)
     )

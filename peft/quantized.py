@@ -4,16 +4,20 @@ A layer `X` is held as `X.store.codes`, `X.store.scale` and so on; the `.json` b
 which storage, shape and dtype it has. rwkv.checkpoint knows the sizes, this module the codes.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from peft.adapter_file import project_version
+from peft.plan import model_layers
 from peft.store import Store
 from peft.stores import STORES, make_store, store_class
 from rwkv.checkpoint import PARTS, TensorFile
+from rwkv.config import RWKVConfig
 from rwkv.errors import InputError
+from rwkv.model import RWKV
 
 
 def read_store(tensors: TensorFile, layer: str) -> Store:
@@ -37,10 +41,32 @@ def read_store(tensors: TensorFile, layer: str) -> Store:
     )
 
 
+def linear_layers(config: RWKVConfig, *, head: bool) -> set[str]:
+    """The names of a model's linear layers, with or without the head."""
+    with torch.device("meta"):
+        layers = model_layers(RWKV(config))
+    return {n for n, layer in layers.items() if layer.kind == "linear" and (n != "head" or head)}
+
+
+def quantized_metadata(base: str, described: Mapping[str, Any]) -> dict[str, Any]:
+    """What the `.json` beside a quantized file says.
+
+    Args:
+        base: fingerprint of the model that it was made from.
+        described: as `quantize_tensors` gives it.
+    """
+    return {
+        "kind": "quantized",
+        "project": project_version(),
+        "base": base,
+        "quantized": dict(described),
+    }
+
+
 def quantize_tensors(
-    tensors: TensorFile, layers: Collection[str], kind: str, device: str = "cpu"
+    tensors: Mapping[str, Tensor], layers: Collection[str], kind: str, device: str = "cpu"
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Quantize some layers of a model file.
+    """Quantize some layers of a model's tensors.
 
     Args:
         tensors: the model.

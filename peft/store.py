@@ -1,7 +1,6 @@
 """What every store shares: a frozen weight in fewer bits, as buffers that no cast can change."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,17 +49,12 @@ class Store(nn.Module):
         """The weight [out, in], dequantized."""
         raise NotImplementedError
 
-    def output(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], differentiable in x; keeps nothing but the codes for it."""
-        out: Tensor = _Product.apply(x, self)
-        return out
-
     def forward_product(self, x: Tensor) -> Tensor:
-        """x W^T, without history."""
+        """x W^T, without history: [..., in] -> a new tensor [..., out]."""
         return F.linear(x, self.dense(x.dtype))
 
     def backward_product(self, grad: Tensor) -> Tensor:
-        """grad W: the gradient of the input."""
+        """grad W, the gradient of the input: [..., out] -> a new tensor [..., in]."""
         return grad @ self.dense(grad.dtype)
 
     def bytes(self) -> int:
@@ -89,16 +83,3 @@ class Store(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {list(self.shape)}"
-
-
-class _Product(torch.autograd.Function):
-    """A store's product; the backward pass reads the codes again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, store: Store) -> Tensor:
-        ctx.store = store
-        return store.forward_product(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.store.backward_product(grad), None

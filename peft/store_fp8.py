@@ -3,12 +3,17 @@
 Source: FP8 Formats for Deep Learning, arXiv:2209.05433.
 """
 
+import importlib
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from peft.store import Store
 
 LARGEST = 448.0  # of e4m3
+TINY = 1e-12  # the least largest value of a row, so that a row of zeros has a scale
 SIDE = 16  # what _scaled_mm wants both sides of a weight to be multiples of
 ADA = (8, 9)  # the first compute capability that multiplies 8-bit floats
 
@@ -39,7 +44,7 @@ class Fp8Store(Store):
     def forward_product(self, x: Tensor) -> Tensor:
         if not multiplies_natively(x, self.codes):
             return super().forward_product(x)
-        return native_product(x, self.codes.T, self.scale.T)
+        return native_product(x, self.codes, self.scale).to(x.dtype)
 
     def backward_product(self, grad: Tensor) -> Tensor:
         if not multiplies_natively(grad, self.codes):
@@ -47,11 +52,26 @@ class Fp8Store(Store):
         return native_gradient(grad, self.codes, self.scale).to(grad.dtype)
 
 
-def to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of x and the float32 scale of each row, along the last dimension."""
+def to_e4m3(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes of x's rows and the scale of each; on a GPU the same as on a CPU, bit for bit.
+
+    Args:
+        x: [M, K], of any float dtype.
+        factor: what its columns are multiplied by first, [1, K], float32; None for ones.
+
+    Returns:
+        codes [M, K], e4m3, and scale [M, 1], float32.
+    """
+    kernel = _kernel() if x.is_cuda and torch.cuda.get_device_capability(x.device) >= ADA else None
+    if kernel is not None:
+        return kernel.round_rows(x, factor, largest=LARGEST, tiny=TINY)
     x = x.float()
-    scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / LARGEST
-    return (x / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
+    if factor is not None:
+        x = x * factor
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(TINY)
+    # torch divides by a number in one way on a CPU and in another on a GPU
+    codes = (x * (largest.reciprocal() * LARGEST)).clamp(-LARGEST, LARGEST)
+    return codes.to(torch.float8_e4m3fn), largest * (1 / LARGEST)
 
 
 def multiplies_natively(x: Tensor, codes: Tensor) -> bool:
@@ -65,29 +85,25 @@ def multiplies_natively(x: Tensor, codes: Tensor) -> bool:
 
 
 def native_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """x times a weight given as codes, in 8-bit floats.
+    """x W^T in 8-bit floats.
 
     Args:
-        x: [..., K], rounded to e4m3 with a scale a row.
-        codes: [K, N], e4m3, stored by columns.
-        scale: of each column, [1, N], float32.
+        x: [..., in], rounded to e4m3 with a scale a row.
+        codes, scale: as Fp8Store keeps them.
 
     Returns:
-        [..., N], in x's dtype; bfloat16 for float32.
+        [..., out], bfloat16.
     """
-    flat, x_scale = to_e4m3(x.flatten(0, -2))
-    out = torch._scaled_mm(
-        flat, codes, scale_a=x_scale, scale_b=scale.contiguous(), out_dtype=torch.bfloat16
-    )
-    dtype = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
-    return out.unflatten(0, x.shape[:-1]).to(dtype)
+    flat = to_e4m3(x.flatten(0, -2))
+    return _scaled_product(*flat, codes.T, scale.T).unflatten(0, x.shape[:-1])
 
 
 def native_gradient(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """The gradient of the input of x W^T, in 8-bit floats.
 
     The scales of W's rows lie along the summed side here, so they go into the gradient before it
-    is rounded.
+    is rounded. The product reads its second factor by columns: the codes are transposed into
+    memory that is free again afterwards.
 
     Args:
         grad: of the output, [..., out].
@@ -96,5 +112,31 @@ def native_gradient(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     Returns:
         [..., in], bfloat16.
     """
-    columns = codes.T.contiguous().T  # the product reads its second factor by columns
-    return native_product(grad.float() * scale.T, columns, scale.new_ones(1, codes.shape[1]))
+    flat = to_e4m3(grad.flatten(0, -2), scale.T)
+    columns = _transposed(codes).T
+    product = _scaled_product(*flat, columns, scale.new_ones(1, codes.shape[1]))
+    return product.unflatten(0, grad.shape[:-1])
+
+
+def _scaled_product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor) -> Tensor:
+    """[M, K] times [K, N], codes with a scale a row and a column, to bfloat16."""
+    if not left.shape[0]:
+        return left.new_empty(0, right.shape[1], dtype=torch.bfloat16)
+    return torch._scaled_mm(
+        left, right, scale_a=left_scale, scale_b=right_scale, out_dtype=torch.bfloat16
+    )
+
+
+def _transposed(codes: Tensor) -> Tensor:
+    """Codes [M, N] as [N, M], contiguous."""
+    kernel = _kernel() if codes.is_cuda else None
+    return codes.T.contiguous() if kernel is None else kernel.transpose(codes)
+
+
+@cache
+def _kernel() -> ModuleType | None:
+    """The Triton kernels' module, or None on a machine without Triton."""
+    try:
+        return importlib.import_module("peft.fp8_triton")
+    except ImportError:
+        return None

@@ -21,7 +21,8 @@ class Int8Store(Store):
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         weight = weight.float()
-        scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+        # a product, not a quotient: the same on a GPU as on a CPU, bit for bit
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) * (1 / 127)
         return {"codes": torch.round(weight / scale).to(torch.int8), "scale": scale}
 
     def dense(self, dtype: torch.dtype) -> Tensor:

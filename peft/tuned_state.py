@@ -1,4 +1,4 @@
-"""State tuning: the wkv state that every text starts from is trained.
+"""State tuning: what every text starts from is trained, a wkv state or a prefix of embeddings.
 
 One parameter `blocks.N.att.time_state` a layer, [H, N, N], float32, values on rows and keys on
 columns. RWKV-LM-RLHF writes its states so, and the PyPI package `rwkv` reads them so; what keeps
@@ -31,6 +31,16 @@ def add_tuned_state(model: RWKV) -> None:
         att.time_state.requires_grad_(True)
 
 
+def add_prefix(model: RWKV, length: int) -> None:
+    """Give the model embeddings to train that it reads before every text, [length, C], float32.
+
+    They begin as the embeddings of tokens drawn at random.
+    """
+    table = model.emb.weight.detach()
+    tokens = torch.randint(len(table), (length,)).to(table.device)
+    model.prefix = nn.Parameter(table[tokens].float())
+
+
 def state_shape(config: RWKVConfig) -> tuple[int, int, int]:
     """Of one layer's state, (H, N, N)."""
     return config.n_head, config.head_size, config.head_size
@@ -42,4 +52,12 @@ def describe_state(config: RWKVConfig) -> str:
     return (
         f"state: {config.n_layer * H * N * N:,} parameters train besides, "
         f"{STATE} [{H}, {N}, {N}] in each of {config.n_layer} layers"
+    )
+
+
+def describe_prefix(config: RWKVConfig, length: int) -> str:
+    """The line about the prefix in the plan of a run."""
+    return (
+        f"prefix: {length * config.n_embd:,} parameters train besides, {length} embeddings "
+        "before every text"
     )

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from rwkv.config import RWKVConfig
 from rwkv.linear import Linear
-from rwkv.token_shift import last_token, token_shift
+from rwkv.ops.activation import gated_sum, squared_relu
+from rwkv.ops.norm_mix import norm_shift_mix
 
 
 class ChannelMix7(nn.Module):
@@ -24,10 +25,8 @@ class ChannelMix7(nn.Module):
 
         Returns the stream and each sequence's shift, [Q, C].
         """
-        normed = norm(x)
-        x_k = torch.addcmul(normed, token_shift(normed, shift, cu_seqlens) - normed, self.x_k)
-        hidden = torch.relu(self.key(x_k)).square()
-        return self.value(hidden, residual=x), last_token(normed, cu_seqlens)
+        x, (x_k,), shift = norm_shift_mix(x, norm, shift, [self.x_k], cu_seqlens)
+        return self.value(squared_relu(self.key(x_k)), residual=x), shift
 
 
 class ChannelMix6(nn.Module):
@@ -48,10 +47,7 @@ class ChannelMix6(nn.Module):
 
         Returns the stream and each sequence's shift, [Q, C].
         """
-        normed = norm(x)
-        before = token_shift(normed, shift, cu_seqlens) - normed
-        x_k = torch.addcmul(normed, before, self.time_maa_k)
-        x_r = torch.addcmul(normed, before, self.time_maa_r)
-        value = self.value(torch.relu(self.key(x_k)).square())
-        out = torch.addcmul(x, torch.sigmoid(self.receptance(x_r)), value)
-        return out, last_token(normed, cu_seqlens)
+        mixes = (self.time_maa_k, self.time_maa_r)
+        x, (x_k, x_r), shift = norm_shift_mix(x, norm, shift, mixes, cu_seqlens)
+        value = self.value(squared_relu(self.key(x_k)))
+        return gated_sum(x, self.receptance(x_r), value), shift

@@ -122,18 +122,17 @@ class Chat:
     def save(self, path: Path) -> None:
         """Write the state or the dialogue, as the file's ending says; see HELP.
 
-        A state leaves out the two vectors a layer that the last token alone makes.
-
         Raises:
             InputError: the file cannot be written.
         """
         from rwkv.checkpoint import write_tensors
         from rwkv.files import replacing
+        from rwkv.state import state_tensors
 
         if path.suffix in (".pth", ".safetensors"):
             state = self._stream.settle()
-            tensors = {f"blocks.{n}.att.time_state": s.wkv[0] for n, s in enumerate(state)}
-            write_tensors(path, tensors, {"kind": "state", "turns": len(self.messages)})
+            facts = {"kind": "state", "turns": len(self.messages)}
+            write_tensors(path, state_tensors(state), facts)
             return
         record = {"messages": [{"role": m.role, "content": m.text} for m in self.messages]}
         with replacing(path) as part:
@@ -225,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from rwkv.templates import load_template
 
-    model, tokenizer = open_model(options)
+    model, tokenizer = open_model(options, merged=True)
     chat = Chat(
         model,
         tokenizer,

@@ -94,6 +94,9 @@ class TensorFile(Mapping[str, Tensor]):
         opened, key = self._where[name]
         return opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
@@ -179,7 +182,9 @@ def config_of(tensors: TensorFile) -> RWKVConfig:
         version = 7
     elif "blocks.0.att.time_maa_w1" in shapes:
         version = 6
-    elif any(name.endswith(("lora_A", "lora_B", ".bone", "time_state")) for name in shapes):
+    elif any(
+        name.endswith(("lora_A", "lora_B", ".bone", "time_state", "prefix")) for name in shapes
+    ):
         raise InputError(f"{path}: is an adapter or state file; name the base model's file here")
     else:
         kind = "an older RWKV" if "blocks.0.att.key.weight" in shapes else "no RWKV model"
@@ -349,14 +354,14 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     return metadata
 
 
-def fingerprint(tensors: TensorFile) -> str:
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """A short hash that tells one model from another.
 
     It covers names, shapes, dtypes and 64 values of each tensor, so that it takes milliseconds
     and is the same for a .pth and its .safetensors twin. A quantized file has that of the model
     it was made from.
     """
-    if tensors.base is not None:
+    if isinstance(tensors, TensorFile) and tensors.base is not None:
         return tensors.base
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -1,6 +1,8 @@
 """A long batch in pieces, with the state handed on: memory of one piece, gradient of the whole."""
 
+import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -53,8 +55,7 @@ def walk(
         hidden, _ = model(batch.inputs, None, batch.cu_seqlens)
         return sums(hidden, batch)
 
-    def run(piece: Batch, carried: State | None, continues: bool) -> tuple[Tensor, State]:
-        state = None if carried is None else _arrived(carried, batch.inputs.device)
+    def run(piece: Batch, state: State | None, continues: bool) -> tuple[Tensor, State]:
         if piece.cu_seqlens is not None:
             state = _with_new_texts(model, len(piece.cu_seqlens) - 1, state if continues else None)
         hidden, after = model(piece.inputs, state, piece.cu_seqlens)
@@ -64,16 +65,16 @@ def walk(
 
     total: Tensor | None = None
     carried: State | None = None
+    place = _Place(plan, batch.inputs.device)
     for start in range(0, pieces * plan.length, plan.length):
         if start < T:
             piece, continues = cut(batch, start, min(start + plan.length, T))
         else:
             piece, continues = _idle(batch), True
-        some, carried = recomputed(run, piece, carried, continues, model=model)
+        with place.of_piece():
+            some, carried = recomputed(run, piece, carried, continues, model=model)
         if plan.truncated:
             carried = [layer.detach() for layer in carried]
-        if plan.offload:
-            carried = [LayerState(*(_to_host(field) for field in layer)) for layer in carried]
         total = some if total is None else total + some
     assert total is not None
     return total
@@ -109,6 +110,8 @@ def cut(batch: Batch, start: int, stop: int) -> tuple[Batch, bool]:
 
 def _with_new_texts(model: Any, texts: int, first: State | None) -> State:
     """The state of a packed piece: `first` for its first text, if given, new ones for the rest."""
+    if first is not None and texts == 1:
+        return first
     fresh = model.initial_state(texts)
     if first is None:
         return fresh
@@ -118,31 +121,81 @@ def _with_new_texts(model: Any, texts: int, first: State | None) -> State:
     ]
 
 
-def _arrived(state: State, device: torch.device) -> State:
-    return [
-        LayerState(*(field.to(device, non_blocking=True) for field in layer)) for layer in state
-    ]
+class _Place:
+    """Where the states that pieces start from wait for the backward pass: on the device or, if
+    the plan says so, in host memory.
 
-
-class _ToHost(torch.autograd.Function):
-    """Copy to pinned host memory; the gradient travels back to the device.
-
-    Nothing on the host reads the copy, so it need not wait: the stream keeps the copies in order.
+    On a GPU the copies run on a stream of their own, from and to pinned memory, beside the pieces:
+    out while the piece runs, back while the piece behind it is differentiated. Torch takes pinned
+    memory from what earlier steps have freed.
     """
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.device = x.device
-        host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
-        return host.copy_(x, non_blocking=True)
+    def __init__(self, plan: ChunkPlan, device: torch.device):
+        self._offload, self._device = plan.offload, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pieces: list[list[weakref.ref[_Kept]]] = []
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.to(ctx.device, non_blocking=True)
+    def of_piece(self) -> AbstractContextManager[Any]:
+        """Within the block, which runs one piece, what is kept for it goes to its place."""
+        if not self._offload:
+            return nullcontext()
+        self._pieces.append([])
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, x: Tensor) -> "Tensor | _Kept":
+        if not x.is_floating_point():  # token ids: small, and a part of the batch
+            return x
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        with torch.cuda.stream(self._stream):
+            host.copy_(x, non_blocking=True)
+        if self._stream is not None:
+            x.record_stream(self._stream)
+        kept = _Kept(host, len(self._pieces) - 1)
+        self._pieces[-1].append(weakref.ref(kept))
+        return kept
+
+    def _unpack(self, kept: "Tensor | _Kept") -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        if kept.arriving is None:
+            self._bring([kept])
+        assert kept.arriving is not None
+        x, there = kept.arriving
+        kept.arriving = None
+        if kept.piece > 0:
+            before, self._pieces[kept.piece - 1] = self._pieces[kept.piece - 1], []
+            self._bring([one for one in (reference() for reference in before) if one is not None])
+        if there is not None:
+            torch.cuda.current_stream(self._device).wait_event(there)
+        return x
+
+    def _bring(self, some: "list[_Kept]") -> None:
+        """Begin to copy tensors back."""
+        if some and self._stream is not None:  # the memory they come to may still be in use
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        for kept in some:
+            x = torch.empty_like(kept.host, device=self._device, pin_memory=False)
+            with torch.cuda.stream(self._stream):
+                x.copy_(kept.host, non_blocking=True)
+            if self._stream is not None:
+                x.record_stream(self._stream)
+            there = None if self._stream is None else self._stream.record_event()
+            kept.arriving = x, there
 
 
-def _to_host(x: Tensor) -> Tensor:
-    return _ToHost.apply(x)
+class _Kept:
+    """A tensor in host memory.
+
+    piece: which one it is kept for.
+    arriving: its copy on the device, and the event before which that is not whole; None while no
+        copy has been asked for.
+    """
+
+    def __init__(self, host: Tensor, piece: int):
+        self.host, self.piece = host, piece
+        self.arriving: tuple[Tensor, torch.cuda.Event | None] | None = None
 
 
 def read(
@@ -176,7 +229,7 @@ def read(
     def run(
         piece: Tensor, borders: Tensor, carried: State | None, fresh: State | None, kept: Any
     ) -> tuple[Tensor, State]:
-        parts = [_arrived(part, tokens.device) for part in (carried, fresh) if part is not None]
+        parts = [part for part in (carried, fresh) if part is not None]
         hidden, after = model(piece, _joined(parts), borders)
         return hidden[0, kept], after
 
@@ -184,6 +237,7 @@ def read(
     wanted = torch.arange(T) if keep is None else keep.cpu()
     found, ended = [], []
     carried: State | None = None
+    place = _Place(plan, tokens.device)
     first = 0  # the text that the piece begins in
     for start in range(0, T, plan.length):
         stop = min(start + plan.length, T)
@@ -203,7 +257,8 @@ def read(
             fresh,
             kept.to(tokens.device),
         )
-        hidden, after = recomputed(run, *arguments, model=model)
+        with place.of_piece():
+            hidden, after = recomputed(run, *arguments, model=model)
         found.append(hidden)
         whole = borders[last + 1] == stop
         done = last - first + whole
@@ -214,8 +269,6 @@ def read(
             carried = _rows(after, range(last - first, last - first + 1))
             if plan.truncated:
                 carried = [layer.detach() for layer in carried]
-            if plan.offload:
-                carried = [LayerState(*(_to_host(field) for field in layer)) for layer in carried]
         first = last + whole
     idle = pieces - len(found)  # other ranks have more tokens to read
     for _ in range(idle):

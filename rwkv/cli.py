@@ -1,5 +1,6 @@
 """What every command shares: names checked, errors on one line, exit statuses."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -25,3 +26,10 @@ def run(main: Callable[[], int]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 141
+
+
+def say(text: str) -> None:
+    """Report to the person who started the run; of several processes the first one speaks."""
+    launched = {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK")}
+    if launched == {"0"}:
+        print(text, file=sys.stderr)  # noqa: T201

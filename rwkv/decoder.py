@@ -275,6 +275,7 @@ class Decoder:
             self.graph.replay()
         return self._tokens.clone()
 
+    @torch.no_grad()
     def _step(self) -> None:
         self._tokens.copy_(self.picker.pick(self.hidden))
         self.hidden.copy_(read_one(self.model, self._tokens, self.state, self._lanes))
@@ -296,4 +297,5 @@ class Decoder:
 
 def owned(state: State) -> State:
     """A copy that `read_one` may change."""
-    return [LayerState(*(f.clone(memory_format=torch.contiguous_format) for f in s)) for s in state]
+    dense = torch.contiguous_format
+    return [LayerState(*(f.detach().clone(memory_format=dense) for f in s)) for s in state]

@@ -16,35 +16,46 @@ from rwkv.errors import InputError
 T = TypeVar("T")
 
 
-def flag(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> Any:
+def flag(
+    default: Any, help: str, *, choices: Sequence[Any] | None = None, also: tuple[str, ...] = ()
+) -> Any:
     """A dataclass field that becomes the flag `--<field name>`.
 
     Args:
         default: its value when the flag is absent.
         help: one sentence for --help.
         choices: the values allowed; None for any of the field's type.
+        also: of a boolean flag, the words that it takes beside 0 and 1.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+    metadata = {"help": help, "choices": choices, "also": also}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class OnOff:
-    """Reads 1, 0, true, false, yes, no, on or off; the type of boolean flags."""
+    """Reads 1, 0, true, false, yes, no, on or off; the type of boolean flags.
+
+    Args:
+        also: words beside these, which are kept as they are and count as on.
+    """
 
     WORDS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
         ("0", "false", "no", "off"), False
     )
 
-    def __call__(self, text: object) -> bool:
+    def __init__(self, also: tuple[str, ...] = ()):
+        self.also = also
+
+    def __call__(self, text: object) -> bool | str:
+        if str(text) in self.also:
+            return str(text)
         value = self.WORDS.get(str(text).lower())
         if value is None:
-            raise ValueError(f"{text!r} is neither 1 nor 0")
+            words = "".join(f" nor {word}" for word in self.also)
+            raise ValueError(f"{text!r} is neither 1 nor 0{words}")
         return value
 
     def __repr__(self) -> str:  # shown by --help
-        return "0 or 1"
-
-
-on_off = OnOff()
+        return " or ".join(("0", "1", *self.also))
 
 
 class Settings(dict[type, Any]):
@@ -103,14 +114,15 @@ def _parser(classes: Sequence[type], program: str, description: str) -> Any:
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
             kind, choices = hints[field.name], field.metadata["choices"]
+            also = field.metadata["also"]
             text = field.metadata["help"].replace("%", "%%")
-            if kind is bool:
+            if kind is bool or also:
                 arguments.add_argument(
                     f"--{field.name}",
-                    type=on_off,
+                    type=OnOff(also),
                     nargs="?",
                     const=True,
-                    metavar="0|1",
+                    metavar="|".join(("0", "1", *also)),
                     default=field.default,
                     help=text,
                 )

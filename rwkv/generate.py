@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         text = options.prompt if options.prompt is not None else read_text(options.prompt_file)
         records = [{"prompt": text}]
-    model, tokenizer = open_model(options)
+    model, tokenizer = open_model(options, merged=True)
     prompts = [_prompt_tokens(record["prompt"], tokenizer) for record in records]
     if not many:
         stream = TextStream(model, tokenizer, sampling=sampling, seed=options.seed)

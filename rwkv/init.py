@@ -7,7 +7,8 @@ Source: RWKV-LM, RWKV-v7/train_temp/src/model.py (version 7) and RWKV-v5/src/mod
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +18,52 @@ from rwkv.model import RWKV
 
 
 @torch.no_grad()
-def initialize(model: RWKV, seed: int = 0) -> None:
-    """Fill every parameter of a new model.
+def initialize(model: RWKV, seed: int = 0, *, placed: Callable[[str], None] | None = None) -> None:
+    """Fill every parameter of a new model, a block after the other.
 
     Args:
-        model: parameters uninitialized, on the CPU.
+        model: parameters uninitialized, on the CPU, or on the meta device; a block of these is made
+            on the CPU when its turn comes.
         seed: of the random matrices; the same seed gives the same model.
+        placed: called with each parameter's name when its block is filled; it may move the
+            parameter or replace its module, so that a large model is never whole on the CPU.
     """
     draw = torch.Generator().manual_seed(seed)
     fill = _fill_block7 if model.config.version == 7 else _fill_block6
     block: Any
+
+    def hand_on(name: str, part: nn.Module) -> None:
+        if placed is not None:
+            for parameter in [n for n, _ in part.named_parameters()]:
+                placed(f"{name}.{parameter}")
+
     for layer, block in enumerate(model.blocks):
+        _made(block)
         for norm in (block.ln0, block.ln1, block.ln2):
             if norm is not None:
                 norm.reset_parameters()
         fill(block, model.config, layer, draw)
         block.att.ln_x.weight.fill_(((1 + layer) / model.config.n_layer) ** 0.7)
         block.att.ln_x.bias.zero_()
-    model.ln_out.reset_parameters()
-    _uniform(model.emb.weight, 1e-4, draw)
-    head = model.head.weight
+        hand_on(f"blocks.{layer}", block)
+    _made(model.ln_out).reset_parameters()
+    _uniform(_made(model.emb).weight, 1e-4, draw)
+    head = _made(model.head).weight
     assert head is not None
     V, C = head.shape
     nn.init.orthogonal_(head, gain=0.5 * math.sqrt(max(V / C, 1.0)), generator=draw)
+    for name in ("ln_out", "emb", "head"):
+        hand_on(name, model.get_submodule(name))
+
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def _made(part: Part) -> Part:
+    """The part with its parameters on the CPU, if they were on the meta device."""
+    if any(parameter.is_meta for parameter in part.parameters()):
+        part.to_empty(device="cpu")
+    return part
 
 
 def learning_rate_factor(name: str) -> float:

@@ -1,6 +1,7 @@
 """The one linear layer of the model; adapters and quantized storage both build on it."""
 
-from typing import Protocol
+from contextvars import ContextVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,12 @@ class WeightStore(Protocol):
     It is a module without parameters, so that it moves with the model and trains nothing.
     """
 
-    def output(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], differentiable in x."""
+    def forward_product(self, x: Tensor) -> Tensor:
+        """x W^T, without history: [..., in] -> a new tensor [..., out]."""
+        ...
+
+    def backward_product(self, grad: Tensor) -> Tensor:
+        """grad W, without history: [..., out] -> a new tensor [..., in]."""
         ...
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -30,8 +35,12 @@ class Linear(nn.Module):
     """y = x W^T, without bias.
 
     W is the parameter `weight` [out, in] or, after `store_as`, a frozen WeightStore. Subclasses
-    (the adapters) reach it through `dense_weight` and `base_output` only, so every adapter works
-    over every store.
+    (the adapters) reach it through `dense_weight`, `base_output`, `product` and `gradient` only,
+    so every adapter works over every store.
+
+    Attributes:
+        closes: whether nothing but the stream reads the output: it is the last of a part of the
+            model that `results_unread` may run again.
     """
 
     weight: nn.Parameter | None
@@ -42,6 +51,7 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.store = None
+        self.closes = False
 
     def store_as(self, store: WeightStore) -> None:
         """Keep the weight as `store` from here on; the parameter is dropped."""
@@ -59,21 +69,96 @@ class Linear(nn.Module):
         """The weight [out, in] with which a plain Linear gives this layer's output."""
         return self.dense_weight(dtype)
 
-    def base_output(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], without any adapter."""
-        if self.weight is not None:
-            return F.linear(x, self.weight)
-        assert self.store is not None
-        return self.store.output(x)
+    def product(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x W^T + residual, without history and adapter: [..., in] -> a new tensor [..., out]."""
+        if self.weight is None:
+            assert self.store is not None
+            out = self.store.forward_product(x)
+        elif residual is not None and residual.dtype == x.dtype:
+            rows = residual.reshape(-1, self.out_features)
+            out = torch.addmm(rows, x.reshape(-1, self.in_features), self.weight.T)
+            return out.view(residual.shape)
+        else:
+            out = F.linear(x, self.weight)
+        return out if residual is None else residual + out
 
-    def output(self, x: Tensor) -> Tensor:
+    def gradient(self, grad: Tensor) -> Tensor:
+        """grad W, without history and adapter: [..., out] -> a new tensor [..., in]."""
+        if self.weight is not None:
+            return grad @ self.weight
+        assert self.store is not None
+        return self.store.backward_product(grad)
+
+    def is_unread(self) -> bool:
+        """Whether the output may be left out: the values of this run go nowhere."""
+        return self.closes and _unread.get()
+
+    def base_output(
+        self, x: Tensor, residual: Tensor | None = None, *, unread: bool = False
+    ) -> Tensor:
+        """[..., in] -> [..., out], without any adapter; keeps x only where the weight trains.
+
+        unread: give an uninitialized tensor with the right gradient.
+        """
+        out: Tensor = _Product.apply(x, residual, self.weight, self, unread)
+        return out
+
+    def output(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., in] -> [..., out], as the layer is now."""
-        return self.base_output(x)
+        return self.base_output(x, residual, unread=self.is_unread())
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., in] -> [..., out], added to `residual` [..., out] where one is given."""
-        out = self.output(x)
-        return out if residual is None else residual + out
+        return self.output(x, residual)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
+
+
+_unread: ContextVar[bool] = ContextVar("unread", default=False)
+
+
+class results_unread:  # noqa: N801  # a context manager, named like those of contextlib
+    """Within the block, layers that close their part leave out their result, not its gradient.
+
+    For a second run whose values nobody reads. It may be entered again and again.
+    """
+
+    def __enter__(self) -> None:
+        self._before = _unread.set(True)
+
+    def __exit__(self, *_: object) -> None:
+        _unread.reset(self._before)
+
+
+def unread_output(x: Tensor, features: int, residual: Tensor | None) -> Tensor:
+    """What stands for an output [..., features] that is left out: memory as it was found."""
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.new_empty((*x.shape[:-1], features), dtype=dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + residual; the backward pass reads the layer's weight or codes again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        layer: Linear,
+        unread: bool,
+    ) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None)
+        if unread:
+            return unread_output(x, layer.out_features, residual)
+        return layer.product(x, residual)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        g = grad.to(ctx.dtype)
+        dx = ctx.layer.gradient(g) if ctx.needs_input_grad[0] else None
+        dw = None if x is None else g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        return dx, grad if ctx.needs_input_grad[1] else None, dw, None, None

@@ -1,5 +1,7 @@
 """The model: embedding, blocks, final norm and head, with state in and state out."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +16,14 @@ from rwkv.state import LayerState, State, zero_state
 from rwkv.time_mix6 import TimeMix6
 from rwkv.time_mix7 import TimeMix7
 
-LAYERS = {6: (TimeMix6, ChannelMix6), 7: (TimeMix7, ChannelMix7)}
+LAYERS: dict[int, tuple[Any, Any]] = {6: (TimeMix6, ChannelMix6), 7: (TimeMix7, ChannelMix7)}
 
 
 class Block(nn.Module):
     """Time mix and channel mix, each behind a layer norm and added to the stream.
 
-    The first block also norms the embedding (`ln0`), as in BlinkDL's files.
+    The first block also norms the embedding (`ln0`), as in BlinkDL's files. `shift_state` is what
+    time mix and channel mix take for the token before a text, [2, C], only where one was tuned.
     """
 
     def __init__(self, config: RWKVConfig, layer: int, backend: str = "auto"):
@@ -31,18 +34,49 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.att = time_mix(config, layer, backend)
         self.ffn = channel_mix(config)
+        self.att.output.closes = True
+        self.ffn.value.closes = config.version == 7  # version 6 multiplies it by its gate
+        self.shift_state: nn.Parameter | None = None
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, state: LayerState, cu_seqlens: Tensor | None
+        self,
+        x: Tensor,
+        v_first: Tensor | None,
+        state: LayerState,
+        cu_seqlens: Tensor | None,
+        *,
+        in_halves: bool = False,
     ) -> tuple[Tensor, Tensor | None, LayerState]:
-        """x [B, T, C] and this layer's state in; x, v_first and the state after T tokens out."""
+        """x [B, T, C] and this layer's state in; x, v_first and the state after T tokens out.
+
+        in_halves: recompute time mix and channel mix in the backward pass, each by itself, so that
+            the activations of only one of them exist at a time.
+        """
+        run: Callable[..., Any] = _call
+        if in_halves:
+            draws = any(m.p and m.training for m in self.modules() if isinstance(m, nn.Dropout))
+            run = partial(recomputed, model=self, closed=True, draws=draws)
+        x, v_first, att_shift, wkv = run(
+            self._mix_time, x, v_first, state.att_shift, state.wkv, cu_seqlens
+        )
+        x, ffn_shift = run(self.ffn, x, self.ln2, state.ffn_shift, cu_seqlens)
+        return x, v_first, LayerState(att_shift, wkv, ffn_shift)
+
+    def _mix_time(
+        self,
+        x: Tensor,
+        v_first: Tensor | None,
+        shift: Tensor,
+        wkv: Tensor,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         if self.ln0 is not None:
             x = self.ln0(x)
-        x, v_first, att_shift, wkv = self.att(
-            x, self.ln1, v_first, state.att_shift, state.wkv, cu_seqlens
-        )
-        x, ffn_shift = self.ffn(x, self.ln2, state.ffn_shift, cu_seqlens)
-        return x, v_first, LayerState(att_shift, wkv, ffn_shift)
+        return self.att(x, self.ln1, v_first, shift, wkv, cu_seqlens)
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 class RWKV(nn.Module):
@@ -53,13 +87,16 @@ class RWKV(nn.Module):
 
     Attributes:
         config: the sizes.
-        grad_cp: recompute each block in the backward pass instead of keeping its activations.
+        grad_cp: recompute each half of a block in the backward pass instead of keeping its
+            activations; only the stream before and within each block is kept.
+        prefix: embeddings [n, C] that are read before every text, only where they are tuned.
     """
 
     def __init__(self, config: RWKVConfig, backend: str = "auto"):
         super().__init__()
         self.config = config
         self.grad_cp = False
+        self.prefix: nn.Parameter | None = None
         self.emb = nn.Embedding(
             config.vocab_size, config.n_embd, _weight=torch.empty(config.vocab_size, config.n_embd)
         )
@@ -91,29 +128,43 @@ class RWKV(nn.Module):
         """As `forward`, from embedded tokens [B, T, C]."""
         if state is None:
             state = self.initial_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
-        if torch.is_grad_enabled() and not x.requires_grad and is_scattered(self):
+        scattered = is_scattered(self)
+        if torch.is_grad_enabled() and not x.requires_grad and scattered:
             # DeepSpeed scatters a module's parameters again once the gradients of its inputs are
             # there, so that each needs an input with a gradient, on all ranks alike.
             x = x.detach().requires_grad_()
         v_first: Tensor | None = None
         after = []
         for block, before in zip(self.blocks, state, strict=True):
-            if self.grad_cp:
+            if self.grad_cp and scattered:  # DeepSpeed's hooks want the whole block
                 x, v_first, new = recomputed(block, x, v_first, before, cu_seqlens, model=block)
             else:
-                x, v_first, new = block(x, v_first, before, cu_seqlens)
+                x, v_first, new = block(x, v_first, before, cu_seqlens, in_halves=self.grad_cp)
             after.append(new)
         return self.ln_out(x), after
 
     def initial_state(self, Q: int) -> State:
-        """The state of Q new texts: zeros, and each layer's tuned wkv state where it has one."""
-        state = zero_state(self.config, Q, like=self.ln_out.weight)
+        """The state of Q new texts: zeros or what was tuned, after the prefix if there is one.
+
+        The prefix is read once for all texts.
+        """
+        state = zero_state(self.config, 1 if self.prefix is not None else Q, self.ln_out.weight)
         block: Any
         for layer, block in enumerate(self.blocks):
             if block.att.time_state is not None:
                 wkv = block.att.time_state.to(state[layer].wkv.dtype).expand_as(state[layer].wkv)
                 state[layer] = state[layer]._replace(wkv=wkv)
-        return state
+            if block.shift_state is not None:
+                att, ffn = (x.expand_as(state[layer].att_shift) for x in block.shift_state)
+                state[layer] = state[layer]._replace(
+                    att_shift=att.to(state[layer].att_shift),
+                    ffn_shift=ffn.to(state[layer].ffn_shift),
+                )
+        if self.prefix is None:
+            return state
+        _, state = self.run_blocks(self.prefix.to(self.emb.weight.dtype).unsqueeze(0), state)
+        first = torch.zeros(Q, dtype=torch.int64, device=self.emb.weight.device)
+        return [layer.select(first) for layer in state]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., C] -> [..., V]."""

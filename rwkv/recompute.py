@@ -9,10 +9,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from rwkv.linear import results_unread
 from rwkv.scattered import is_scattered
 
 
-def recomputed(function: Callable[..., Any], *args: Any, model: Any) -> Any:
+def recomputed(
+    function: Callable[..., Any],
+    *args: Any,
+    model: Any,
+    closed: bool = False,
+    draws: bool = True,
+) -> Any:
     """Return function(*args), keeping for the backward pass no more than the arguments.
 
     The gradient is that of a plain call: through all tensors in `args` (in named tuples and lists
@@ -23,14 +30,28 @@ def recomputed(function: Callable[..., Any], *args: Any, model: Any) -> Any:
         function: what to run; random draws are repeated when it runs again.
         args: its arguments; the tensors among them stay alive until the backward pass.
         model: the module whose parameters `function` reads.
+        closed: in the second run, leave out the results of linear layers that close their part:
+            for a function in which nothing but the stream reads them.
+        draws: whether `function` may draw random numbers; keeping the generators' states takes the
+            host longer than launching some kernels.
     """
     if not torch.is_grad_enabled():
         return function(*args)
+    # Given one by one: of tensors within other arguments a checkpoint keeps the first values alive
+    # even where it is itself recomputed, or where hooks put what is kept elsewhere.
+    flat, form = tree_flatten(args)
+
+    def call(*again: Any) -> Any:
+        return function(*tree_unflatten(list(again), form))
+
     if not is_scattered(model):
-        return checkpoint(function, *args, use_reentrant=False)
+        contexts = _closed_contexts if closed else _plain_contexts
+        return checkpoint(
+            call, *flat, use_reentrant=False, context_fn=contexts, preserve_rng_state=draws
+        )
 
     def run(*again: Any) -> Any:
-        results, structure = tree_flatten(function(*again))
+        results, structure = tree_flatten(call(*again))
         places = [n for n, x in enumerate(results) if isinstance(x, Tensor) and x.requires_grad]
         if places:
             through = _RecomputeFirst.apply(*(results[n] for n in places))
@@ -40,7 +61,7 @@ def recomputed(function: Callable[..., Any], *args: Any, model: Any) -> Any:
 
     # Stopping early would jump over DeepSpeed's hooks behind each module.
     return checkpoint(
-        run, *args, use_reentrant=False, early_stop=False, context_fn=_scattered_contexts
+        run, *flat, use_reentrant=False, early_stop=False, context_fn=_scattered_contexts
     )
 
 
@@ -64,8 +85,16 @@ class _RecomputeFirst(torch.autograd.Function):
         return grads
 
 
-def _scattered_contexts() -> tuple[Any, Any]:
+def _plain_contexts() -> tuple[Any, Any]:
     """What the first run and the second one are wrapped in."""
+    return contextlib.nullcontext(), contextlib.nullcontext()
+
+
+def _closed_contexts() -> tuple[Any, Any]:
+    return contextlib.nullcontext(), results_unread()
+
+
+def _scattered_contexts() -> tuple[Any, Any]:
     return contextlib.nullcontext(), _saving_values()
 
 

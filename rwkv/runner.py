@@ -1,16 +1,20 @@
 """What generate, chat and score share: the flags that name a model, and opening it.
 
 A tuned state is a file of `blocks.N.att.time_state`, [H, N, N], values on rows and keys on columns
-(RWKV-LM's kernels read it so in both versions; runners that keep keys on rows transpose it).
+(RWKV-LM's kernels read it so in both versions; runners that keep keys on rows transpose it). It may
+also have `blocks.N.shift_state`, [2, C]: what time mix and channel mix take for the token before.
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rwkv.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rwkv.checkpoint import TensorFile
     from rwkv.model import RWKV
     from rwkv.tokenizer import Tokenizer
@@ -39,17 +43,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kernel", default="auto", help="backend of the wkv operator (auto)")
 
 
-def open_model(options: argparse.Namespace) -> "tuple[RWKV, Tokenizer]":
-    """The model and tokenizer that the flags of `add_model_arguments` name.
+def open_model(options: argparse.Namespace, *, merged: bool = False) -> "tuple[RWKV, Tokenizer]":
+    """The frozen model and tokenizer that the flags of `add_model_arguments` name.
 
-    The adapter is merged into the weights, in the file's dtype, as `python -m peft.merge` does.
+    Args:
+        options: the parsed flags. The model's file may be a quantized one.
+        merged: put the adapter into the weights, which makes single tokens faster and changes the
+            numbers by the rounding of the weights' dtype; else it stays beside them, as it was
+            trained. Quantized weights are left as they are.
 
     Raises:
         InputError: a file is wrong, does not fit the model, or the device is not there.
     """
     import torch
 
-    from rwkv.checkpoint import config_of, load_model, read_tensors
+    from peft.apply import load_frozen
+    from rwkv.checkpoint import config_of, read_tensors
     from rwkv.ops import wkv6, wkv7
     from rwkv.tokenizer import load_tokenizer
 
@@ -61,62 +70,115 @@ def open_model(options: argparse.Namespace) -> "tuple[RWKV, Tokenizer]":
     dtype = getattr(torch, name)
     config = config_of(read_tensors(options.load_model))
     tokenizer = load_tokenizer(options.tokenizer or None, config.vocab_size)
-    model = load_model(options.load_model, device=device, dtype=dtype, backend=options.kernel)
-    model.requires_grad_(False).eval()
+    model = load_frozen(options.load_model, device=device, dtype=dtype, backend=options.kernel)
     if options.adapter:
-        merge_adapter(model, options.load_model, options.adapter, options.alpha)
+        put_adapter(model, options.load_model, options.adapter, options.alpha, merged=merged)
     if options.state:
         load_state(model, read_tensors(options.state))
     return model, tokenizer
 
 
-def merge_adapter(model: "RWKV", base: Path, adapter: Path, alpha: float | None = None) -> None:
-    """Put an adapter's changes, and its tuned state if it has one, into a loaded model.
+def put_adapter(
+    model: "RWKV", base: Path, adapter: Path, alpha: float | None = None, *, merged: bool
+) -> None:
+    """Put an adapter, and its tuned state if it has one, into a loaded model.
+
+    Args:
+        model: of the file `base`.
+        adapter: its file.
+        alpha: for files that do not state it.
+        merged: as for `open_model`.
 
     Raises:
         InputError: the adapter's file is wrong or does not belong to the base's.
     """
-    from peft.merging import merge, open_pair
+    from peft.merging import attach, changes, open_pair
     from rwkv.checkpoint import read_tensors, set_parameter
 
     pair = open_pair(read_tensors(base), adapter, alpha=alpha)
-    merged = merge(pair)
-    changed = {f"{layer}.weight" for layer in pair.kinds} | set(pair.whole)
-    for name, old in list(model.named_parameters()):
-        if name in changed:
-            set_parameter(model, name, merged[name].reshape(old.shape).to(old))
-    if any(name.endswith(".time_state") for name in pair.adapter):
-        load_state(model, pair.adapter)
+    if merged and not pair.base.quantized:
+        for name, value in changes(pair):
+            old = model.get_parameter(name)
+            set_parameter(model, name, value.reshape(old.shape).to(old))
+    else:
+        attach(pair, model)
+        model.requires_grad_(False).eval()
+    load_start(model, pair.adapter)
+
+
+def load_start(model: "RWKV", adapter: "TensorFile") -> bool:
+    """Give a model the state that texts start from in an adapter file, or the one behind its
+    prefix; whether it has either.
+
+    Raises:
+        InputError: the state or the prefix does not fit the model.
+    """
+    import torch
+
+    from rwkv.state import state_tensors
+
+    found = any(name.endswith(".time_state") for name in adapter)
+    if found:
+        load_state(model, adapter)
+    if "prefix" not in adapter:
+        return found
+    length, width = adapter.shapes["prefix"]
+    if width != model.config.n_embd:
+        raise InputError(
+            f"{adapter.path}: prefix is {[length, width]}, the model's embeddings have "
+            f"{model.config.n_embd} channels; name the base it was trained on"
+        )
+    prefix = adapter["prefix"].to(model.emb.weight)
+    model.prefix = torch.nn.Parameter(prefix, requires_grad=False)
+    with torch.no_grad():
+        start = state_tensors(model.initial_state(1))
+    model.prefix = None  # read once, here
+    _start_from(model, start)
+    return True
 
 
 def load_state(model: "RWKV", tensors: "TensorFile") -> None:
-    """Give each layer its tuned initial wkv state; other tensors of the file are left alone.
+    """Give each layer the state that texts start from; other tensors of the file are left alone.
 
     Raises:
         InputError: the file has no state, or one of another shape or number of layers.
     """
+    config = model.config
+    expected = {
+        "att.time_state": (config.n_head, config.head_size, config.head_size),
+        "shift_state": (2, config.n_embd),
+    }
+    state: dict[str, Tensor] = {}
+    for part, shape in expected.items():
+        wanted = [f"blocks.{layer}.{part}" for layer in range(config.n_layer)]
+        found = [name for name in tensors.shapes if name.endswith(f".{part}")]
+        if not found and part == "shift_state":
+            continue
+        if not found:
+            raise InputError(f"{tensors.path}: holds no time_state; name a file of a tuned state")
+        if sorted(found) != sorted(wanted):
+            raise InputError(
+                f"{tensors.path}: has the states of {len(found)} layers, the model has "
+                f"{config.n_layer}; name a state tuned on this model"
+            )
+        for name in wanted:
+            if tensors.shapes[name] != shape:
+                raise InputError(
+                    f"{tensors.path}: {name} is {list(tensors.shapes[name])}, the model asks for "
+                    f"{list(shape)}; name a state tuned on this model"
+                )
+            state[name] = tensors[name]
+    _start_from(model, state)
+
+
+def _start_from(model: "RWKV", state: "Mapping[str, Tensor]") -> None:
     import torch
 
-    config = model.config
-    expected = (config.n_head, config.head_size, config.head_size)
-    shapes = {n: shape for n, shape in tensors.shapes.items() if n.endswith(".att.time_state")}
-    if not shapes:
-        raise InputError(f"{tensors.path}: holds no time_state; name a file of a tuned state")
-    wanted = [f"blocks.{layer}.att.time_state" for layer in range(config.n_layer)]
-    if sorted(shapes) != sorted(wanted):
-        raise InputError(
-            f"{tensors.path}: has the states of {len(shapes)} layers, the model has "
-            f"{config.n_layer}; name a state tuned on this model"
-        )
-    for name in wanted:
-        if shapes[name] != expected:
-            raise InputError(
-                f"{tensors.path}: {name} is {list(shapes[name])}, the model's heads ask for "
-                f"{list(expected)}; name a state tuned on this model"
-            )
-        layer = model.get_submodule(name.removesuffix(".time_state"))
-        state = tensors[name].to(model.emb.weight.device, torch.float32, copy=True)
-        layer.time_state = torch.nn.Parameter(state, requires_grad=False)
+    device = model.emb.weight.device
+    for name, tensor in state.items():
+        owner, _, part = name.rpartition(".")
+        value = tensor.to(device, torch.float32, copy=True)
+        setattr(model.get_submodule(owner), part, torch.nn.Parameter(value, requires_grad=False))
 
 
 def _device(name: str):

@@ -42,3 +42,19 @@ def zero_state(config: RWKVConfig, Q: int, like: Tensor) -> State:
         dtype=torch.promote_types(like.dtype, torch.float32),
     )
     return [LayerState(shift, wkv, shift) for _ in range(config.n_layer)]
+
+
+def state_tensors(state: State) -> dict[str, Tensor]:
+    """The state of one text as a file holds it, float32; `rwkv.runner.load_state` reads it.
+
+    `blocks.N.att.time_state` [H, N, N] and `blocks.N.shift_state` [2, C], the inputs of time mix
+    and channel mix. Other programs read the first; the second is left out where all are zeros.
+    """
+    tensors = {f"blocks.{n}.att.time_state": layer.wkv[0] for n, layer in enumerate(state)}
+    shifts = {
+        f"blocks.{n}.shift_state": torch.cat([layer.att_shift, layer.ffn_shift])
+        for n, layer in enumerate(state)
+    }
+    if any(bool(shift.any()) for shift in shifts.values()):
+        tensors |= shifts
+    return {name: tensor.detach().float() for name, tensor in tensors.items()}

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from rwkv.config import RWKVConfig
 from rwkv.linear import Linear
+from rwkv.ops.head_output import head_output6
+from rwkv.ops.norm_mix import norm_shift_mix_by_data
 from rwkv.ops.wkv6 import wkv6
-from rwkv.token_shift import last_token, token_shift
 
 MIXES = 5  # w, k, v, r, g, in the order of time_maa_w2
 
@@ -59,29 +60,25 @@ class TimeMix6(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Mix T tokens; as TimeMix7.forward, with v_first handed on as it is."""
-        B, T, _ = x.shape
-        normed = norm(x)
-        before = token_shift(normed, shift, cu_seqlens) - normed
-        mixed = torch.tanh(torch.addcmul(normed, before, self.time_maa_x) @ self.time_maa_w1)
-        mixed = mixed.view(B * T, MIXES, -1).transpose(0, 1)  # [5, B T, rank]
-        deltas = torch.bmm(mixed, self.time_maa_w2).view(MIXES, B, T, -1)
-        x_w, x_k, x_v, x_r, x_g = (
-            torch.addcmul(normed, before, mix + delta)
-            for mix, delta in zip(
-                (
-                    self.time_maa_w,
-                    self.time_maa_k,
-                    self.time_maa_v,
-                    self.time_maa_r,
-                    self.time_maa_g,
-                ),
-                deltas,
-                strict=True,
-            )
+        x, (x_w, x_k, x_v, x_r, x_g), shift = norm_shift_mix_by_data(
+            x,
+            norm,
+            shift,
+            self.time_maa_x,
+            self.time_maa_w1,
+            self.time_maa_w2,
+            (
+                self.time_maa_w,
+                self.time_maa_k,
+                self.time_maa_v,
+                self.time_maa_r,
+                self.time_maa_g,
+            ),
+            cu_seqlens,
         )
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        gate = F.silu(self.gate(x_g))
-        w = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
+        decay = torch.tanh(x_w @ self.time_decay_w1)
+        w = F.linear(decay, self.time_decay_w2.t(), self.time_decay.flatten())
         r, w, k, v = (t.unflatten(-1, (-1, self.N)) for t in (r, w, k, v))
         y, wkv = wkv6(
             r=r,
@@ -93,5 +90,5 @@ class TimeMix6(nn.Module):
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
-        y = self.ln_x(y.reshape(B * T, -1)).view(B, T, -1)
-        return self.output(y * gate, residual=x), v_first, last_token(normed, cu_seqlens), wkv
+        out = head_output6(y, self.ln_x, self.gate(x_g))
+        return self.output(out, residual=x), v_first, shift, wkv

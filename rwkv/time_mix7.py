@@ -5,12 +5,13 @@ Source: RWKV-7 "Goose", arXiv:2503.14456.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rwkv.config import RWKVConfig
 from rwkv.linear import Linear
+from rwkv.ops.head_output import head_output7
+from rwkv.ops.norm_mix import norm_shift_mix
 from rwkv.ops.wkv7 import wkv7
-from rwkv.token_shift import last_token, token_shift
+from rwkv.ops.wkv7_inputs import wkv7_inputs
 
 
 class TimeMix7(nn.Module):
@@ -71,42 +72,43 @@ class TimeMix7(nn.Module):
             cu_seqlens: for packed texts, [Q + 1]; see wkv7.
 
         Returns:
-            the stream [B, T, C], v_first [B, T, C], and each sequence's shift and wkv after the tokens.
+            the stream [B, T, C], v_first [B, T, C], and each sequence's shift and wkv after the
+            tokens.
         """
-        B, T, _ = x.shape
-        normed = norm(x)
-        before = token_shift(normed, shift, cu_seqlens) - normed
-        x_r, x_w, x_k, x_v, x_a, x_g = (
-            torch.addcmul(normed, before, mix)
-            for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        first = self.layer == 0
+        x, (x_r, x_w, x_k, x_v, x_a, x_g), shift = norm_shift_mix(
+            x,
+            norm,
+            shift,
+            (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g),
+            cu_seqlens,
         )
-        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        decay = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2
-        w = -F.softplus(-decay.to(torch.promote_types(decay.dtype, torch.float32))) - 0.5
-        iclr = torch.sigmoid(self.a0 + x_a @ self.a1 @ self.a2)
-        gate = torch.sigmoid(x_g @ self.g1) @ self.g2
-        if self.layer == 0:
-            v_first = v
-        else:
-            assert v_first is not None
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2))
-
-        kk = F.normalize((k * self.k_k).unflatten(-1, (-1, self.N)), dim=-1)  # [B, T, H, N]
-        k = k * torch.addcmul(torch.ones_like(self.k_a), iclr - 1, self.k_a)
-        r, w, k, v, iclr = (t.unflatten(-1, (-1, self.N)) for t in (r, w, k, v, iclr))
+        p = wkv7_inputs(
+            r=self.receptance(x_r),
+            k=self.key(x_k),
+            v=self.value(x_v),
+            v_first=None if first else v_first,
+            decay=torch.tanh(x_w @ self.w1) @ self.w2,
+            iclr=x_a @ self.a1 @ self.a2,
+            value=None if first else x_v @ self.v1 @ self.v2,
+            w0=self.w0,
+            a0=self.a0,
+            v0=None if first else self.v0,
+            k_k=self.k_k,
+            k_a=self.k_a,
+            r_k=self.r_k,
+        )
         y, wkv = wkv7(
-            r=r,
-            w=w.to(v.dtype),
-            k=k,
-            v=v,
-            a=-kk,
-            b=kk * iclr,
+            r=p.r,
+            w=p.w,
+            k=p.k,
+            v=p.v,
+            a=p.a,
+            b=p.b,
             state=wkv,
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
-
-        y = self.ln_x(y.reshape(B * T, -1)).view(B, T, -1)
-        bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True) * v  # [B, T, H, N]
-        out = self.output((y + bonus.flatten(-2)) * gate, residual=x)
-        return out, v_first, last_token(normed, cu_seqlens), wkv
+        gate = torch.sigmoid(x_g @ self.g1) @ self.g2
+        out = head_output7(y, self.ln_x, p.bonus, p.v_again, gate)
+        return self.output(out, residual=x), p.v_first, shift, wkv

@@ -25,5 +25,8 @@ def token_shift(x: Tensor, last: Tensor, cu_seqlens: Tensor | None = None) -> Te
 
 
 def last_token(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Each sequence's last token, [Q, C]: the `last` of the tokens that follow."""
-    return x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:] - 1]
+    """Each sequence's last token, [Q, C]: the `last` of the tokens that follow.
+
+    It is a copy: a state would else keep all of x alive.
+    """
+    return x[:, -1].clone() if cu_seqlens is None else x[0, cu_seqlens[1:] - 1]

@@ -51,7 +51,8 @@ def ask_peer(
         model: a .pth file of version 6 or 7.
         tokens: two at least.
         count: tokens to write.
-        state: a .pth file with blocks.N.att.time_state to start from, or None.
+        state: a .pth file with blocks.N.att.time_state, and blocks.N.shift_state if it has them,
+            to start from, or None.
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.npz"
@@ -88,10 +89,16 @@ def _answer(question: dict[str, Any]) -> None:
     torch.save(tensors if seven else tensors | tuned, path)
     model = RWKV(model=str(path.with_suffix("")), strategy="cpu fp32")
     state = None
-    if seven and tuned:  # its RWKV-7 reads no tuned states, but keeps values on rows as they do
-        state = model.generate_zero_state()
-        for layer in range(model.n_layer):
-            state[3 * layer + 1] = tuned[f"blocks.{layer}.att.time_state"].float()
+    shifts = [tuned[name].float() for name in tuned if name.endswith(".shift_state")]
+    if tuned and (seven or shifts):  # of all this it reads by itself RWKV-6's wkv states alone
+        state = []
+        for layer in range(model.args.n_layer):
+            wkv = tuned[f"blocks.{layer}.att.time_state"].float()
+            if not seven:  # keys on rows
+                wkv = wkv.transpose(1, 2).contiguous()
+            zero = torch.zeros(model.args.n_embd)
+            att, ffn = shifts[layer] if shifts else (zero, zero)
+            state += [att, wkv, ffn]
     logits, state = model.forward(question["tokens"], state, full_output=True)
     written: list[int] = []
     last = logits[-1]

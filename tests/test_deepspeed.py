@@ -197,6 +197,26 @@ def test_a_stopped_run_resumes_as_if_it_had_not(folder, strategy):
     assert_same(resumed, whole)
 
 
+@pytest.mark.parametrize("profile", [{"layer_profile": "bare.json"}, {}], ids=["lora", "full"])
+def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(folder, profile):
+    """One process, two under stage 3, one under stage 1, two under stage 2; 2 steps each."""
+    kind = "lora" if profile else "full"
+    one = profile | {"epoch_steps": 16}
+    two = one | {"devices": 2, "accumulate_grad_batches": 1, "epoch_steps": 8}
+    whole = start(folder, {f"changes {kind} whole": one})[f"changes {kind} whole"]
+    moving = {"resume": 1, "proj_dir": folder / f"changes {kind}"}
+    for name, more in {
+        "auto": one | {"stop_at": 2},
+        "3": two | {"strategy": "deepspeed_stage_3", "stop_at": 4},
+        "1": one | {"strategy": "deepspeed_stage_1", "stop_at": 6},
+        "2": two | {"strategy": "deepspeed_stage_2"},
+    }.items():
+        start(folder, {f"changes {kind} {name}": more | moving})
+    moved = Run(folder / f"changes {kind}", {})
+    assert len(moved.steps) == 8
+    assert_same(moved, whole)
+
+
 @pytest.mark.parametrize("mode", ["lora", "full", "chunks"])
 def test_two_ranks_give_what_one_gives(folder, mode):
     """Rows of different lengths and counts of scored tokens: both ranks run the same modules."""

@@ -16,6 +16,7 @@ from data import make_teacher
 from data.batch_plan import BatchPlan
 from data.records import DataError
 from data.teacher_store import Wanted, open_teacher
+from peft import quantize
 from rwkv.checkpoint import load_model, write_tensors
 from rwkv.errors import InputError
 from rwkv.tokenizer import load_tokenizer
@@ -32,6 +33,8 @@ def folder(tmp_path_factory) -> Path:
     sure = byte_model(7).state_dict()
     sure["head.weight"] = 8 * sure["head.weight"]
     write_tensors(folder / "teacher.pth", sure)
+    small = ["--load_model", str(folder / "teacher.pth"), "--output", str(folder / "small.pth")]
+    assert quantize.main([*small, "--quant_mode", "int8"]) == 0
     write_tensors(folder / "student.pth", byte_model(6).state_dict())
     rows = [
         {"prompt": f"Count to {n}.", "completion": " ".join(map(str, range(n)))}
@@ -146,6 +149,15 @@ def test_another_teacher_is_not_mixed_in(folder):
         make_teacher.main(other)
 
 
+def test_a_quantized_teacher_is_near_its_own_and_another_one(folder, tmp_path):
+    words = command(folder, tmp_path / "scores", load_model=folder / "small.pth")
+    assert make_teacher.main(words) == 0
+    exact, small = (opened(folder, f / "scores").scores(0, 0, 9) for f in (folder, tmp_path))
+    assert 0 < np.abs(exact[1].astype(float) - small[1].astype(float)).max() < 0.5
+    with pytest.raises(InputError, match="shard-00000: was made with teacher"):
+        make_teacher.main(command(folder, tmp_path / "scores"))
+
+
 def test_what_a_file_lacks_is_said(folder, tmp_path):
     with pytest.raises(DataError, match=r"temperatures 1, 2, --temperature is 3; use one of"):
         opened(folder, folder / "scores", temperature=3.0)
@@ -204,13 +216,14 @@ def test_rlhf_file_with_a_ragged_record(folder, tmp_path):
         {"infctx": 1, "chunk_ctx": 16, "state": 1},
         {"kd_loss": "renormalized", "top_k": 4, "packing": 0, "micro_bsz": 2},
         {"kd_loss": "jsd", "teacher_model": "teacher.pth", "temperature": 3},
+        {"kd_loss": "jsd", "teacher_model": "small.pth", "temperature": 3},
     ],
-    ids=["forward in chunks", "renormalized", "a teacher beside"],
+    ids=["forward in chunks", "renormalized", "a teacher beside", "a quantized teacher beside"],
 )
 def test_training(folder, tmp_path, more):
     """The student comes nearer to its teacher, on the training and on the held-out records."""
     beside = "teacher_model" in more
-    more = more | ({"teacher_model": folder / "teacher.pth"} if beside else {})
+    more = more | ({"teacher_model": folder / more["teacher_model"]} if beside else {})
     values = {
         "load_model": folder / "student.pth",
         "train_data_file": folder / ("data.jsonl" if beside else "scores"),

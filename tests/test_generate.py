@@ -11,8 +11,12 @@ import pytest
 import torch
 from oracle import random_tensors
 
+from peft import quantize
+from peft.adapter_file import adapter_metadata, trained_tensors
+from peft.apply import load_with_profile
+from peft.flags import PeftFlags
 from rwkv import runner
-from rwkv.checkpoint import load_model, write_tensors
+from rwkv.checkpoint import fingerprint, load_model, read_tensors, write_tensors
 from rwkv.errors import InputError
 from rwkv.generate import GREEDY, TextStream, Writing, generate, main
 from rwkv.model import RWKV
@@ -421,14 +425,14 @@ def test_help_needs_no_heavy_package():
     assert done.stdout.count("--load_model") >= 3
 
 
-def opened(path, **options) -> RWKV:
+def opened(path, merged: bool = True, **options) -> RWKV:
     """What open_model makes of the flags."""
     parser = argparse.ArgumentParser()
     runner.add_model_arguments(parser)
     words = ["--load_model", str(path), "--tokenizer", "bytes"]
     for name, value in options.items():
         words += [f"--{name}", str(value)]
-    return runner.open_model(parser.parse_args(words))[0]
+    return runner.open_model(parser.parse_args(words), merged=merged)[0]
 
 
 @versions
@@ -464,6 +468,54 @@ def test_an_adapter_is_merged(model_file, tmp_path):
     assert torch.equal(adapted.ln_out.bias, tensors["ln_out.bias"])
     assert torch.equal(adapted.blocks[1].att.time_state, tensors["blocks.1.att.time_state"])
     assert torch.equal(adapted.blocks[1].att.key.weight, base.blocks[1].att.key.weight)
+
+
+def test_an_adapter_beside_the_weights_acts_as_in_training(model_file, tmp_path):
+    """Bit for bit, over bfloat16 weights; merged ones are rounded, in their own dtype only."""
+    path, tokens = model_file(V=256), torch.arange(20).unsqueeze(0)
+    profile = tmp_path / "p.json"
+    profile.write_text('{"rules": [{"match": "blocks.*", "mode": "lora", "rank": 2}]}')
+    model, plan = load_with_profile(
+        path, PeftFlags(layer_profile=str(profile)), dtype=torch.bfloat16
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        want = model(tokens)[0]
+        base = fingerprint(read_tensors(path))
+        metadata = adapter_metadata(model, plan, base=base)
+        write_tensors(tmp_path / "adapter.pth", trained_tensors(model), metadata)
+        beside = opened(path, merged=False, adapter=tmp_path / "adapter.pth", dtype="bf16")
+        assert torch.equal(beside(tokens)[0], want)
+        assert not any(p.requires_grad for p in beside.parameters())
+        exact, merged = (
+            opened(path, merged=merged, adapter=tmp_path / "adapter.pth")(tokens)[0]
+            for merged in (False, True)
+        )
+    torch.testing.assert_close(merged, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp6"])
+def test_a_quantized_file_is_opened(model_file, tmp_path, kind):
+    """With its codes, and with an adapter over them."""
+    small = tmp_path / "small.pth"
+    quantize.main(["--load_model", str(model_file(V=256)), "--quant_mode", kind,
+                   "--output", str(small)])  # fmt: skip
+    tensors = {"blocks.0.att.key.lora_A": torch.randn(2, 24)}
+    tensors["blocks.0.att.key.lora_B"] = torch.randn(24, 2)
+    write_tensors(tmp_path / "adapter.pth", tensors)
+    model = opened(small)
+    profile = tmp_path / "p.json"
+    profile.write_text('{"rules": [{"match": "*", "mode": "freeze"}]}')
+    want, _ = load_with_profile(small, PeftFlags(layer_profile=str(profile)))
+    tokens = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(model(tokens)[0], want(tokens)[0])
+    key = opened(small, adapter=tmp_path / "adapter.pth", alpha=6).blocks[0].att.key
+    update = 3 * tensors["blocks.0.att.key.lora_B"] @ tensors["blocks.0.att.key.lora_A"]
+    torch.testing.assert_close(key.merged_weight(), key.dense_weight() + update)
+    assert generate(model, [[1, 2]], max_tokens=3)[0].tokens
 
 
 def test_the_dtype_is_the_one_asked_for(model_file):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,14 @@ import train
 from losses.distill import Distillation, Divergence
 from losses.sft import SFT
 from peft.apply import apply_profile
-from peft.flags import PeftFlags
+from peft.flags import QUANT_MODES, PeftFlags
 from peft.tuned_state import add_tuned_state
 from rwkv.batch import TeacherBatch, TokenBatch
 from rwkv.checkpoint import write_tensors
 from rwkv.chunks import ChunkPlan, walk
+from rwkv.config import default_ranks
+from rwkv.init import initialize
+from rwkv.model import RWKV
 from rwkv.training.step_log import read_log
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +119,26 @@ def test_adapters_get_the_whole_gradient(mode, version, tmp_path):
     assert_equal_gradients(found, expected, 1e-6 if mode == "dora" else 1e-8)
 
 
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("kind", QUANT_MODES)
+def test_every_storage_gives_the_whole_gradient(kind, version, tmp_path):
+    if kind.startswith(("nf4", "fp4")):
+        pytest.importorskip("bitsandbytes")
+    profile = tmp_path / "profile.json"
+    rule = {"match": "blocks.*", "mode": "lora", "rank": 4, "quant": kind}
+    profile.write_text(json.dumps({"rules": [rule]}))
+    model = small_model(version)
+    torch.manual_seed(0)
+    apply_profile(model, PeftFlags(layer_profile=str(profile)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    _, expected = gradients(model, BATCHES["packed"], SFT())
+    _, found = gradients(model, BATCHES["packed"], SFT(chunks=ChunkPlan(9, offload=True)))
+    assert_equal_gradients(found, expected, 1e-5)
+
+
 @pytest.mark.parametrize("how", BATCHES)
 def test_distillation_in_chunks(how):
     batch = with_teacher(BATCHES[how])
@@ -167,6 +191,61 @@ def test_evaluation_in_chunks(length):
     want = SFT().measure(model, BATCHES["packed"])
     got = SFT(chunks=ChunkPlan(length, offload=True)).measure(model, BATCHES["packed"])
     torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("how", BATCHES)
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_states_in_host_memory_change_nothing(how, grad_cp):
+    model = with_state(7)
+    model.grad_cp = grad_cp
+    want, expected = gradients(model, BATCHES[how], SFT(chunks=ChunkPlan(7)))
+    got, found = gradients(model, BATCHES[how], SFT(chunks=ChunkPlan(7, offload=True)))
+    assert got == want
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def most_states(T: int, *, grad_cp: bool) -> int:
+    """How many wkv states that a time mix starts from live at once, those in host memory aside."""
+    model, states, most = small_model(7), [], 0
+    model.grad_cp = grad_cp
+
+    def note(module, arguments):
+        nonlocal most
+        states.append(StorageWeakRef(arguments[4].untyped_storage()))
+        most = max(most, sum(not one.expired() for one in states))
+
+    for block in model.blocks:
+        block.att.register_forward_pre_hook(note)
+    SFT(chunks=ChunkPlan(16, offload=True))(model, padded(texts([T]), T))[0].backward()
+    passes = 3 if grad_cp else 2  # the first, the chunk again and, if asked for, each half again
+    assert len(states) == passes * 2 * T / 16
+    return most
+
+
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_states_in_host_memory_leave_the_device(grad_cp):
+    assert most_states(256, grad_cp=grad_cp) == most_states(64, grad_cp=grad_cp)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_memory_of_a_gpu_does_not_grow(grad_cp):
+    """48 chunks more, and less than the state of one of them more; the gradients are the same."""
+    config = replace(small_model(7).config, n_embd=256, dim_ffn=1024, head_size=64)
+    config = replace(config, ranks=default_ranks(7, 256))
+    model = RWKV(config)
+    initialize(model, 0)
+    model.to("cuda", torch.bfloat16).grad_cp = grad_cp
+    peaks, found = [], []
+    for T, offload in ((1024, True), (1024, True), (4096, True), (4096, False)):
+        batch = TokenBatch(*(None if x is None else x.cuda() for x in padded(texts([T]), T)))
+        torch.cuda.reset_peak_memory_stats()
+        found.append(gradients(model, batch, SFT(chunks=ChunkPlan(64, offload=offload)))[1])
+        peaks.append(torch.cuda.max_memory_allocated() - 3 * 17 * T)
+    state = config.n_layer * config.n_head * config.head_size**2 * 4
+    assert peaks[2] - peaks[1] < state + 2**20
+    assert peaks[3] - peaks[2] > 30 * state
+    assert all(torch.equal(found[2][name], gradient) for name, gradient in found[3].items())
 
 
 def most_alive(T: int) -> int:
@@ -243,9 +322,7 @@ def test_from_the_command_line(tmp_path, version, grad):
 
 def byte_model(version: int):
     """As small_model, with a vocabulary of bytes."""
-    from rwkv.config import RWKVConfig, default_ranks
-    from rwkv.init import initialize
-    from rwkv.model import RWKV
+    from rwkv.config import RWKVConfig
 
     config = RWKVConfig(
         version=version,

@@ -1,12 +1,18 @@
 """New models: values worked out by hand from RWKV-LM's formulas, and what the draws are like."""
 
+import json
 import math
 
 import pytest
 import torch
 
+import peft.apply
+from peft.apply import new_with_profile, random_with_profile
+from peft.flags import PeftFlags
+from peft.plan import Plan
 from rwkv.config import LowRanks, RWKVConfig, default_ranks
 from rwkv.init import initialize, is_decayed, learning_rate_factor
+from rwkv.linear import Linear
 from rwkv.model import RWKV
 
 versions = pytest.mark.parametrize("version", [6, 7], ids=["v6", "v7"])
@@ -156,3 +162,40 @@ def test_parameter_groups(version):
     linear |= {"att.gate", "ffn.receptance"} if version == 6 else set()
     expected = {f"blocks.{layer}.{name}.weight" for layer in range(2) for name in linear}
     assert decayed == expected | {"emb.weight", "head.weight"}
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_model_made_block_by_block_is_the_model_made_at_once(version):
+    config = RWKVConfig(
+        version=version, n_layer=3, n_embd=32, dim_ffn=64, vocab_size=48, head_size=16,
+        ranks=LowRanks(8, 8, 8, 8, 8),
+    )  # fmt: skip
+    whole = RWKV(config)
+    initialize(whole, seed=4)
+    made, _ = new_with_profile(config, PeftFlags(), dtype=torch.bfloat16, seed=4)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(made.get_parameter(name), parameter.bfloat16())
+
+
+@pytest.mark.parametrize("make", [new_with_profile, random_with_profile])
+def test_one_block_is_dense_at_a_time(make, tmp_path, monkeypatch):
+    """So that a model of any size is made in the memory of its stores."""
+    config = RWKVConfig(
+        version=7, n_layer=3, n_embd=32, dim_ffn=64, vocab_size=48, head_size=16,
+        ranks=LowRanks(8, 8, 8, 8),
+    )  # fmt: skip
+    profile = tmp_path / "p.json"
+    rule = {"match": ["blocks.*", "head"], "mode": "lora", "rank": 4, "quant": "int8"}
+    profile.write_text(json.dumps({"rules": [rule]}))
+    most, install = 0, peft.apply.install
+
+    def counting(model: RWKV, name: str, plan: Plan) -> None:
+        nonlocal most
+        linears = (m for m in model.modules() if isinstance(m, Linear) and m.weight is not None)
+        most = max(most, sum(not linear.weight.is_meta for linear in linears))
+        install(model, name, plan)
+
+    monkeypatch.setattr(peft.apply, "install", counting)
+    model, _ = make(config, PeftFlags(layer_profile=str(profile)))
+    assert most <= 6 and not any(parameter.is_meta for parameter in model.parameters())
+    assert all(m.store is not None for m in model.modules() if isinstance(m, Linear))

@@ -15,13 +15,13 @@ OURS = {
     "rwkv": (),
     "losses": tuple(
         f"rwkv.{name}"
-        for name in ("batch", "chunks", "errors", "flags", "recompute", "scattered", "state")
+        for name in ("batch", "chunks", "errors", "flags", "ops", "recompute", "scattered", "state")
     ),
     "peft": ("rwkv",),
     "data": ("rwkv", "losses.logprobs", "losses.preference"),
 }
 ONLY_IN = {
-    "pytorch_lightning": ("rwkv/training",),
+    "pytorch_lightning": ("rwkv/training", "rwkv/run/fitting.py"),
     "deepspeed": ("rwkv/training",),
     "fla": ("rwkv/ops",),
     "triton": ("rwkv/ops", "peft"),
@@ -30,6 +30,7 @@ ONLY_IN = {
     "h5py": ("data",),
 }
 COMMANDS = ("generate.py", "chat.py", "score.py", "runner.py")  # in rwkv/; they read adapters
+RUN = Path("rwkv/run")  # puts a run together for train.py, from all folders
 WORDS = re.compile(r"/(work|farm)/|TODO|FIXME|XXX")
 
 
@@ -49,7 +50,10 @@ def test_imports_point_down(folder):
         if top in OURS and top != folder:
             fine = any(name == ok or name.startswith(ok + ".") for ok in OURS[folder])
             fine |= folder == "rwkv" and path.name in COMMANDS and top == "peft"
+            fine |= path.is_relative_to(ROOT / RUN)
             assert fine, f"{where}: {folder} may not import {name}"
+        if f"{name}.".startswith("rwkv.run.") and folder != "rwkv":
+            raise AssertionError(f"{where}: only train.py imports {name}")
         homes = ONLY_IN.get(top, (".",))
         fine = any(path.is_relative_to(ROOT / home) for home in homes)
         assert fine, f"{where}: {top} belongs in {' or '.join(homes)}"

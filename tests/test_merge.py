@@ -7,8 +7,9 @@ import pytest
 import torch
 from parity_rwkv import ask_peer, skip_without_peer
 
+from peft import quantize
 from peft.adapter_file import adapter_metadata, load_adapter, read_adapter, trained_tensors
-from peft.apply import load_with_profile
+from peft.apply import load_frozen, load_with_profile
 from peft.flags import PeftFlags
 from peft.layer_profile import ADAPTER_MODES
 from peft.merge import main
@@ -74,6 +75,17 @@ def saved(base: Path, tmp_path: Path, flags: PeftFlags) -> tuple[RWKV, Path]:
 def logits(model: RWKV) -> torch.Tensor:
     with torch.no_grad():
         return model.logits(model(TOKENS)[0])
+
+
+def test_a_file_of_every_parameter_is_a_model(base, tmp_path):
+    """It loads without its base; a file of some is an adapter."""
+    model, path = saved(base, tmp_path, PeftFlags())
+    assert read_metadata(path)["kind"] == "model"
+    assert torch.equal(logits(load_model(path, backend="reference")), logits(model))
+    profile = tmp_path / "some.json"
+    profile.write_text('{"rules": [{"match": "blocks.1.*", "mode": "full"}]}')
+    _, path = saved(base, tmp_path, PeftFlags(layer_profile=str(profile)))
+    assert read_metadata(path)["kind"] == "adapter"
 
 
 modes = pytest.mark.parametrize("mode", ADAPTER_MODES)
@@ -211,6 +223,36 @@ def test_merging_as_trained_keeps_the_quantized_weights(mode, base, tmp_path):
     trained, plain = (logits(load_model(path, backend="reference")) for path in outputs)
     torch.testing.assert_close(trained, logits(model), rtol=1e-3, atol=1e-4)
     assert (plain - trained).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8", "fp6"])
+def test_merging_into_a_new_quantized_base(base, tmp_path, capsys, kind):
+    """Its codes are those of the merged file, and both losses are told."""
+    _, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode="lora")))
+    plain, small, again = (tmp_path / f"{name}.pth" for name in ("plain", "small", "again"))
+    command = ["--base", str(base), "--adapter", str(adapter), "--output"]
+    assert main([*command, str(plain)]) == 0
+    capsys.readouterr()
+    assert main([*command, str(small), "--quant_mode", kind, "--quant_tolerance", "9"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("merged, before quantization: logits differ by ")
+    assert f"layers as {kind}; logits differ by " in told[1] and "top-1 agreement" in told[1]
+    quantize.main(["--load_model", str(plain), "--quant_mode", kind, "--output", str(again)])
+    made, wanted = (load_frozen(path, backend="reference") for path in (small, again))
+    assert torch.equal(logits(made), logits(wanted))
+    assert fingerprint(read_tensors(small)) == fingerprint(read_tensors(plain))
+    metadata = read_metadata(small)
+    assert metadata["difference"]["kl"] < metadata["quantization"]["kl"]
+
+
+def test_a_loss_above_the_tolerance_is_refused_and_nothing_written(base, tmp_path):
+    _, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode="lora")))
+    output = tmp_path / "small.pth"
+    command = ["--base", str(base), "--adapter", str(adapter), "--output", str(output)]
+    message = "not written: as fp4, logits differ by .* KL .* nats a token, top-1 agreement .*; "
+    with pytest.raises(InputError, match=message + "--quant_tolerance is 1e-06: choose a storage"):
+        main([*command, "--quant_mode", "fp4", "--quant_tolerance", "1e-6"])
+    assert not output.exists() and not output.with_suffix(".json").exists()
 
 
 def test_merging_as_trained_needs_the_file_to_say_how(base, tmp_path):

@@ -326,6 +326,24 @@ def test_two_objectives_are_both_named(fails):
     assert fails(dpo=1).startswith("train.py: --sft and --dpo exclude each other; keep one of")
 
 
+@pytest.mark.parametrize(
+    ("flags", "start"),
+    [
+        (
+            {"strategy": "deepspeed_stage_2", "optim": "AdamW8bit"},
+            "--optim AdamW8bit: its blocks do not fit the pieces of --strategy deepspeed_stage_2;",
+        ),
+        (
+            {"strategy": "deepspeed_stage_2_offload", "optim": "lion"},
+            "--optim lion: --strategy deepspeed_stage_2_offload steps AdamW in the host's memory;",
+        ),
+        ({"gpu_memory": -1}, "--gpu_memory -1.0: must be above 0"),
+    ],
+)
+def test_strategy_and_optimizer_that_do_not_go_together(fails, flags, start):
+    assert fails(**flags).startswith(start)
+
+
 def test_deepspeed_on_a_cpu_names_what_works_there(fails):
     text = fails(strategy="deepspeed_stage_2")
     assert text.startswith("--strategy deepspeed_stage_2: DeepSpeed needs a GPU; use")

@@ -12,6 +12,7 @@ from oracle import Oracle, Tensors, random_tensors
 from rwkv.checkpoint import load_model, read_tensors
 from rwkv.config import RWKVConfig, default_ffn
 from rwkv.model import RWKV
+from rwkv.token_shift import last_token
 
 versions = pytest.mark.parametrize("version", [6, 7], ids=["v6", "v7"])
 REAL = ("rwkv7-reverse-60digits", "tiny-rwkv-6v0-1m", "tiny-rwkv-7v0-834K")
@@ -272,6 +273,13 @@ def test_bfloat16_keeps_the_wkv_state_in_float32(model_of, version):
     assert {state.wkv.dtype for state in states} == {torch.float32}
     error = logits_of(model, tokens) - Oracle(tensors).logits(tokens)
     assert np.sqrt((error**2).mean()) < 0.05
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 9, 50])], ids=["rows", "packed"])
+def test_a_state_does_not_keep_its_tokens_alive(cu_seqlens):
+    x = torch.randn(1 if cu_seqlens is not None else 2, 50, 8)
+    last = last_token(x, cu_seqlens)
+    assert last.untyped_storage().nbytes() == 2 * 8 * x.element_size()
 
 
 def test_sizes_that_do_not_fit_are_named():

@@ -3,11 +3,15 @@
 DeepSpeed itself is tried in test_deepspeed.py; here its mark on the parameters alone.
 """
 
+from collections import Counter
+
 import pytest
 import torch
 from test_sft import small_model
 from torch import nn
 
+from peft.registry import make_adapter
+from rwkv.linear import Linear
 from rwkv.recompute import recomputed
 from rwkv.state import LayerState
 
@@ -41,6 +45,95 @@ def test_recomputed_blocks_give_the_plain_gradient(version, scattered, trained):
     assert plain.keys() == got.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def adapted_model(version: int, mode: str) -> nn.Module:
+    """A float32 model with an adapter on every linear layer of its blocks; "full": without."""
+    torch.manual_seed(0)
+    model = small_model(version)
+    if mode == "full":
+        return model
+    model.requires_grad_(False)
+    for name, layer in list(model.blocks.named_modules()):
+        if isinstance(layer, Linear):
+            model.blocks.set_submodule(name, make_adapter(mode, layer, rank=8, scale=2.0))
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    return model
+
+
+def run_backward(model: nn.Module, **options) -> dict[str, torch.Tensor]:
+    hidden, state = model(torch.arange(14).view(2, 7) % 37, **options)
+    (hidden.square().sum() + sum(layer.wkv.square().sum() for layer in state)).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("mode", ["full", "lora", "bone", "miss", "dora"])
+def test_halves_that_leave_out_their_last_product_give_the_same_bits(version, mode):
+    plain, again = adapted_model(version, mode), adapted_model(version, mode)
+    again.grad_cp = True
+    want, got = run_backward(plain), run_backward(again)
+    assert got.keys() == want.keys() and want
+    for name, gradient in want.items():
+        assert torch.equal(got[name], gradient), name
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("mode", ["full", "lora", "bone"])
+def test_the_last_product_of_a_half_runs_once(version, mode, monkeypatch):
+    """All others run twice; RWKV-6's channel mix multiplies its last product by a gate."""
+    model, runs = adapted_model(version, mode), Counter()
+    model.grad_cp = True
+    real = Linear.product
+
+    def counted(layer, *args):
+        runs[layer] += 1
+        return real(layer, *args)
+
+    monkeypatch.setattr(Linear, "product", counted)
+    run_backward(model)
+    once = {"att.output"} | ({"ffn.value"} if version == 7 else set())
+    for name, layer in model.blocks.named_modules():
+        if isinstance(layer, Linear):
+            assert runs[layer] == (1 if name[2:] in once else 2), name
+
+
+def test_dropout_of_adapters_is_repeated():
+    """The gradient in lora_B is linear in what dropout left of x: it tells the masks apart."""
+    gradients = []
+    for again in (False, True):
+        model = adapted_model(7, "lora")
+        for layer in model.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.5
+        model.grad_cp = again
+        torch.manual_seed(5)
+        gradients.append(run_backward(model))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_a_model_within_another_recomputation_computes_what_is_read():
+    """The pieces of a long text: the second run of the outer one has to give true values."""
+    results = []
+    for outer in (False, True):
+        model = adapted_model(7, "lora")
+        model.grad_cp = outer
+
+        def run(tokens, model=model):
+            hidden, _ = model(tokens)
+            return hidden.square()
+
+        tokens = torch.arange(14).view(2, 7)
+        out = recomputed(run, tokens, model=model) if outer else run(tokens)
+        out.sum().backward()
+        results.append([p.grad for p in model.parameters() if p.requires_grad])
+    for want, got in zip(*results, strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("scattered", [False, True], ids=["whole", "scattered"])

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import train
+from data.store_cache import StoreSettings, open_store
 from rwkv.checkpoint import load_model, read_metadata, read_tensors, write_tensors
 from rwkv.config import RWKVConfig, default_ranks
 from rwkv.init import initialize
 from rwkv.model import RWKV
+from rwkv.tokenizer import load_tokenizer
 from rwkv.training.step_log import read_log
 
 ROOT = Path(__file__).parent.parent
@@ -193,30 +195,132 @@ def test_asked_to_stop_it_saves_and_leaves(folder, whole, tmp_path, number):
     assert all(torch.equal(want[name], got[name]) for name in want)
 
 
-def test_two_processes_give_what_one_gives(folder, tmp_path):
-    """The same rows a step on one rank and on two: equal losses and weights to 1e-5."""
-    runs = {}
-    for name, more in {
-        "one": {"devices": 1, "accumulate_grad_batches": 4},
-        "two": {"devices": 2, "accumulate_grad_batches": 2, "strategy": "ddp"},
-    }.items():
-        output = tmp_path / name
-        words = flags(folder, output, epoch_count=1, layer_profile="", **more)
-        words[words.index("--epoch_steps") + 1] = str(4 * int(more["accumulate_grad_batches"]))
-        del words[words.index("--layer_profile") : words.index("--layer_profile") + 2]
-        done = subprocess.run(
-            [sys.executable, "train.py", *words],
-            cwd=ROOT,
-            env=ONE_THREAD,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        losses = [line["loss"] for line in read_log(output / "train_log.jsonl")]
-        runs[name] = losses, tensors(output / "rwkv-0.pth")
-    assert runs["two"][0] == pytest.approx(runs["one"][0], rel=1e-5)
-    for name, tensor in runs["one"][1].items():
-        torch.testing.assert_close(runs["two"][1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+# four rows a step, on one process and on two; all weights train
+ONE = {"devices": 1, "accumulate_grad_batches": 4, "epoch_steps": 4 * STEPS, "epoch_count": 1}
+TWO = ONE | {"devices": 2, "accumulate_grad_batches": 2, "epoch_steps": 2 * STEPS}
+TWO |= {"strategy": "ddp"}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def full(folder: Path, output: Path, **more: object) -> list[str]:
+    """Flags of a run that trains everything."""
+    words = flags(folder, output, **more)
+    del words[words.index("--layer_profile") : words.index("--layer_profile") + 2]
+    return words
+
+
+def start(words: list[str], *launcher: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *launcher, "train.py", *words],
+        cwd=ROOT,
+        env=ONE_THREAD,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def losses_of(output: Path) -> list[float]:
+    return [line["loss"] for line in read_log(output / "train_log.jsonl") if "loss" in line]
+
+
+def until_step(process: subprocess.Popen, output: Path, step: int) -> None:
+    until = time.monotonic() + 200
+    while len(losses_of(output)) < step and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+
+
+def assert_same_run(got: Path, want: Path) -> None:
+    """Equal losses to 1e-5, equal files, and weights as near as sums in another order allow."""
+    assert losses_of(got) == pytest.approx(losses_of(want), rel=1e-5)
+    assert {p.name for p in got.iterdir()} == {p.name for p in want.iterdir()}
+    tensors_got = tensors(got / "rwkv-0.pth")
+    for name, tensor in tensors(want / "rwkv-0.pth").items():
+        torch.testing.assert_close(tensors_got[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> Path:
+    """One process, four rows a step."""
+    output = folder / "alone"
+    assert train.main(full(folder, output, **ONE)) == 0
+    return output
+
+
+def test_two_processes_give_what_one_gives(folder, alone, tmp_path):
+    """The same rows a step on one rank and on two, started by train.py itself."""
+    process = start(full(folder, tmp_path / "two", **TWO))
+    _, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, errors
+    assert_same_run(tmp_path / "two", alone)
+
+
+def test_torchrun_reads_every_row_once_in_an_epoch(folder, tmp_path):
+    """A pass over the data; its last step has fewer rows than the ranks could take."""
+    words = {"epoch_steps": 0, "lr_init": 1e-3}
+    assert train.main(full(folder, tmp_path / "one", **ONE | words)) == 0
+    process = start(full(folder, tmp_path / "two", **TWO | words), *TORCHRUN)
+    _, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, errors
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    counts = [
+        [line["tokens"] for line in read_log(tmp_path / name / "train_log.jsonl")]
+        for name in ("one", "two")
+    ]
+    assert counts[0] == counts[1]
+    cache = StoreSettings(cache_dir=str(folder / "cache"))
+    records = open_store(folder / "train.jsonl", cache, load_tokenizer("bytes", 256))
+    tokens = sum(len(records.record(i)[0]) - 1 for i in range(len(records)))
+    assert sum(counts[1]) == tokens + 1  # 19 rows in 20 places; the empty one is a token not scored
+
+
+def test_a_rank_that_dies_ends_the_run_and_the_run_goes_on_on_one_process(folder, alone, tmp_path):
+    output = tmp_path / "dead"
+    process = start(full(folder, output, **TWO, resume_every=2, resume=1))
+    until_step(process, output, 5)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: rank 1: its process was killed (SIGKILL), and the others were")
+    assert "with the same flags and --resume 1" in last
+    assert len(losses_of(output)) < STEPS
+    assert train.main(full(folder, output, **ONE, resume=1)) == 0
+    assert_same_run(output, alone)
+
+
+def test_ranks_leave_when_the_first_is_killed(folder, tmp_path):
+    output = tmp_path / "orphans"
+    process = start(full(folder, output, **TWO))
+    until_step(process, output, 2)
+    child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+    process.kill()
+    process.communicate(timeout=60)
+    until = time.monotonic() + 30
+    while is_running(child) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and not only the remains of one that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_what_one_process_began_goes_on_on_two(folder, alone, tmp_path):
+    output = tmp_path / "grown"
+    process = start(full(folder, output, **ONE, resume=1))
+    until_step(process, output, 1)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    process = start(full(folder, output, **TWO, resume=1))
+    _, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, errors
+    assert_same_run(output, alone)
 
 
 @pytest.mark.parametrize("version", ["x060", "x070"])

@@ -282,7 +282,7 @@ def test_packing_that_does_not_fit(B, ends, message):
 
 def test_unknown_backend():
     with pytest.raises(
-        ValueError, match="wkv7: no backend 'numpy'; choose one of auto, triton, fla, torch"
+        ValueError, match="wkv7: no backend 'numpy'; choose one of auto, cuda, triton, fla, torch"
     ):
         wkv7(**wkv7_inputs(), backend="numpy")
 

@@ -4,8 +4,10 @@
 #
 #   TEXT=texts.jsonl HELD_OUT=held_out.jsonl bash example/Quickstart/train-base.sh
 #
-# Both files have a {"text": ...} a line. README.md beside this says which texts base.pth has read.
-# Writes out/quickstart-base/rwkv-<last epoch>.pth. Arguments go to train.py.
+# Both files have a {"text": ...} a line; make_texts.py makes them. README.md beside this says which
+# texts base.pth has read. The log shows the held-out loss at every 1,000 steps and at the end.
+# Writes out/quickstart-base/rwkv-<last epoch>.pth, to be copied to base.pth. Arguments go to
+# train.py.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source example/environment.sh requirements.txt

@@ -103,10 +103,34 @@ def describe_choice(
     return f"{op}: {choice.name}" + (f" ({reasons})" if reasons else "")
 
 
+@torch.compiler.assume_constant_result
+def _constant_path(
+    op: str, wanted: str, device: str, dtype: torch.dtype, shape: tuple[int, ...], packed: bool
+) -> str:
+    table = importlib.import_module(f"rwkv.ops.{op}").BACKENDS
+    sample = torch.empty((), device=device, dtype=dtype).expand(shape)
+    return table[choose_backend(op, table, wanted, sample, packed).name]
+
+
+def backend_module(
+    op: str, table: dict[str, str], wanted: str, sample: Tensor, packed: bool
+) -> ModuleType:
+    """The module that runs a call, as `choose_backend`; a constant where torch.compile traces."""
+    if torch.compiler.is_compiling():
+        shape = tuple(sample.shape)
+        path = _constant_path(op, wanted, sample.device.type, sample.dtype, shape, packed)
+        return _imported[path]
+    return choose_backend(op, table, wanted, sample, packed).module
+
+
+_imported: dict[str, ModuleType] = {}
+
+
 @cache
 def _load(path: str) -> ModuleType | str:
     """The module, or the reason why it cannot be imported; a failed search is not repeated."""
     try:
-        return importlib.import_module(path)
+        _imported[path] = importlib.import_module(path)
     except ImportError as error:
         return f"cannot be imported ({error})"
+    return _imported[path]

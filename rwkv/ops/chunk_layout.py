@@ -16,7 +16,7 @@ from rwkv.ops.packing import text_lengths
 
 # About how many chunk-heads are worked on at once. On a CPU larger parts leave the caches, on a
 # GPU smaller ones leave it idle; either way the memory in use does not grow with T.
-LIMIT_CPU, LIMIT = 256, 1024
+LIMIT_CPU, LIMIT = 144, 1024
 
 
 class Part(NamedTuple):
@@ -46,6 +46,9 @@ class ChunkLayout:
 
     def __init__(self, lengths: tuple[int, ...], H: int, C: int, device: torch.device):
         length = torch.tensor(lengths)
+        # Sequences of one length of whole chunks need no index: a view has all chunks in order.
+        self._even = len(set(lengths)) == 1 and lengths[0] % C == 0
+        self._sequences = len(lengths)
         first = length.cumsum(0) - length  # of each sequence's tokens
         length, order = length.sort(descending=True, stable=True)
         first, chunks = first[order], (length + C - 1) // C
@@ -71,16 +74,24 @@ class ChunkLayout:
 
     def chunks(self, x: Tensor, part: Part, dtype: torch.dtype, *, blank: bool = False) -> Tensor:
         """A part's rows of x [B, T, H, N], a new [P, C, N]; with `blank` zero where not real."""
+        if self._even:
+            chunks = self._view(x.contiguous(), part)
+            return chunks.to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(0, 2)
         source = self._source[part.rows.start * self.C : part.rows.stop * self.C]
         x = x.reshape(-1, x.shape[-1]).index_select(0, source).to(dtype).unflatten(0, (-1, self.C))
         if blank and self.real is not None:
             x *= self.real[part.rows]
         return x
 
-    def tokens(self, *parts: Tensor, like: Tensor) -> Tensor:
-        """The chunks [P, C, N] of all parts, in the shape [B, T, H, N] and dtype of `like`."""
-        x = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return x.flatten(0, 1).index_select(0, self._place).to(like.dtype).view(like.shape)
+    def tokens(self, like: Tensor) -> "Tokens":
+        """Room for what the parts' chunks become in the shape [B, T, H, N] and dtype of `like`."""
+        return Tokens(self, like)
+
+    def _view(self, x: Tensor, part: Part) -> Tensor:
+        """A part's rows of x [B, T, H, N], [steps, sequences, H, C, N]."""
+        x = x.view(self._sequences, -1, self.C, self.H, x.shape[-1]).permute(1, 0, 3, 2, 4)
+        width = self._sequences * self.H
+        return x[part.rows.start // width : part.rows.stop // width]
 
     def empty(self, like: Tensor, rows: int) -> Tensor:
         """Room for all chunks, [P, rows, N], with N and dtype of `like`."""
@@ -93,6 +104,30 @@ class ChunkLayout:
     def unsorted(self, state: Tensor) -> Tensor:
         """[Q H, N, N] in the order of the walk as [Q, H, N, N]."""
         return state.unflatten(0, (-1, self.H))[self._rank]
+
+
+class Tokens:
+    """Chunks [P, C, N] on their way to [B, T, H, N], part by part."""
+
+    def __init__(self, layout: ChunkLayout, like: Tensor):
+        self._layout, self._like = layout, like
+        self._out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        self._parts: list[tuple[int, Tensor]] = []
+
+    def add(self, part: Part, chunks: Tensor) -> None:
+        if self._layout._even:
+            to = self._layout._view(self._out, part)
+            to.copy_(chunks.view(to.shape))
+        else:
+            self._parts.append((part.rows.start, chunks))
+
+    def all(self) -> Tensor:
+        """All that was added, in any order."""
+        if self._layout._even:
+            return self._out
+        chunks = torch.cat([chunks for _, chunks in sorted(self._parts, key=lambda x: x[0])])
+        x = chunks.flatten(0, 1).index_select(0, self._layout._place)
+        return x.to(self._out.dtype).view(self._out.shape)
 
 
 @lru_cache(maxsize=4)

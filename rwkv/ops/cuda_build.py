@@ -40,6 +40,7 @@ TOOLKIT = Path("/usr/local/cuda")
 
 # From cuda.h.
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+SHARED_MEMORY_OF_A_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 INVALID_CONTEXT = 201
 
 
@@ -241,6 +242,16 @@ def arch_of(device: int) -> str:
     """What to compile for to run on a CUDA device: all that it has, so "sm_90a" on Hopper."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+@cache
+def shared_memory(index: int) -> int:
+    """The bytes of shared memory that one block may have on a CUDA device; 0 without a driver."""
+    driver, found = _driver(), ctypes.c_int()
+    if driver is not None:
+        torch.cuda.init()
+        driver.cuDeviceGetAttribute(ctypes.byref(found), SHARED_MEMORY_OF_A_BLOCK, index)
+    return found.value
 
 
 @cache

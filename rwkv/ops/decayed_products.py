@@ -23,10 +23,124 @@ from torch import Tensor
 # gradient of its decays, terms of pairs on one side cancel, and leave exp(rate) times a float's
 # last digit; so no block is shorter than 8 tokens (rates up to 2.5), but for single ones.
 SPREAD, SHORTEST = 20.0, 8
+LOG2_E = math.log2(math.e)  # on a CPU exp2 takes a fifth of the time of exp
+NOTICED = 0.05  # of the rates' norm, that of rate exp(-rate): the error is then about 1e-6
 
 
-class DecayedProducts:
-    """The products of P chunks of C tokens, and their gradient.
+def decayed_products(
+    before: Tensor, after: Tensor | None, written: list[Tensor], rate: Tensor
+) -> "CentredProducts | HalvedProducts":
+    """The products of P chunks of C tokens, with their gradient, in the quickest right form.
+
+    Args:
+        before: reader of the state before its own token, [P, C, N], C a power of two.
+        after: reader of the state after its own token, [P, C, N], or None. X counts the readers.
+        written: what tokens add to the state, Z tensors [P, C, N].
+        rate: minus the natural log of what each token keeps, [P, C, N], >= 0, finite.
+    """
+    steps = _bounded(rate)
+    if steps is None:
+        return HalvedProducts(before, after, written, rate)
+    return CentredProducts(before, after, written, rate, steps)
+
+
+def _bounded(rate: Tensor) -> Tensor | None:
+    """The rates, each at most as large as matters, if one point serves for a whole chunk.
+
+    A share of exp(-LARGE) that a token keeps is nothing beside what it writes itself. Half a chunk
+    may use up HALF: the factors then leave room for the values. And what is left of the decays'
+    gradient where terms cancel, rate times a float's last digit, must be small beside the gradient
+    itself, rate exp(-rate) and less: where nearly every rate is large it is not.
+    """
+    large, half = (20.0, 60.0) if rate.dtype == torch.float32 else (40.0, 500.0)
+    C = rate.shape[1]
+    if C == 1:
+        return None
+    if rate.max().item() <= SPREAD / C:
+        return rate
+    steps = rate.clamp(max=large)
+    if steps.unflatten(1, (2, C // 2)).sum(2).max().item() > half:
+        return None
+    sample = steps.flatten()[:: max(1, steps.numel() // 8192)]
+    sample = sample * (sample < large)
+    left = sample * torch.exp(-sample)
+    return steps if left.norm() > NOTICED * sample.norm() else None
+
+
+class CentredProducts:
+    """The products of chunks whose middle serves as the one point; attributes as HalvedProducts.
+
+    steps: the rates as all but `kept` sees them; the gradient is that of these.
+    """
+
+    def __init__(
+        self,
+        before: Tensor,
+        after: Tensor | None,
+        written: list[Tensor],
+        rate: Tensor,
+        steps: Tensor,
+    ):
+        P, C, N = rate.shape
+        readers = [before] if after is None else [before, after]
+        self.rate, self._C = steps, C
+        used = rate.new_zeros(P, C + 1, N)
+        torch.cumsum(steps, 1, out=used[:, 1:])
+        up = used.sub_(used[:, C // 2].unsqueeze(1).clone()).mul_(-LOG2_E).exp2_()
+        self._ups = [up[:, :-1], up[:, 1:]][: len(readers)]
+        self._down = up[:, 1:].reciprocal()
+        self._start, self._end = up[:, :1].reciprocal(), up[:, -1:].clone()
+        self._x = rate.new_empty(P, len(readers) * C, N)
+        self._z = rate.new_empty(P, len(written) * C, N)
+        for x, weight, out in zip(readers, self._ups, self._x.split(C, 1), strict=True):
+            torch.mul(x, weight, out=out)
+        for z, out in zip(written, self._z.split(C, 1), strict=True):
+            torch.mul(z, self._down, out=out)
+        self.products = self._masked(torch.bmm(self._x, self._z.mT))
+        self.entry, self.exit = self._x * self._start, self._z * self._end
+        self.kept = rate.sum(1).neg_().exp_()
+
+    def backward(
+        self, products: Tensor, entry: Tensor, exit: Tensor, kept: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """As HalvedProducts; the arguments are overwritten, and `entry` and `exit` of this object.
+
+        What is overwritten is in the caches still, new memory would not be.
+        """
+        products = self._masked(products)
+        exit.mul_(self._end)
+        total = (kept * self.kept).add_(_sum_products(exit, self._z)).unsqueeze(1)
+        dx = entry.mul_(self._start).baddbmm_(products, self._z)
+        dz = exit.baddbmm_(products.mT, self._x)
+        # A token's decay is in what all later tokens read, in what all earlier ones wrote, in the
+        # total, and in what its own reader after read.
+        reads = torch.mul(self._x, dx, out=self.entry).split(self._C, 1)
+        own, *writes = torch.mul(self._z, dz, out=self.exit).split(self._C, 1)
+        for write in writes:
+            own.add_(write)
+        if len(reads) > 1:
+            own.sub_(reads[1])
+        balance = reads[0].sub_(own)
+        rate = balance.cumsum(1)
+        total += rate[:, -1:]
+        rate.add_(own).sub_(total)
+        for part, weight in zip(dx.split(self._C, 1), self._ups, strict=True):
+            part.mul_(weight)
+        for part in dz.split(self._C, 1):
+            part.mul_(self._down)
+        return list(dx.split(self._C, 1)), list(dz.split(self._C, 1)), rate
+
+    def _masked(self, products: Tensor) -> Tensor:
+        """Zero where no pair is, also instead of infinity; in place."""
+        C = self._C
+        for i, rows in enumerate(products.split(C, 1)):
+            for block in rows.split(C, 2):
+                block.tril_(i - 1)
+        return products
+
+
+class HalvedProducts:
+    """The products of chunks with any decay.
 
     Args:
         before: reader of the state before its own token, [P, C, N], C a power of two.
@@ -41,10 +155,12 @@ class DecayedProducts:
         exit: the written, weighted by the decay until the chunk's end, [P, Z C, N]: what is left
             of them in the state at the end.
         kept: the share of the state that the whole chunk keeps, [P, N].
+        rate: what the gradient of the rate is multiplied with for that of its logarithm, [P, C, N].
     """
 
     def __init__(self, before: Tensor, after: Tensor | None, written: list[Tensor], rate: Tensor):
         P, C, N = rate.shape
+        self.rate = rate
         self._x, self._z = [before] if after is None else [before, after], written
         self._leaf = size = _leaf_size(rate)
         shape = P, len(self._x) * C, len(self._z) * C
@@ -205,6 +321,11 @@ def _leaf_size(rate: Tensor) -> int:
 def _moved(weight: Tensor, first: Tensor) -> Tensor:
     """Each token of a block gets the weight of the token before it, the first one `first`."""
     return torch.cat([first.unsqueeze(2), weight[:, :, :-1]], dim=2)
+
+
+def _sum_products(one: Tensor, other: Tensor) -> Tensor:
+    """The sum of the products over tokens, [P, N]."""
+    return torch.linalg.vecdot(one, other, dim=1)
 
 
 def _blocks(tensors: list[Tensor], size: int) -> list[Tensor]:

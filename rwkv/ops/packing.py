@@ -1,11 +1,13 @@
 """Texts packed end to end into one row: where each lies."""
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # On a GPU reading cu_seqlens waits for all work in flight, and every layer of a model asks for the
 # same tensor: the answer is kept, with the tensor's version, as long as the tensor lives.
 _known = WeakTensorKeyDictionary()
+_known_starts = WeakTensorKeyDictionary()
 
 
 def text_lengths(cu_seqlens: Tensor) -> list[int]:
@@ -21,6 +23,31 @@ def text_lengths(cu_seqlens: Tensor) -> list[int]:
         lengths = cu_seqlens.diff().tolist()
         _known[cu_seqlens] = (cu_seqlens._version, lengths)
     return lengths
+
+
+def text_starts(cu_seqlens: Tensor, rows: int, device: torch.device) -> Tensor:
+    """For each token, the text that starts with it, or -1; for the end the number of texts.
+
+    Args:
+        cu_seqlens: where each text starts, and the end of the last, [Q + 1].
+        rows: the number of tokens.
+        device: of the result.
+
+    Returns:
+        [rows + 1], int32, made without waiting for the device.
+    """
+    known = not cu_seqlens.is_inference()
+    if known:
+        key = (cu_seqlens._version, rows, device)
+        found, starts = _known_starts.get(cu_seqlens, (None, None))
+        if found == key:
+            return starts
+    starts = torch.full((rows + 1,), -1, dtype=torch.int32, device=device)
+    texts = torch.arange(cu_seqlens.shape[0], dtype=torch.int32, device=device)
+    starts[cu_seqlens.to(device, torch.int64, non_blocking=True)] = texts
+    if known and not starts.is_inference():
+        _known_starts[cu_seqlens] = (key, starts)
+    return starts
 
 
 def check_packing(op: str, cu_seqlens: Tensor, B: int, T: int) -> None:

@@ -10,10 +10,11 @@ Source: "Eagle and Finch: RWKV with matrix-valued states and dynamic recurrence"
 import torch
 from torch import Tensor
 
-from rwkv.ops.backends import choose_backend
+from rwkv.ops.backends import backend_module
 from rwkv.ops.packing import check_packing
 
 BACKENDS = {
+    "triton": "rwkv.ops.wkv6_triton",
     "fla": "rwkv.ops.wkv6_fla",
     "torch": "rwkv.ops.wkv6_torch",
     "reference": "rwkv.ops.wkv6_reference",
@@ -76,7 +77,7 @@ def wkv6(
         raise ValueError(
             f"wkv6: state is {list(state.shape)}, expected [Q, H, N, N] = {[Q, H, N, N]}"
         )
-    module = choose_backend("wkv6", BACKENDS, backend, v, cu_seqlens is not None).module
+    module = backend_module("wkv6", BACKENDS, backend, v, cu_seqlens is not None)
     with torch.autocast(v.device.type, enabled=False):  # the backends choose their own precision
         return module.run(
             **{name: tensor.to(v.dtype) for name, tensor in inputs.items()},

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv.ops.chunk_layout import ChunkLayout, Part, chunk_layout
-from rwkv.ops.decayed_products import DecayedProducts
+from rwkv.ops.decayed_products import LOG2_E, decayed_products
 
 CHUNK = 32
 SHORTEST = 6  # tokens from which the chunks' fixed cost is less than the steps of the reference
@@ -54,7 +54,7 @@ class _WKV6(torch.autograd.Function):
         ctx: Any, layout: ChunkLayout, state: Tensor, u: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
         S = layout.sorted(state)
-        y, starts = layout.empty(S, layout.C), layout.empty(S, S.shape[-1])
+        y, starts = layout.tokens(inputs[0]), layout.empty(S, S.shape[-1])
         for part in layout.parts:
             local = _Local(layout, part, u, inputs, S.dtype)
             added = torch.bmm(local.v.mT, local.exit)
@@ -62,11 +62,11 @@ class _WKV6(torch.autograd.Function):
                 now = S[: len(start)]
                 start.copy_(now)
                 torch.addcmul(new, start, kept, out=now)
-            torch.bmm(local.products, local.v, out=y[part.rows])
-            y[part.rows].baddbmm_(local.entry, starts[part.rows].mT)
+            inside = torch.bmm(local.products, local.v)
+            y.add(part, inside.baddbmm_(local.entry, starts[part.rows].mT))
         ctx.save_for_backward(u, *inputs, starts)
         ctx.layout = layout
-        return layout.tokens(y, like=inputs[0]), layout.unsorted(S)
+        return y.all(), layout.unsorted(S)
 
     @staticmethod
     @once_differentiable
@@ -75,7 +75,7 @@ class _WKV6(torch.autograd.Function):
         layout: ChunkLayout = ctx.layout
         dS = layout.sorted(d_state)
         du = dS.new_zeros(layout.H, dS.shape[-1])
-        grads: list[list[Tensor]] = []
+        grads = [layout.tokens(x) for x in inputs]
         for part in reversed(layout.parts):
             local = _Local(layout, part, u, inputs, dS.dtype)
             dy_part = layout.chunks(dy, part, dS.dtype, blank=True)
@@ -87,12 +87,9 @@ class _WKV6(torch.autograd.Function):
                 torch.addcmul(new, end, kept, out=now)
             values, du_part = local.backward(starts[part.rows], ends, dy_part)
             du += du_part
-            grads.append(values)
-        d_inputs = (
-            layout.tokens(*reversed(parts), like=x)
-            for *parts, x in zip(*grads, inputs, strict=True)
-        )
-        return None, layout.unsorted(dS), du.to(u.dtype), *d_inputs
+            for grad, value in zip(grads, values, strict=True):
+                grad.add(part, value)
+        return None, layout.unsorted(dS), du.to(u.dtype), *(grad.all() for grad in grads)
 
 
 class _Local:
@@ -116,26 +113,27 @@ class _Local:
         )
         limits = torch.finfo(dtype)
         nothing = 1 - math.log(limits.tiny * limits.eps)  # the rate from where exp(-rate) is 0
-        self.rate = w.exp_().clamp_(max=nothing)
+        rate = w.mul_(LOG2_E).exp2_().clamp_(max=nothing)
         if layout.real is not None:
-            self.rate *= layout.real[part.rows]
-        self.decayed = DecayedProducts(self.r, None, [self.k], self.rate)
+            rate *= layout.real[part.rows]
+        self.decayed = decayed_products(self.r, None, [self.k], rate)
         self.products, self.kept = self.decayed.products, self.decayed.kept.unsqueeze(1)
         self.entry, self.exit = self.decayed.entry, self.decayed.exit
         self.u = u.to(dtype).unsqueeze(1).repeat(len(self.v) // layout.H, 1, 1)  # [P, 1, N]
         self.H = layout.H
-        self.products.diagonal(dim1=1, dim2=2).copy_((self.r * self.u * self.k).sum(-1))
+        self.bonus_r = self.r * self.u
+        self.products.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(self.bonus_r, self.k))
 
     def backward(self, S: Tensor, dS: Tensor, dy: Tensor) -> tuple[list[Tensor], Tensor]:
         """The gradients of r, w, k, v and u; S and dS are those at start and end."""
         d_products = torch.bmm(dy, self.v.mT)
+        own = d_products.diagonal(dim1=1, dim2=2).unsqueeze(-1).clone()  # [P, C, 1]
         d_v = torch.bmm(self.products.mT, dy).baddbmm_(self.exit, dS.mT)
         (d_r,), (d_k,), d_rate = self.decayed.backward(
-            d_products, torch.bmm(dy, S), torch.bmm(self.v, dS), (S * dS).sum(1)
+            d_products, torch.bmm(dy, S), torch.bmm(self.v, dS), torch.linalg.vecdot(S, dS, dim=1)
         )
-        own = d_products.diagonal(dim1=1, dim2=2).unsqueeze(-1)  # [P, C, 1]
         own_k = own * self.k
-        d_u = (own_k * self.r).sum(1).unflatten(0, (-1, self.H)).sum(0)
+        d_u = torch.linalg.vecdot(own_k, self.r, dim=1).unflatten(0, (-1, self.H)).sum(0)
         d_r.addcmul_(own_k, self.u)
-        d_k.addcmul_(own * self.r, self.u)
-        return [d_r, d_rate.mul_(self.rate), d_k, d_v], d_u
+        d_k.addcmul_(own, self.bonus_r)
+        return [d_r, d_rate.mul_(self.decayed.rate), d_k, d_v], d_u

@@ -10,10 +10,11 @@ Source: RWKV-7 "Goose", arXiv:2503.14456.
 import torch
 from torch import Tensor
 
-from rwkv.ops.backends import choose_backend
+from rwkv.ops.backends import backend_module
 from rwkv.ops.packing import check_packing
 
 BACKENDS = {
+    "cuda": "rwkv.ops.wkv7_cuda",
     "triton": "rwkv.ops.wkv7_triton",
     "fla": "rwkv.ops.wkv7_fla",
     "torch": "rwkv.ops.wkv7_torch",
@@ -78,7 +79,7 @@ def wkv7(
         raise ValueError(
             f"wkv7: state is {list(state.shape)}, expected [Q, H, N, N] = {[Q, H, N, N]}"
         )
-    module = choose_backend("wkv7", BACKENDS, backend, v, cu_seqlens is not None).module
+    module = backend_module("wkv7", BACKENDS, backend, v, cu_seqlens is not None)
     with torch.autocast(v.device.type, enabled=False):  # the backends choose their own precision
         return module.run(
             **{name: tensor.to(v.dtype) for name, tensor in inputs.items()},

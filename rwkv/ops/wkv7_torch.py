@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv.ops.chunk_layout import ChunkLayout, Part, chunk_layout
-from rwkv.ops.decayed_products import DecayedProducts
+from rwkv.ops.decayed_products import LOG2_E, decayed_products
 
 CHUNK = 32  # measured on two cores: 16 and 64 take 1.0 to 1.3 times as long
 SHORTEST = 6  # tokens from which the chunks' fixed cost is less than the steps of the reference
@@ -57,9 +57,10 @@ class _WKV7(torch.autograd.Function):
         ctx: Any, layout: ChunkLayout, state: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
         S, C = layout.sorted(state), layout.C
-        y, starts = layout.empty(S, C), layout.empty(S, S.shape[-1])
+        y, starts = layout.tokens(inputs[0]), layout.empty(S, S.shape[-1])
         for part in layout.parts:
             local = _Local(layout, part, inputs, S.dtype)
+            y_part = torch.empty_like(local.uv[:, C:])
             for start, kept, entry, exit, inverse, read, uv, out in part.walk(
                 starts[part.rows],
                 local.kept,
@@ -68,7 +69,7 @@ class _WKV7(torch.autograd.Function):
                 local.inverse,
                 local.read_inside(),
                 local.uv,
-                y[part.rows],
+                y_part,
             ):
                 now = S[: len(start)]
                 start.copy_(now)
@@ -76,10 +77,10 @@ class _WKV7(torch.autograd.Function):
                 uv[:, :C] = torch.bmm(inverse, read.add_(from_start[:, :C]))
                 out.copy_(from_start[:, C:])
                 torch.mul(start, kept, out=now).baddbmm_(uv.mT, exit)
-            y[part.rows].baddbmm_(local.products[:, C:], local.uv)
+            y.add(part, y_part.baddbmm_(local.products[:, C:], local.uv))
         ctx.save_for_backward(*inputs, starts)
         ctx.layout = layout
-        return layout.tokens(y, like=inputs[0]), layout.unsorted(S)
+        return y.all(), layout.unsorted(S)
 
     @staticmethod
     @once_differentiable
@@ -87,7 +88,7 @@ class _WKV7(torch.autograd.Function):
         *inputs, starts = ctx.saved_tensors
         layout: ChunkLayout = ctx.layout
         dS, C = layout.sorted(d_state), layout.C
-        grads: list[list[Tensor]] = []
+        grads = [layout.tokens(x) for x in inputs]
         for part in reversed(layout.parts):
             local = _Local(layout, part, inputs, dS.dtype)
             S, ends = starts[part.rows], torch.empty_like(starts[part.rows])
@@ -105,12 +106,10 @@ class _WKV7(torch.autograd.Function):
                 uv.baddbmm_(exit, end.mT)
                 made[:, :C] = torch.bmm(inverse.mT, uv[:, :C])
                 torch.mul(end, kept, out=now).baddbmm_(made.mT, entry)
-            grads.append(local.backward(S, ends, d_uv, d_made))
-        d_inputs = (
-            layout.tokens(*reversed(parts), like=x)
-            for *parts, x in zip(*grads, inputs, strict=True)
-        )
-        return None, layout.unsorted(dS), *d_inputs
+            values = local.backward(S, ends, d_uv, d_made)
+            for grad, value in zip(grads, values, strict=True):
+                grad.add(part, value)
+        return None, layout.unsorted(dS), *(grad.all() for grad in grads)
 
 
 class _Local:
@@ -131,10 +130,10 @@ class _Local:
         self.C = C = layout.C
         limits = torch.finfo(dtype)
         nothing = 1 - math.log(limits.tiny * limits.eps)  # the rate from where exp(-rate) is 0
-        self.rate = w.exp_().clamp_(max=nothing)
+        rate = w.mul_(LOG2_E).exp2_().clamp_(max=nothing)
         if layout.real is not None:
-            self.rate *= layout.real[part.rows]
-        self.decayed = DecayedProducts(a, r, [b, k], self.rate)
+            rate *= layout.real[part.rows]
+        self.decayed = decayed_products(a, r, [b, k], rate)
         self.products, self.kept = self.decayed.products, self.decayed.kept.unsqueeze(1)
         self.entry, self.exit = self.decayed.entry, self.decayed.exit
         one = torch.eye(C, dtype=dtype, device=v.device)
@@ -161,4 +160,4 @@ class _Local:
             torch.bmm(self.uv, dS),
             (S * dS).sum(1),
         )
-        return [d_r, d_rate.mul_(self.rate), d_k, d_v, d_a, d_b]
+        return [d_r, d_rate.mul_(self.decayed.rate), d_k, d_v, d_a, d_b]

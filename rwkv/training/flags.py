@@ -23,8 +23,8 @@ class ModelFlags:
     head_size_a: int = flag(0, "channels of a head; read from --load_model, default 64")
     kernel: str = flag(
         "auto",
-        "wkv implementation; auto takes the best that can run (triton: RWKV-7 only)",
-        choices=("auto", "triton", "fla", "torch", "reference"),
+        "wkv implementation; auto takes the best that can run",
+        choices=("auto", "cuda", "triton", "fla", "torch", "reference"),
     )
     fla: bool = flag(False, "same as --kernel fla")
 
@@ -58,9 +58,10 @@ class TrainerFlags:
     precision: str = flag(
         "", "bf16 or fp32; default bf16 on a GPU, fp32 on a CPU", choices=("", "bf16", "fp32")
     )
+    gpu_memory: float = flag(0.0, "GiB of each GPU that the run may take; 0: all there is")
     micro_bsz: int = flag(1, "rows of ctx_len tokens that one device takes at once")
     accumulate_grad_batches: int = flag(1, "micro-batches a device sums up before a step")
-    grad_cp: bool = flag(True, "recompute each block in the backward pass: less memory")
+    grad_cp: bool = flag(True, "recompute each half of a block in the backward pass: less memory")
     epoch_steps: int = flag(0, "micro-batches of an epoch; 0: one pass over the data")
     epoch_count: int = flag(1, "epochs to train")
     epoch_begin: int = flag(0, "number of the first epoch, for file names")
@@ -68,7 +69,15 @@ class TrainerFlags:
     resume: bool = flag(False, "continue the run in --proj_dir from its last resume point")
     resume_every: int = flag(0, "steps between resume points; 0: at each saved model")
     random_seed: int = flag(42, "of the data order, new weights and dropout")
-    dry_run: bool = flag(False, "print the plan and stop")
+    dry_run: bool | str = flag(
+        False,
+        "print the plan and the predicted memory, and stop; verify: on a GPU, run two steps and "
+        "print what was predicted beside what was measured",
+        also=("verify",),
+    )
+    memory: str = flag(
+        "", "with --dry_run: memory of a device, such as 24GB, for which to name what would fit"
+    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from rwkv.errors import InputError
 from rwkv.training.flags import OptimizerFlags
 from rwkv.training.optimizer import make_optimizer
+from rwkv.training.strategy import scatter
 
 
 class Objective(Protocol):
@@ -67,7 +68,7 @@ class LitModel(pl.LightningModule):
         first_step: steps done before this process started (--resume).
 
     Raises:
-        InputError: a tuned state under ZeRO-3.
+        InputError: a tuned state or prefix under ZeRO-3.
 
     Attributes:
         step_sums: loss and metrics of the step so far on this rank; a callback reads and clears.
@@ -85,10 +86,12 @@ class LitModel(pl.LightningModule):
         first_step: int = 0,
     ):
         super().__init__()
-        tuned = any(name.endswith(".time_state") for name, _ in model.named_parameters())
+        names = [name for name, _ in model.named_parameters()]
+        tuned = [n for n in names if n == "prefix" or n.endswith(".time_state")]
         if tuned and strategy.startswith("deepspeed_stage_3"):  # read outside of their modules
             raise InputError(
-                f"--state 1: --strategy {strategy} cannot scatter the states; use deepspeed_stage_2"
+                f"--{'prefix_tuning' if 'prefix' in tuned else 'state'} 1: --strategy {strategy} "
+                f"cannot scatter {tuned[0]}; use deepspeed_stage_2"
             )
         self.model, self.objective = model, objective
         self.groups, self.flags, self.strategy = groups, flags, strategy
@@ -99,6 +102,11 @@ class LitModel(pl.LightningModule):
     def steps_done(self) -> int:
         """Optimizer steps of the whole run, those before --resume included."""
         return self.first_step + self.trainer.global_step
+
+    def configure_model(self) -> None:
+        """Under ZeRO-3, scatter the weights: from here on a rank holds its part of each."""
+        if self.strategy.startswith("deepspeed_stage_3"):
+            scatter(self.model, self.trainer.strategy)
 
     def train_dataloader(self) -> Iterable[Any]:
         return self.loader(self.trainer.global_rank)

@@ -1,12 +1,8 @@
-"""The model that the flags ask for: from a file, or new with BlinkDL's initialization."""
-
-import torch
+"""The sizes of the model that the flags ask for: a file's, or a new one's."""
 
 from rwkv.checkpoint import config_of, read_tensors
 from rwkv.config import RWKVConfig, default_ffn, default_ranks
 from rwkv.errors import InputError
-from rwkv.init import initialize
-from rwkv.model import RWKV
 from rwkv.training.flags import ModelFlags
 
 VERSIONS = {"x060": 6, "x070": 7}
@@ -71,17 +67,3 @@ def _new_config(flags: ModelFlags, vocab_size: int) -> RWKVConfig:
         ranks=default_ranks(version, flags.n_embd),
         **sizes,
     )
-
-
-def new_model(
-    config: RWKVConfig,
-    backend: str,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    seed: int,
-) -> RWKV:
-    """A model with BlinkDL's initialization, on its device and in its dtype."""
-    model = RWKV(config, backend)
-    initialize(model, seed)
-    return model.to(device, dtype)

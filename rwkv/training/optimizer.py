@@ -27,6 +27,7 @@ class MasterWeights(Optimizer):
     ):
         groups = [dict(group, params=list(group["params"])) for group in groups]
         self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._masters: dict[int, Tensor] = {}
         inner_groups = []
         for group in groups:
             copies = [self._master(parameter) for parameter in group["params"]]
@@ -44,6 +45,7 @@ class MasterWeights(Optimizer):
             return parameter
         copy = parameter.detach().float().requires_grad_()
         self._pairs.append((parameter, copy))
+        self._masters[id(parameter)] = copy
         return copy
 
     @torch.no_grad()
@@ -54,26 +56,28 @@ class MasterWeights(Optimizer):
                 loss = closure()
         for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner["lr"] = outer["lr"]
-        for parameter, copy in self._pairs:
-            copy.grad = None if parameter.grad is None else parameter.grad.float()
+        trained = [(p.grad, copy) for p, copy in self._pairs if p.grad is not None]
+        wide = [(torch.empty_like(copy), grad) for grad, copy in trained]
+        _copy_all(wide)
+        for (grad, _), (_, copy) in zip(wide, trained, strict=True):
+            copy.grad = grad
+        del wide
         self.inner.step()
-        for parameter, copy in self._pairs:
-            parameter.copy_(copy)
+        _copy_all(self._pairs)
+        for _, copy in trained:
             copy.grad = None
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "inner": self.inner.state_dict(),
-            "masters": [copy.detach() for _, copy in self._pairs],
-        }
+    def master(self, parameter: Tensor) -> Tensor:
+        """The tensor that the inner optimizer steps for a parameter: its copy, or itself."""
+        return self._masters.get(id(parameter), parameter)
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state["inner"])
-        for (parameter, copy), saved in zip(self._pairs, state["masters"], strict=True):
-            copy.copy_(saved)
-            parameter.copy_(copy)
+
+def _copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second of each pair into the first, all in a few kernels."""
+    pairs = list(pairs)
+    if pairs:  # torch refuses empty lists
+        torch._foreach_copy_([into for into, _ in pairs], [source for _, source in pairs])
 
 
 def make_optimizer(

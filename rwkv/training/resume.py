@@ -1,6 +1,5 @@
 """Resume points: all that a run needs to go on as if it had never stopped."""
 
-import contextlib
 import random
 import re
 from pathlib import Path
@@ -12,11 +11,12 @@ import torch
 
 from rwkv.errors import InputError
 from rwkv.files import remove, replacing
-from rwkv.training.distributed import gather_over_ranks, whole_parameters
+from rwkv.training.distributed import gather_over_ranks
 from rwkv.training.lit import LitModel
+from rwkv.training.optimizer_state import read_state, write_state
 
 FOLDER = "resume"
-ENGINE = "engine"  # DeepSpeed's own files, within a resume point
+FILE = "state.pt"  # within a resume point
 
 
 def newest(folder: Path) -> Path | None:
@@ -54,24 +54,13 @@ def clear_leftovers(folder: Path) -> None:
 
 def save(trainer: pl.Trainer, lit: LitModel, folder: Path, run: dict[str, Any]) -> None:
     """Write a resume point for the steps done so far, then remove the older ones."""
-    name = f"step-{lit.steps_done}"
-    engine: Any = trainer.model if lit.strategy.startswith("deepspeed") else None
     generators = gather_over_ranks(_generators())
-    point = folder / FOLDER / name
-    with contextlib.ExitStack() as stack:
-        part = stack.enter_context(replacing(point)) if trainer.is_global_zero else None
-        part = Path(trainer.strategy.broadcast(str(part)))
-        if engine is not None:
-            engine.save_checkpoint(str(part), tag=ENGINE, exclude_frozen_parameters=True)
-        if trainer.is_global_zero:
-            part.mkdir(parents=True, exist_ok=True)
-            state: dict[str, Any] = {"run": run, "generators": generators}
-            if engine is None:
-                state["trained"] = {n: p.detach() for n, p in _trained(lit)}
-                state["optimizer"] = trainer.optimizers[0].state_dict()
-            torch.save(state, part / "state.pt")
-        trainer.strategy.barrier()
+    trained = read_state(trainer, _trained(lit))
     if trainer.is_global_zero:
+        point = folder / FOLDER / f"step-{lit.steps_done}"
+        with replacing(point) as part:
+            part.mkdir(parents=True)
+            torch.save({"run": run, "generators": generators, "trained": trained}, part / FILE)
         for old in (folder / FOLDER).glob("step-*"):
             if old != point:
                 remove(old)
@@ -86,31 +75,19 @@ class Resume(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, lit: LitModel) -> None:  # type: ignore[override]
         state = _load(self.point)
-        if lit.strategy.startswith("deepspeed"):
-            engine: Any = trainer.model
-            path, _ = engine.load_checkpoint(str(self.point), tag=ENGINE, load_module_strict=False)
-            if path is None:
-                raise InputError(f"{self.point}: holds no DeepSpeed state; use the same --strategy")
-        else:
-            if "optimizer" not in state:
-                raise InputError(f"{self.point}: was written by DeepSpeed; use the same --strategy")
-            parameters = dict(_trained(lit))
-            with torch.no_grad(), whole_parameters(trainer, parameters.values()):
-                for name, value in state["trained"].items():
-                    parameters[name].copy_(value)
-            trainer.optimizers[0].load_state_dict(state["optimizer"])
+        write_state(trainer, _trained(lit), state["trained"])
         generators = state["generators"]
         if trainer.global_rank < len(generators):
             _restore(generators[trainer.global_rank])
 
 
-def _trained(lit: LitModel) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(n, p) for n, p in lit.model.named_parameters() if p.requires_grad]
+def _trained(lit: LitModel) -> dict[str, torch.nn.Parameter]:
+    return {n: p for n, p in lit.model.named_parameters() if p.requires_grad}
 
 
 def _load(point: Path) -> dict[str, Any]:
     try:
-        return torch.load(point / "state.pt", map_location="cpu", weights_only=True)
+        return torch.load(point / FILE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError) as error:
         raise InputError(
             f"{point}: cannot be read ({str(error).splitlines()[0]}); remove it to use an older one"

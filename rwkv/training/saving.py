@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
 from rwkv.checkpoint import write_tensors
+from rwkv.state import state_tensors
 from rwkv.training import resume
 from rwkv.training.distributed import whole_parameters
 from rwkv.training.lit import LitModel
@@ -75,7 +77,8 @@ class Saving(pl.Callback):
     def save_model(self, trainer: pl.Trainer, lit: LitModel, name: str, epoch: int) -> None:
         """Write the trained tensors under `name`, once, from rank 0.
 
-        A tuned state is in a file of its own besides, which other runners read too.
+        The state that texts start from, where it is tuned, is in a file of its own besides, which
+        other runners read too.
         """
         trained = [p for p in lit.model.parameters() if p.requires_grad]
         with whole_parameters(trainer, trained):
@@ -85,8 +88,8 @@ class Saving(pl.Callback):
                 metadata = self.metadata | {"step": lit.steps_done, "epoch": epoch}
                 write_tensors(path, tensors, metadata)
                 self.written.append(path)
-                states = {n: t.float() for n, t in tensors.items() if n.endswith(".time_state")}
-                if states:
+                if any(n == "prefix" or n.endswith(".time_state") for n in tensors):
+                    states = _first_state(lit.model)
                     beside = path.with_stem(f"{path.stem}-state")
                     write_tensors(beside, states, metadata | {"kind": "state"})
                     self.written.append(beside)
@@ -96,3 +99,13 @@ class Saving(pl.Callback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+@torch.no_grad()
+def _first_state(model: Any) -> dict[str, Tensor]:
+    """The state that texts start from, after the prefix if there is one, as a file holds it."""
+    training = model.training
+    model.eval()
+    tensors = state_tensors(model.initial_state(1))
+    model.train(training)
+    return tensors

@@ -200,6 +200,9 @@ class StepLog(pl.Callback):
         """Leave what happened since the last step (an evaluation, a save) out of the rate."""
         self._since = time.perf_counter()
 
+    def on_exception(self, trainer: pl.Trainer, lit: Any, exception: BaseException) -> None:  # type: ignore[override]
+        self.teardown(trainer, lit, "fit")
+
     def teardown(self, trainer: pl.Trainer, lit: Any, stage: str) -> None:
         if self._bar is not None:
             self._bar.close()

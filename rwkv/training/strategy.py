@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+from torch import nn
 
 from rwkv.errors import InputError, RunError
 from rwkv.training.flags import TrainerFlags
@@ -38,6 +39,23 @@ def chosen_dtype(flags: TrainerFlags, device: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
+def take_device(flags: TrainerFlags, device: str) -> None:
+    """Make this process's own GPU the current one, and keep to --gpu_memory on it.
+
+    Args:
+        flags: of the trainer.
+        device: `cuda` or `cpu`; on a CPU nothing happens.
+    """
+    if device != "cuda":
+        return
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(index)
+    if flags.gpu_memory:
+        whole = torch.cuda.get_device_properties(index).total_memory
+        share = min(1.0, flags.gpu_memory * 2**30 / whole)
+        torch.cuda.set_per_process_memory_fraction(share, index)
+
+
 def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str) -> Any:
     """Lightning's strategy object or name.
 
@@ -69,6 +87,23 @@ def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str) -> Any:
     _name_plain_architecture()
     _scatter_after_recomputation()
     return DeepSpeedStrategy(config=deepspeed_config(flags, dtype), exclude_frozen_parameters=True)
+
+
+def scatter(model: nn.Module, strategy: Any) -> None:
+    """Give each rank its part of every parameter, one parameter after the other.
+
+    A model that was built in the host's memory comes to the GPU in parts, and may be larger than
+    one GPU.
+
+    Args:
+        model: on any device; buffers move to the rank's own.
+        strategy: Lightning's DeepSpeedStrategy of stage 3, its processes connected.
+    """
+    import deepspeed
+
+    deepspeed.zero.Init(module=model, config_dict_or_path=strategy.config)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(strategy.root_device)
 
 
 def deepspeed_config(flags: TrainerFlags, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,0 +1,442 @@
+// Tiles of 64 x 64 numbers of 16 bits in shared memory, products of them by warps that own 16 rows
+// each, and numbers laid out over a warp's lanes as the products leave them ("in lanes").
+//
+// A tile's row has 128 bytes in 8 pieces of 16; piece p of row r lies in place p ^ (r & 7), so that
+// eight rows of one column of pieces lie in different banks.
+//
+// In lanes: x[j][e] of lane 4 g + q is row g (e < 2) or g + 8 (e >= 2), column 8 j + 2 q + e % 2 of
+// the warp's 16 rows. Packed in pairs, x[2 k] and x[2 k + 1] are the left operand a[k] of a product
+// that sums over columns 16 k to 16 k + 15.
+#pragma once
+
+#include "mma.cuh"
+
+constexpr int SIDE = 64;               // tokens of a chunk, and channels of a head
+constexpr int TILE = SIDE * SIDE * 2;  // bytes
+constexpr uint32_t ALL = 0xffffffffu;
+constexpr float LN_2 = 0.6931471805599453f;
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LOG2_LOG2_E = 0.5287663729448977f;
+
+using Operand = uint32_t[4][4];  // 16 rows of a tile as a left operand
+
+__device__ __forceinline__ int place(int row, int piece) {
+    return row * 128 + ((piece ^ (row & 7)) << 4);
+}
+
+// A thread's place in its block, and in what a warp's matrix loads and pair accesses touch: with a
+// row that is a multiple of 16 added and an even piece exclusively or'ed, every address follows from
+// one of these, which costs fewer registers than the addresses themselves.
+//
+// HALVES warps share 16 rows: 1, or 2 with 32 columns each. A warp's numbers in lanes are then those
+// of its own columns; left operands always have all 64.
+template <int HALVES>
+struct LaneOf {
+    static constexpr int J = 8 / HALVES;  // groups of 8 columns
+    int warp, lane, g, q;
+    int strip;        // which 16 rows
+    int piece;        // the first of the warp's own columns
+    int pairs;        // of row g, piece 0, pair q
+    int own_pairs;    // of row g, piece `piece`, pair q
+    int matrices;     // of matrix lane / 8, the matrices two by two, pieces first
+    int columns;      // of the same, rows first
+    int own_columns;  // the same from piece `piece` on
+    __device__ __forceinline__ LaneOf()
+        : warp(threadIdx.x >> 5),
+          lane(threadIdx.x & 31),
+          g(lane >> 2),
+          q(lane & 3),
+          strip(warp / HALVES),
+          piece(HALVES == 1 ? 0 : 4 * (warp & 1)),
+          pairs(place(g, 0) + q * 4),
+          own_pairs(pairs ^ (piece << 4)),
+          matrices(place((lane >> 4) * 8 + (lane & 7), (lane >> 3) & 1)),
+          columns(place(((lane >> 3) & 1) * 8 + (lane & 7), lane >> 4)),
+          own_columns(columns ^ (piece << 4)) {}
+};
+
+using Lane = LaneOf<1>;
+template <class Me>
+using NumbersOf = float[Me::J][4];
+using Numbers = NumbersOf<Lane>;  // 16 rows of a tile, in lanes
+
+struct F16 {
+    static __device__ __forceinline__ uint32_t pack(float low, float high) {
+        return pack_f16(low, high);
+    }
+    static __device__ __forceinline__ float2 unpack(uint32_t bits) { return unpack_f16(bits); }
+    static __device__ __forceinline__ void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
+        mma_f16(c, a, b);
+    }
+};
+
+struct BF16 {
+    static __device__ __forceinline__ uint32_t pack(float low, float high) {
+        return pack_bf16(low, high);
+    }
+    static __device__ __forceinline__ float2 unpack(uint32_t bits) { return unpack_bf16(bits); }
+    static __device__ __forceinline__ void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
+        mma_bf16(c, a, b);
+    }
+};
+
+template <int J>
+__device__ __forceinline__ void clear(float (&x)[J][4]) {
+#pragma unroll
+    for (int j = 0; j < J; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[j][e] = 0.0f;
+}
+
+template <class Type>
+__device__ __forceinline__ void pack(Operand& a, const Numbers& x) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        a[k][0] = Type::pack(x[2 * k][0], x[2 * k][1]);
+        a[k][1] = Type::pack(x[2 * k][2], x[2 * k][3]);
+        a[k][2] = Type::pack(x[2 * k + 1][0], x[2 * k + 1][1]);
+        a[k][3] = Type::pack(x[2 * k + 1][2], x[2 * k + 1][3]);
+    }
+}
+
+// ---- between lanes and a tile; `row` is the first of the warp's 16 rows ----
+
+// The lane's pair of row (row + g), row a multiple of 8, own columns 8 j + 2 q.
+template <class Me>
+__device__ __forceinline__ uint32_t* pair_at(unsigned char* tile, int row, int j, const Me& me) {
+    return reinterpret_cast<uint32_t*>(tile + row * 128 + (me.own_pairs ^ (j << 4)));
+}
+
+template <class Type, class Me>
+__device__ __forceinline__ void read_rows(NumbersOf<Me>& x, unsigned char* tile, int row,
+                                          const Me& me) {
+#pragma unroll
+    for (int j = 0; j < Me::J; ++j) {
+        const float2 upper = Type::unpack(*pair_at(tile, row, j, me));
+        const float2 lower = Type::unpack(*pair_at(tile, row + 8, j, me));
+        x[j][0] = upper.x, x[j][1] = upper.y, x[j][2] = lower.x, x[j][3] = lower.y;
+    }
+}
+
+template <class Type, class Me>
+__device__ __forceinline__ void write_rows(unsigned char* tile, const NumbersOf<Me>& x, int row,
+                                           const Me& me) {
+#pragma unroll
+    for (int j = 0; j < Me::J; ++j) {
+        *pair_at(tile, row, j, me) = Type::pack(x[j][0], x[j][1]);
+        *pair_at(tile, row + 8, j, me) = Type::pack(x[j][2], x[j][3]);
+    }
+}
+
+// Columns 16 k to 16 k + 15 of tile rows row to row + 15 as a left operand.
+template <class Me>
+__device__ __forceinline__ void left_rows(uint32_t a[4], unsigned char* tile, int row, int k,
+                                          const Me& me) {
+    ldmatrix_x4(a, tile + row * 128 + (me.columns ^ (k << 5)));
+}
+
+// The warp's 16 rows as a left operand.
+template <class Me>
+__device__ __forceinline__ void read_operand(Operand& a, unsigned char* tile, int row,
+                                             const Me& me) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+        left_rows(a[k], tile, row, k, me);
+}
+
+// ---- between a tile and global memory, 16 bytes a lane; `stride` between rows in bytes ----
+
+template <class Me>
+__device__ __forceinline__ void fetch_rows(unsigned char* tile, const void* from, int64_t stride,
+                                           int row, int rows, const Me& me) {
+#pragma unroll
+    for (int i = 0; i < Me::J / 2; ++i) {
+        const int r = row + (i * 32 + me.lane) / Me::J, piece = me.piece + me.lane % Me::J;
+        const auto* source = static_cast<const unsigned char*>(from) + r * stride + piece * 16;
+        cp_async_16(tile + place(r, piece), r < rows ? source : from, r < rows);
+    }
+}
+
+template <class Me>
+__device__ __forceinline__ void put_rows(void* to, int64_t stride, unsigned char* tile, int row,
+                                         int rows, const Me& me) {
+#pragma unroll
+    for (int i = 0; i < Me::J / 2; ++i) {
+        const int r = row + (i * 32 + me.lane) / Me::J, piece = me.piece + me.lane % Me::J;
+        if (r < rows)
+            *reinterpret_cast<uint4*>(static_cast<unsigned char*>(to) + r * stride + piece * 16) =
+                *reinterpret_cast<const uint4*>(tile + place(r, piece));
+    }
+}
+
+// Numbers in lanes to the warp's rows and columns in global memory, by way of the same place of a
+// tile that no other warp reads.
+template <class Type, class Me>
+__device__ __forceinline__ void store_rows(void* to, int64_t stride, unsigned char* tile,
+                                           const NumbersOf<Me>& x, int row, int rows, const Me& me) {
+    __syncwarp();
+    write_rows<Type>(tile, x, row, me);
+    __syncwarp();
+    put_rows(to, stride, tile, row, rows, me);
+}
+
+// ---- right operands ----
+
+// Tile rows row to row + 15, columns 16 k to 16 k + 15: b[0..1] for the product's columns
+// row .. row + 7, b[2..3] for the next 8. The product sums over the tile's columns.
+template <class Me>
+__device__ __forceinline__ void right_rows(uint32_t b[4], unsigned char* tile, int row, int k,
+                                           const Me& me) {
+    ldmatrix_x4(b, tile + row * 128 + (me.matrices ^ (k << 5)));
+}
+
+// Tile rows row to row + 15, own columns 16 p to 16 p + 15: b[0..1] for the first 8 columns of the
+// product, b[2..3] for the next 8. The product sums over the tile's rows.
+template <class Me>
+__device__ __forceinline__ void right_columns(uint32_t b[4], unsigned char* tile, int row, int p,
+                                              const Me& me) {
+    ldmatrix_x4_trans(b, tile + row * 128 + (me.own_columns ^ (p << 5)));
+}
+
+// Columns column to column + 15 of tile rows row .. row + 15, transposed: a left operand.
+template <class Me>
+__device__ __forceinline__ void left_columns(uint32_t a[4], unsigned char* tile, int row,
+                                             int column, const Me& me) {
+    ldmatrix_x4_trans(a, tile + row * 128 + (me.matrices ^ (column << 1)));
+}
+
+// ---- products of whole tiles ----
+
+// c += a tile^T
+template <class Type, class Me>
+__device__ __forceinline__ void add_by_rows(NumbersOf<Me>& c, const Operand& a, unsigned char* tile,
+                                            const Me& me) {
+#pragma unroll
+    for (int p = 0; p < Me::J / 2; ++p)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            uint32_t b[4];
+            right_rows(b, tile, 8 * me.piece + 16 * p, k, me);
+            Type::mma(c[2 * p], a[k], b);
+            Type::mma(c[2 * p + 1], a[k], b + 2);
+        }
+}
+
+// c += a[k] (rows row .. row + 15 of the tile): one step of a product that sums over rows.
+template <class Type, class Me>
+__device__ __forceinline__ void add_step(NumbersOf<Me>& c, const uint32_t a[4], unsigned char* tile,
+                                         int row, const Me& me) {
+#pragma unroll
+    for (int p = 0; p < Me::J / 2; ++p) {
+        uint32_t b[4];
+        right_columns(b, tile, row, p, me);
+        Type::mma(c[2 * p], a, b);
+        Type::mma(c[2 * p + 1], a, b + 2);
+    }
+}
+
+// c += a tile
+template <class Type, class Me>
+__device__ __forceinline__ void add_by_columns(NumbersOf<Me>& c, const Operand& a,
+                                               unsigned char* tile, const Me& me) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) add_step<Type>(c, a[k], tile, 16 * k, me);
+}
+
+// c += tile^T other, for columns 16 strip .. of the first tile
+template <class Type, class Me>
+__device__ __forceinline__ void add_transposed(NumbersOf<Me>& c, unsigned char* tile,
+                                               unsigned char* other, const Me& me) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        uint32_t a[4];
+        left_columns(a, tile, 16 * k, 16 * me.strip, me);
+        add_step<Type>(c, a, other, 16 * k, me);
+    }
+}
+
+// ---- triangles: 64 x 64, of which a warp has its 16 rows as left operands ----
+
+// c = 16 rows times rows row .. row + 15 of a tile: a block of a product, in lanes.
+template <class In, class Me>
+__device__ __forceinline__ void block_product(float c[2][4], const Operand& a, unsigned char* tile,
+                                              int row, const Me& me) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        uint32_t b[4];
+        right_rows(b, tile, row, k, me);
+        In::mma(c[0], a[k], b);
+        In::mma(c[1], a[k], b + 2);
+    }
+}
+
+// The same as a left operand, times `scale`; zero where `keep(row, column)` of the block says no.
+template <class In, class Out, class Keep, class Me>
+__device__ __forceinline__ void block(uint32_t out[4], const Operand& a, unsigned char* tile,
+                                      int row, float scale, const Me& me, Keep keep) {
+    float c[2][4];
+    block_product<In>(c, a, tile, row, me);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int column = 8 * half + 2 * me.q;
+        out[2 * half] = Out::pack(keep(me.g, column) ? c[half][0] * scale : 0.0f,
+                                  keep(me.g, column + 1) ? c[half][1] * scale : 0.0f);
+        out[2 * half + 1] = Out::pack(keep(me.g + 8, column) ? c[half][2] * scale : 0.0f,
+                                      keep(me.g + 8, column + 1) ? c[half][3] * scale : 0.0f);
+    }
+}
+
+struct Whole {
+    __device__ __forceinline__ bool operator()(int, int) const { return true; }
+};
+
+// Rows t, columns s of the block on the diagonal; UPPER: s at or after t. Without `equal` not s = t.
+template <bool UPPER>
+struct Side {
+    bool equal;
+    __device__ __forceinline__ bool operator()(int t, int s) const {
+        return (UPPER ? s > t : s < t) || (equal && s == t);
+    }
+};
+
+// The blocks of 16 columns on one side of the diagonal (those of index i < strip for a lower
+// triangle, i + 1 > strip for an upper one), and the one on it. Blocks that lie on the other side
+// are not touched.
+struct Triangle {
+    uint32_t side[3][4], diagonal[4];
+};
+
+// The triangle of a tile^T.
+template <class In, class Out, bool UPPER>
+__device__ __forceinline__ void triangle(Triangle& out, const Operand& a, unsigned char* tile,
+                                         bool equal, float scale, const Lane& me) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+        if (UPPER ? i + 1 > me.strip : i < me.strip)
+            block<In, Out>(out.side[i], a, tile, 16 * (UPPER ? i + 1 : i), scale, me, Whole{});
+    block<In, Out>(out.diagonal, a, tile, 16 * me.strip, scale, me, Side<UPPER>{equal});
+}
+
+// c += triangle tile
+template <class Type, bool UPPER>
+__device__ __forceinline__ void add_triangle(Numbers& c, const Triangle& a, unsigned char* tile,
+                                             const Lane& me) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+        if (UPPER ? i + 1 > me.strip : i < me.strip)
+            add_step<Type>(c, a.side[i], tile, 16 * (UPPER ? i + 1 : i), me);
+    add_step<Type>(c, a.diagonal, tile, 16 * me.strip, me);
+}
+
+// ---- the same by two warps that share rows, with left operands in shared memory too ----
+//
+// Rolled loops: what a warp runs once for each chunk is bound by the fetching of instructions where
+// its code is longer than the caches for them.
+
+// c += left tile^T or, with COLUMNS, left tile
+template <class Type, bool COLUMNS>
+__device__ __forceinline__ void add_product(NumbersOf<LaneOf<2>>& c, unsigned char* left,
+                                            unsigned char* tile, const LaneOf<2>& me) {
+#pragma unroll 1
+    for (int k = 0; k < 4; ++k) {
+        uint32_t a[4];
+        left_rows(a, left, 16 * me.strip, k, me);
+        if constexpr (COLUMNS) {
+            add_step<Type>(c, a, tile, 16 * k, me);
+        } else {
+#pragma unroll
+            for (int p = 0; p < 2; ++p) {
+                uint32_t b[4];
+                right_rows(b, tile, 8 * me.piece + 16 * p, k, me);
+                Type::mma(c[2 * p], a, b);
+                Type::mma(c[2 * p + 1], a, b + 2);
+            }
+        }
+    }
+}
+
+// The triangle of left tile^T, up to the diagonal or with UPPER from it on, in the warps' rows of
+// `out`. Each warp makes every other block, and then they wait for each other; the next triangle
+// must go elsewhere.
+template <class In, class Out, bool UPPER>
+__device__ __forceinline__ void make_triangle(unsigned char* out, unsigned char* left,
+                                              unsigned char* tile, bool equal, float scale,
+                                              const LaneOf<2>& me) {
+    const int row = 16 * me.strip, first = UPPER ? me.strip : 0, last = UPPER ? 3 : me.strip;
+    const int mine = me.piece >> 2;
+#pragma unroll 1
+    for (int i = first + ((first ^ mine) & 1); i <= last; i += 2) {
+        float c[2][4] = {};
+#pragma unroll 1
+        for (int k = 0; k < 4; ++k) {
+            uint32_t a[4], b[4];
+            left_rows(a, left, row, k, me);
+            right_rows(b, tile, 16 * i, k, me);
+            In::mma(c[0], a, b);
+            In::mma(c[1], a, b + 2);
+        }
+        const Side<UPPER> side{equal};
+        const bool whole = i != me.strip;
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            const int t = me.g + 8 * (n & 1), column = 8 * (n >> 1) + 2 * me.q;
+            const float* const pair = c[n >> 1] + 2 * (n & 1);
+            *reinterpret_cast<uint32_t*>(out + (row + 8 * (n & 1)) * 128 +
+                                         (me.pairs ^ ((2 * i + (n >> 1)) << 4))) =
+                Out::pack(whole || side(t, column) ? pair[0] * scale : 0.0f,
+                          whole || side(t, column + 1) ? pair[1] * scale : 0.0f);
+        }
+    }
+    named_barrier_sync(1 + me.strip, 64);
+}
+
+// c += triangle tile
+template <class Type, bool UPPER>
+__device__ __forceinline__ void add_triangle(NumbersOf<LaneOf<2>>& c, unsigned char* triangle,
+                                             unsigned char* tile, const LaneOf<2>& me) {
+    const int first = UPPER ? me.strip : 0, last = UPPER ? 3 : me.strip;
+#pragma unroll 1
+    for (int i = first; i <= last; ++i) {
+        uint32_t a[4];
+        left_rows(a, triangle, 16 * me.strip, i, me);
+        add_step<Type>(c, a, tile, 16 * i, me);
+    }
+}
+
+// ---- powers of two ----
+
+// log2 of the power of two at or below |x|, from -100 to 100.
+__device__ __forceinline__ float exponent_below(float x) {
+    const int exponent = static_cast<int>((__float_as_uint(x) >> 23) & 0xff) - 127;
+    return static_cast<float>(min(max(exponent, -100), 100));
+}
+
+// 2 to a whole number; 0 below -126, at most 2^127.
+__device__ __forceinline__ float power_of(float exponent) {
+    const int biased = min(static_cast<int>(exponent) + 127, 254);
+    return biased <= 0 ? 0.0f : __uint_as_float(static_cast<uint32_t>(biased) << 23);
+}
+
+template <int J>
+__device__ __forceinline__ float largest(const float (&x)[J][4]) {
+    float most = 0.0f;
+#pragma unroll
+    for (int j = 0; j < J; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) most = fmaxf(most, fabsf(x[j][e]));
+    return most;
+}
+
+__device__ __forceinline__ float largest_of_warp(float x) {
+#pragma unroll
+    for (int bits = 16; bits; bits >>= 1) x = fmaxf(x, __shfl_xor_sync(ALL, x, bits));
+    return x;
+}
+
+// Of the lanes that hold one row.
+__device__ __forceinline__ float largest_of_row(float x) {
+    x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL, x, 2));
+}

@@ -1,0 +1,1056 @@
+// wkv7 for heads of 64 channels in bfloat16, in chunks of 64 tokens on tensor cores.
+//
+// The algebra is that of rwkv/ops/wkv7_triton_kernels.py: within a chunk, with l_t = -exp(w_t) and
+// L_t = l_1 + ... + l_t,
+//
+//     u = X (A_ak V + a^ S^T)      y = A_rk V + A_rb u + r^ S^T      S' = S diag(e^L_C) + V^T k_ + u^T b_
+//
+// which is affine in S:  S' = S (diag(e^L_C) + M) + c,  y = y0 + R S^T. wkv7_prepare makes M, c, R, y0
+// and X of all chunks at once, wkv7_scan walks the states through them, wkv7_reverse the gradient of
+// the state back, and wkv7_gradient makes the other gradients of all chunks at once. e^L is taken
+// relative to the chunk's middle: with w <= -0.5 no factor passes 2^28, so what carries such factors
+// (`_in`) is bfloat16; all other operands are scaled to about 1 by powers of two and float16.
+//
+// A warp owns 16 of the 64 rows of every tile: tokens, or of M and c columns of the state; in
+// wkv7_gradient two warps share them. X is
+// lower triangular with ones on the diagonal; its ten blocks of 16 x 16 on and below it are kept.
+#include "tiles.cuh"
+
+constexpr int BLOCK = 512;           // bytes of a block of X
+constexpr int BLOCKS = 10 * BLOCK;   // of X
+constexpr int SCALARS = 68;          // of a chunk: log2 of what it keeps of 64 columns; exponents of r, k, v
+constexpr int STAGES = 3;            // chunks of a scan under way
+
+// Blocks of wkv7_gradient that share a multiprocessor: 113 KiB of shared memory each.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define GRADIENT_BLOCKS 1
+#else
+#define GRADIENT_BLOCKS 2
+#endif
+
+// ---- which tokens a chunk holds: as in rwkv/ops/triton_chunks.py ----
+
+struct Chunk {
+    int64_t first;  // token, over all rows
+    int left;       // tokens from here to the end of the sequence; not positive for an empty slot
+};
+
+__device__ __forceinline__ Chunk find_chunk(int slot, const int* owners, const int64_t* cu_seqlens,
+                                            int T) {
+    if (cu_seqlens == nullptr) {
+        const int chunks = (T + SIDE - 1) / SIDE, row = slot / chunks, chunk = slot % chunks;
+        return {static_cast<int64_t>(row) * T + chunk * SIDE, T - chunk * SIDE};
+    }
+    const int q = owners[slot];
+    const int64_t begin = cu_seqlens[q], end = cu_seqlens[q + 1];
+    const int64_t first = begin + (slot - (begin / SIDE + q)) * SIDE;
+    return {first, static_cast<int>(end - first)};
+}
+
+struct Sequence {
+    int64_t begin, slot;
+    int length;
+};
+
+__device__ __forceinline__ Sequence find_sequence(int q, const int64_t* cu_seqlens, int T) {
+    if (cu_seqlens == nullptr) {
+        const int64_t chunks = (T + SIDE - 1) / SIDE;
+        return {static_cast<int64_t>(q) * T, q * chunks, T};
+    }
+    const int64_t begin = cu_seqlens[q];
+    return {begin, begin / SIDE + q, static_cast<int>(cu_seqlens[q + 1] - begin)};
+}
+
+// ---- blocks of X: 16 rows of 32 bytes, the halves of rows 4 to 7 and 12 to 15 swapped ----
+
+__device__ __forceinline__ unsigned char* block_of(unsigned char* blocks, int i, int j) {
+    return blocks + (i * (i + 1) / 2 + j) * BLOCK;
+}
+
+__device__ __forceinline__ int place_in_narrow(int row, int half) {
+    return row * 32 + ((half ^ ((row >> 2) & 1)) << 4);
+}
+
+template <class Me>
+__device__ __forceinline__ void left_block(uint32_t a[4], unsigned char* block, const Me& me) {
+    ldmatrix_x4(a, block + place_in_narrow(me.lane & 15, me.lane >> 4));
+}
+
+template <class Me>
+__device__ __forceinline__ void left_block_transposed(uint32_t a[4], unsigned char* block,
+                                                      const Me& me) {
+    const int i = me.lane >> 3;
+    ldmatrix_x4_trans(a, block + place_in_narrow((i >> 1) * 8 + (me.lane & 7), i & 1));
+}
+
+__device__ __forceinline__ void right_block(uint32_t b[4], unsigned char* block, const Lane& me) {
+    const int i = me.lane >> 3;
+    ldmatrix_x4_trans(b, block + place_in_narrow((i & 1) * 8 + (me.lane & 7), i >> 1));
+}
+
+__device__ __forceinline__ void write_block(unsigned char* block, const float c[2][4],
+                                            const Lane& me) {
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int below = 0; below < 2; ++below)
+            *reinterpret_cast<uint32_t*>(block + place_in_narrow(me.g + 8 * below, half) + me.q * 4) =
+                pack_f16(c[half][2 * below], c[half][2 * below + 1]);
+    __syncwarp();
+}
+
+// c += X tile, or X^T tile, for the warp's rows
+template <bool TRANSPOSED, class Me>
+__device__ __forceinline__ void add_inverse(NumbersOf<Me>& c, unsigned char* blocks,
+                                            unsigned char* tile, const Me& me) {
+#pragma unroll 1
+    for (int i = TRANSPOSED ? me.strip : 0; i <= (TRANSPOSED ? 3 : me.strip); ++i) {
+        uint32_t a[4];
+        if (TRANSPOSED)
+            left_block_transposed(a, block_of(blocks, i, me.strip), me);
+        else
+            left_block(a, block_of(blocks, me.strip, i), me);
+        add_step<F16>(c, a, tile, 16 * i, me);
+    }
+}
+
+// ---- decays ----
+
+// l in units of log2, of the warp's rows; 0 behind the sequence's end.
+template <class Me>
+__device__ __forceinline__ void log2_steps(NumbersOf<Me>& x, int row, int left, const Me& me) {
+#pragma unroll
+    for (int j = 0; j < Me::J; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            x[j][e] = row + me.g + (e >> 1) * 8 < left
+                          ? -exp2_approx(fmaf(x[j][e], LOG2_E, LOG2_LOG2_E))
+                          : 0.0f;
+}
+
+// Sums over the warp's rows up to each.
+template <class Me>
+__device__ __forceinline__ void accumulate(NumbersOf<Me>& x, const Me& me) {
+#pragma unroll
+    for (int j = 0; j < Me::J; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+#pragma unroll
+            for (int d = 4; d < 32; d *= 2) {
+                const float before = __shfl_up_sync(ALL, x[j][e], d);
+                if (me.lane >= d) x[j][e] += before;
+            }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) x[j][e + 2] += __shfl_sync(ALL, x[j][e], 28 + me.q);
+    }
+}
+
+// Sums over the warp's rows from each on.
+template <class Me>
+__device__ __forceinline__ void accumulate_back(NumbersOf<Me>& x, const Me& me) {
+#pragma unroll
+    for (int j = 0; j < Me::J; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+#pragma unroll
+            for (int d = 4; d < 32; d *= 2) {
+                const float after = __shfl_down_sync(ALL, x[j][e], d);
+                if (me.lane + d < 32) x[j][e] += after;
+            }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) x[j][e] += __shfl_sync(ALL, x[j][e + 2], me.q);
+    }
+}
+
+// For own columns 8 j + 2 q and the next: the sums of l over the rows of earlier warps, over the first
+// half of the chunk and over the second.
+struct Halves {
+    float before[2], middle[2], rest[2];
+    template <class Me>
+    __device__ __forceinline__ Halves(const float* sums, int j, const Me& me) {
+        float2 s[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            s[i] = *reinterpret_cast<const float2*>(sums + i * SIDE + 8 * (me.piece + j) + 2 * me.q);
+        middle[0] = s[0].x + s[1].x, middle[1] = s[0].y + s[1].y;
+        rest[0] = s[2].x + s[3].x, rest[1] = s[2].y + s[3].y;
+        before[0] = before[1] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 3; ++i)
+            if (i < me.strip) before[0] += s[i].x, before[1] += s[i].y;
+    }
+};
+
+__device__ __forceinline__ void scale_pair(float2& x, float by) { x.x *= by, x.y *= by; }
+
+// (1 - A)^-1 of a strictly lower triangular 16 x 16 matrix in float32, rows of 20; column lane % 16.
+__device__ __forceinline__ void invert(unsigned char* block, const float* A, const Lane& me) {
+    const int column = me.lane & 15;
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        float sum = i == column ? 1.0f : 0.0f;
+#pragma unroll
+        for (int m = 0; m < i; ++m) sum = fmaf(A[i * 20 + m], x[m], sum);
+        x[i] = sum;
+    }
+    if (me.lane < 16)
+#pragma unroll
+        for (int i = 0; i < 16; ++i)
+            *reinterpret_cast<uint16_t*>(block + place_in_narrow(i, column >> 3) + (column & 7) * 2) =
+                float_to_f16(x[i]);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 3)
+    wkv7_prepare(const uint16_t* r, const uint16_t* w, const uint16_t* k, const uint16_t* v,
+                 const uint16_t* a, const uint16_t* b, uint16_t* y, uint16_t* transition,
+                 uint16_t* drive, uint16_t* readout, unsigned char* inverse, float* scalars,
+                 const int* owners, const int64_t* cu_seqlens, int T, int H) {
+    DYNAMIC_SHARED(memory);
+    unsigned char *const k_in = memory, *const b_in = memory + TILE, *const values = memory + 2 * TILE,
+                         *const a_start = memory + 3 * TILE, *const b_end = memory + 4 * TILE,
+                         *const k_end = memory + 5 * TILE, *const A_ab = memory + 6 * TILE,
+                         *const u_first = memory + 7 * TILE, *const blocks = memory + 8 * TILE;
+    unsigned char *const w_raw = b_end, *const r_raw = k_end, *const Xa = A_ab, *const u = b_in;
+    float* const sums = reinterpret_cast<float*>(blocks + BLOCKS);
+    float* const maxima = sums + 4 * SIDE;  // [3][4]
+    const Lane me;
+    const int slot = blockIdx.x / H, h = blockIdx.x % H, row = 16 * me.strip;
+    const Chunk chunk = find_chunk(slot, owners, cu_seqlens, T);
+    if (chunk.left <= 0) return;
+    const int64_t unit = blockIdx.x, first = (chunk.first * H + h) * SIDE;
+    const int64_t stride = static_cast<int64_t>(H) * SIDE * 2;
+    fetch_rows(w_raw, w + first, stride, row, chunk.left, me);
+    fetch_rows(r_raw, r + first, stride, row, chunk.left, me);
+    fetch_rows(k_in, k + first, stride, row, chunk.left, me);
+    fetch_rows(values, v + first, stride, row, chunk.left, me);
+    fetch_rows(a_start, a + first, stride, row, chunk.left, me);
+    fetch_rows(b_in, b + first, stride, row, chunk.left, me);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncwarp();
+
+    Numbers step, L;
+    float most[3];
+    unsigned char* const sized[3] = {r_raw, k_in, values};
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+        read_rows<BF16>(L, sized[i], row, me);
+        most[i] = largest_of_warp(largest(L));
+    }
+    read_rows<BF16>(step, w_raw, row, me);
+    log2_steps(step, row, chunk.left, me);
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) L[j][e] = step[j][e];
+    accumulate(L, me);
+    if (me.g == 7)
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+            *reinterpret_cast<float2*>(sums + me.strip * SIDE + 8 * j + 2 * me.q) =
+                make_float2(L[j][2], L[j][3]);
+    if (me.lane < 3) maxima[me.lane * 4 + me.strip] = me.lane == 0 ? most[0] : me.lane == 1 ? most[1] : most[2];
+    __syncthreads();
+
+    float exponent[3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+        exponent[i] = exponent_below(fmaxf(fmaxf(maxima[4 * i], maxima[4 * i + 1]),
+                                           fmaxf(maxima[4 * i + 2], maxima[4 * i + 3])));
+    const float v_scale = power_of(-exponent[2]);
+    Operand a_in, r_in, r_start;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const Halves l(sums, j, me);
+        const float in[2] = {exp2_approx(l.middle[0]), exp2_approx(l.middle[1])};
+        const float out[2] = {exp2_approx(l.rest[0]), exp2_approx(l.rest[1])};
+        if (me.strip == 0 && me.g == 0)
+            *reinterpret_cast<float2*>(scalars + unit * SCALARS + 8 * j + 2 * me.q) =
+                make_float2(l.middle[0] + l.rest[0], l.middle[1] + l.rest[1]);
+#pragma unroll
+        for (int below = 0; below < 2; ++below) {
+            const int at = (j & 1) * 2 + below;
+            const float L0 = L[j][2 * below] + (l.before[0] - l.middle[0]);
+            const float L1 = L[j][2 * below + 1] + (l.before[1] - l.middle[1]);
+            uint32_t* const a_at = pair_at(a_start, row + 8 * below, j, me);
+            uint32_t* const b_at = pair_at(b_in, row + 8 * below, j, me);
+            uint32_t* const k_at = pair_at(k_in, row + 8 * below, j, me);
+            uint32_t* const v_at = pair_at(values, row + 8 * below, j, me);
+            uint32_t* const r_at = pair_at(r_raw, row + 8 * below, j, me);
+            uint32_t* const b_end_at = pair_at(b_end, row + 8 * below, j, me);
+
+            float2 x = unpack_bf16(*a_at);
+            x.x *= exp2_approx(L0 - step[j][2 * below]);
+            x.y *= exp2_approx(L1 - step[j][2 * below + 1]);
+            a_in[j >> 1][at] = pack_bf16(x.x, x.y);
+            *a_at = pack_f16(x.x * in[0], x.y * in[1]);
+
+            x = unpack_bf16(*r_at);
+            x.x *= exp2_approx(L0 - exponent[0]);
+            x.y *= exp2_approx(L1 - exponent[0]);
+            r_in[j >> 1][at] = pack_bf16(x.x, x.y);
+            r_start[j >> 1][at] = pack_f16(x.x * in[0], x.y * in[1]);
+
+            const float grow0 = exp2_approx(-L0), grow1 = exp2_approx(-L1);
+            x = unpack_bf16(*b_at);
+            x.x *= grow0, x.y *= grow1;
+            *b_at = pack_bf16(x.x, x.y);
+            *b_end_at = pack_f16(x.x * out[0], x.y * out[1]);
+
+            x = unpack_bf16(*k_at);
+            const float k_scale = power_of(-exponent[1]);
+            x.x *= grow0 * k_scale, x.y *= grow1 * k_scale;
+            *k_at = pack_bf16(x.x, x.y);
+            *r_at = pack_f16(x.x * out[0], x.y * out[1]);  // k_end
+
+            x = unpack_bf16(*v_at);
+            *v_at = pack_f16(x.x * v_scale, x.y * v_scale);
+        }
+    }
+    __syncthreads();
+
+    // A_ab: blocks below the diagonal for the products, the one on it for its inverse
+    float c[2][4];
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+        if (i < me.strip) {
+            uint32_t pairs[4];
+            block<BF16, F16>(pairs, a_in, b_in, 16 * i, 1.0f, me, Whole{});
+#pragma unroll
+            for (int n = 0; n < 4; ++n)
+                *pair_at(A_ab, row + 8 * (n & 1), 2 * i + (n >> 1), me) = pairs[n];
+        }
+    block_product<BF16>(c, a_in, b_in, row, me);
+    float* const A = reinterpret_cast<float*>(u_first) + me.strip * 16 * 20;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            A[(me.g + 8 * (e >> 1)) * 20 + 8 * half + 2 * me.q + (e & 1)] = c[half][e];
+    __syncwarp();
+    invert(block_of(blocks, me.strip, me.strip), A, me);
+    __syncthreads();
+
+    // Column `warp` of X's blocks: X_ij = X_ii (sum over m from j to i - 1 of A_im X_mj)
+    for (int i = me.strip + 1; i < 4; ++i) {
+        uint32_t left[4], right[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
+        for (int m = me.strip; m < i; ++m) {
+            left_rows(left, A_ab, 16 * i, m, me);
+            right_block(right, block_of(blocks, m, me.strip), me);
+            mma_f16(c[0], left, right);
+            mma_f16(c[1], left, right + 2);
+        }
+        unsigned char* const mine = block_of(blocks, i, me.strip);
+        write_block(mine, c, me);
+        left_block(left, block_of(blocks, i, i), me);
+        right_block(right, mine, me);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
+        mma_f16(c[0], left, right);
+        mma_f16(c[1], left, right + 2);
+        write_block(mine, c, me);
+    }
+
+    Numbers x;
+    Triangle A_rb, A_rk;
+    triangle<BF16, F16, false>(A_rk, a_in, k_in, false, 1.0f, me);  // A_ak
+    clear(x);
+    add_triangle<F16, false>(x, A_rk, values, me);
+    write_rows<F16>(u_first, x, row, me);
+    triangle<BF16, F16, false>(A_rk, r_in, k_in, true, 1.0f, me);
+    triangle<BF16, F16, false>(A_rb, r_in, b_in, true, 1.0f, me);
+    __syncthreads();
+
+    clear(x);
+    add_inverse<false>(x, blocks, a_start, me);
+    write_rows<F16>(Xa, x, row, me);
+    clear(x);
+    add_inverse<false>(x, blocks, u_first, me);
+    write_rows<F16>(u, x, row, me);
+    if (inverse != nullptr)
+        for (int i = threadIdx.x; i < BLOCKS / 16; i += 128)
+            reinterpret_cast<uint4*>(inverse + unit * BLOCKS)[i] = reinterpret_cast<uint4*>(blocks)[i];
+    if (me.strip == 0 && me.lane < 4)
+        scalars[unit * SCALARS + SIDE + me.lane] =
+            me.lane == 0 ? exponent[0] : me.lane == 1 ? exponent[1] : me.lane == 2 ? exponent[2] : 0.0f;
+    __syncthreads();
+
+    unsigned char* const staged = k_in;
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int below = 0; below < 2; ++below) {
+            const float2 pair = unpack_f16(r_start[j >> 1][(j & 1) * 2 + below]);
+            x[j][2 * below] = pair.x, x[j][2 * below + 1] = pair.y;
+        }
+    add_triangle<F16, false>(x, A_rb, Xa, me);
+    store_rows<F16>(readout + unit * SIDE * SIDE, 2 * SIDE, staged, x, row, SIDE, me);
+
+    clear(x);
+    add_triangle<F16, false>(x, A_rk, values, me);
+    add_triangle<F16, false>(x, A_rb, u, me);
+    const float y_scale = power_of(exponent[0] + exponent[1] + exponent[2]);
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[j][e] *= y_scale;
+    store_rows<BF16>(y + first, stride, staged, x, row, chunk.left, me);
+
+    clear(x);
+    add_transposed<F16>(x, Xa, b_end, me);
+    store_rows<F16>(transition + unit * SIDE * SIDE, 2 * SIDE, staged, x, row, SIDE, me);
+    clear(x);
+    add_transposed<F16>(x, values, k_end, me);
+    add_transposed<F16>(x, u, b_end, me);
+    store_rows<F16>(drive + unit * SIDE * SIDE, 2 * SIDE, staged, x, row, SIDE, me);
+}
+
+// ---- scans: each warp of a block owns 16 value rows of one head's state ----
+
+// One chunk of a scan in shared memory.
+struct Stage {
+    unsigned char *transition, *readout, *narrow, *rows;  // the last two of this warp
+    float* scalars;
+    __device__ __forceinline__ Stage(unsigned char* memory, int stage, int warps, int per_warp,
+                                     const Lane& me) {
+        memory += stage * (2 * TILE + 512 + warps * per_warp);
+        transition = memory;
+        readout = memory + TILE;
+        scalars = reinterpret_cast<float*>(memory + 2 * TILE);
+        narrow = memory + 2 * TILE + 512 + me.strip * per_warp;  // 64 rows of 32 bytes
+        rows = narrow + 2048;                                   // 16 rows of 128 bytes
+    }
+};
+
+__device__ __forceinline__ void fetch_tile(unsigned char* tile, const uint16_t* from) {
+    for (int i = threadIdx.x; i < TILE / 16; i += blockDim.x)
+        cp_async_16(tile + place(i >> 3, i & 7), from + i * 8, true);
+}
+
+// Tokens' 16 channels of the warp, as 64 rows of 32 bytes.
+__device__ __forceinline__ void fetch_narrow(unsigned char* narrow, const uint16_t* from,
+                                             int64_t stride, int rows, const Lane& me) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int r = (me.lane >> 1) + 16 * i, half = me.lane & 1;
+        cp_async_16(narrow + place_in_narrow(r, half), r < rows ? from + r * stride + half * 8 : from,
+                    r < rows);
+    }
+}
+
+__device__ __forceinline__ void fetch_scalars(float* to, const float* from) {
+    if (threadIdx.x < SCALARS / 4) cp_async_16(to + 4 * threadIdx.x, from + 4 * threadIdx.x, true);
+}
+
+__device__ __forceinline__ void read_state(Numbers& S, const float* from, const Lane& me) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int below = 0; below < 2; ++below) {
+            const float2 pair =
+                *reinterpret_cast<const float2*>(from + (me.g + 8 * below) * SIDE + 8 * j + 2 * me.q);
+            S[j][2 * below] = pair.x, S[j][2 * below + 1] = pair.y;
+        }
+}
+
+__device__ __forceinline__ void write_state(float* to, const Numbers& S, const Lane& me) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int below = 0; below < 2; ++below)
+            *reinterpret_cast<float2*>(to + (me.g + 8 * below) * SIDE + 8 * j + 2 * me.q) =
+                make_float2(S[j][2 * below], S[j][2 * below + 1]);
+}
+
+// S as a left operand, each row divided by the power of two at or below its largest number; the
+// exponents of rows g and g + 8.
+__device__ __forceinline__ void pack_state(Operand& a, float exponent[2], const Numbers& S) {
+#pragma unroll
+    for (int below = 0; below < 2; ++below) {
+        float most = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+            most = fmaxf(most, fmaxf(fabsf(S[j][2 * below]), fabsf(S[j][2 * below + 1])));
+        exponent[below] = exponent_below(largest_of_row(most));
+        const float scale = power_of(-exponent[below]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+            a[j >> 1][(j & 1) * 2 + below] =
+                pack_f16(S[j][2 * below] * scale, S[j][2 * below + 1] * scale);
+    }
+}
+
+// The packed state and its exponents to global memory; `states` and `exponents` of the warp's rows.
+__device__ __forceinline__ void keep_state(uint16_t* states, float* exponents, const Operand& a,
+                                           const float exponent[2], const Lane& me) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int below = 0; below < 2; ++below)
+            *reinterpret_cast<uint32_t*>(states + (me.g + 8 * below) * SIDE + 8 * j + 2 * me.q) =
+                a[j >> 1][(j & 1) * 2 + below];
+    if (me.q < 2) exponents[me.g + 8 * me.q] = me.q == 0 ? exponent[0] : exponent[1];
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    wkv7_scan(const float* initial, const uint16_t* transition, const uint16_t* drive,
+              const uint16_t* readout, const float* scalars, uint16_t* y, uint16_t* states,
+              float* exponents, float* final, const int64_t* cu_seqlens, int T, int H) {
+    DYNAMIC_SHARED(memory);
+    const Lane me;
+    const int warps = blockDim.x >> 5, parts = 4 / warps;
+    const int64_t unit = blockIdx.x / parts;
+    const int q = unit / H, h = unit % H, row = 16 * (blockIdx.x % parts * warps + me.strip);
+    const Sequence sequence = find_sequence(q, cu_seqlens, T);
+    const int chunks = (sequence.length + SIDE - 1) / SIDE;
+    const int64_t stride = static_cast<int64_t>(H) * SIDE;
+
+    const auto fetch = [&](int i) {
+        if (i < chunks) {
+            const Stage stage(memory, i % STAGES, warps, 4096, me);
+            const int64_t one = (sequence.slot + i) * H + h;
+            fetch_tile(stage.transition, transition + one * SIDE * SIDE);
+            fetch_tile(stage.readout, readout + one * SIDE * SIDE);
+            fetch_scalars(stage.scalars, scalars + one * SCALARS);
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const int r = 4 * n + (me.lane >> 3), piece = me.lane & 7;
+                cp_async_16(stage.rows + place(r, piece),
+                            drive + one * SIDE * SIDE + (row + r) * SIDE + piece * 8, true);
+            }
+            fetch_narrow(stage.narrow,
+                         y + ((sequence.begin + i * SIDE) * H + h) * SIDE + row, stride,
+                         sequence.length - i * SIDE, me);
+        }
+        cp_async_commit();
+    };
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; ++i) fetch(i);
+
+    Numbers S;
+    read_state(S, initial + unit * SIDE * SIDE + row * SIDE, me);
+    for (int i = 0; i < chunks; ++i) {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();
+        fetch(i + STAGES - 1);
+        const Stage stage(memory, i % STAGES, warps, 4096, me);
+        const int64_t one = (sequence.slot + i) * H + h;
+        const float r_exponent = stage.scalars[SIDE];
+        const float c_scale = power_of(stage.scalars[SIDE + 1] + stage.scalars[SIDE + 2]);
+
+        Operand before;
+        float exponent[2];
+        pack_state(before, exponent, S);
+        Numbers moved;
+        clear(moved);
+        add_by_columns<F16>(moved, before, stage.transition, me);
+        const float scale[2] = {power_of(exponent[0]), power_of(exponent[1])};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float2 log2_kept =
+                *reinterpret_cast<const float2*>(stage.scalars + 8 * j + 2 * me.q);
+            const float kept[2] = {exp2_approx(log2_kept.x), exp2_approx(log2_kept.y)};
+#pragma unroll
+            for (int below = 0; below < 2; ++below) {
+                const float2 c = unpack_f16(*pair_at(stage.rows, 8 * below, j, me));
+                S[j][2 * below] = fmaf(S[j][2 * below], kept[0],
+                                       fmaf(c.x, c_scale, moved[j][2 * below] * scale[below]));
+                S[j][2 * below + 1] = fmaf(S[j][2 * below + 1], kept[1],
+                                           fmaf(c.y, c_scale, moved[j][2 * below + 1] * scale[below]));
+            }
+        }
+        if (states != nullptr)
+            keep_state(states + one * SIDE * SIDE + row * SIDE, exponents + one * SIDE + row, before,
+                       exponent, me);
+
+        float y_scale[2][2];  // of columns 8 half + 2 q + e of the outputs: rows of the state
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                y_scale[half][e] =
+                    power_of(__shfl_sync(ALL, exponent[half], 4 * (2 * me.q + e)) + r_exponent);
+        uint16_t* const out = y + ((sequence.begin + i * SIDE) * H + h) * SIDE + row;
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            float read[2][4] = {};
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                uint32_t left[4];
+                left_rows(left, stage.readout, 16 * m, k, me);
+                const uint32_t upper[2] = {before[k][0], before[k][2]};
+                const uint32_t lower[2] = {before[k][1], before[k][3]};
+                mma_f16(read[0], left, upper);
+                mma_f16(read[1], left, lower);
+            }
+#pragma unroll
+            for (int below = 0; below < 2; ++below) {
+                const int t = 16 * m + me.g + 8 * below;
+                if (t < sequence.length - i * SIDE)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const float2 y0 = unpack_bf16(*reinterpret_cast<const uint32_t*>(
+                            stage.narrow + place_in_narrow(t, half) + me.q * 4));
+                        *reinterpret_cast<uint32_t*>(out + t * stride + 8 * half + 2 * me.q) =
+                            pack_bf16(fmaf(read[half][2 * below], y_scale[half][0], y0.x),
+                                      fmaf(read[half][2 * below + 1], y_scale[half][1], y0.y));
+                    }
+            }
+        }
+    }
+    write_state(final + unit * SIDE * SIDE + row * SIDE, S, me);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    wkv7_reverse(const float* grad_final, const uint16_t* transition, const uint16_t* readout,
+                 const float* scalars, const uint16_t* grad_y, uint16_t* grad_states,
+                 float* grad_exponents, float* grad_initial, const int64_t* cu_seqlens, int T, int H) {
+    DYNAMIC_SHARED(memory);
+    const Lane me;
+    const int warps = blockDim.x >> 5, parts = 4 / warps;
+    const int64_t unit = blockIdx.x / parts;
+    const int q = unit / H, h = unit % H, row = 16 * (blockIdx.x % parts * warps + me.strip);
+    const Sequence sequence = find_sequence(q, cu_seqlens, T);
+    const int chunks = (sequence.length + SIDE - 1) / SIDE;
+    const int64_t stride = static_cast<int64_t>(H) * SIDE;
+
+    const auto fetch = [&](int back) {
+        if (back < chunks) {
+            const int i = chunks - 1 - back;
+            const Stage stage(memory, back % STAGES, warps, 2048, me);
+            const int64_t one = (sequence.slot + i) * H + h;
+            fetch_tile(stage.transition, transition + one * SIDE * SIDE);
+            fetch_tile(stage.readout, readout + one * SIDE * SIDE);
+            fetch_scalars(stage.scalars, scalars + one * SCALARS);
+            fetch_narrow(stage.narrow,
+                         grad_y + ((sequence.begin + i * SIDE) * H + h) * SIDE + row, stride,
+                         sequence.length - i * SIDE, me);
+        }
+        cp_async_commit();
+    };
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; ++i) fetch(i);
+
+    Numbers dS;
+    read_state(dS, grad_final + unit * SIDE * SIDE + row * SIDE, me);
+    for (int back = 0; back < chunks; ++back) {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();
+        fetch(back + STAGES - 1);
+        const Stage stage(memory, back % STAGES, warps, 2048, me);
+        const int64_t one = (sequence.slot + chunks - 1 - back) * H + h;
+
+        // dy to float16, in its place
+        uint4 pieces[4];
+        float most = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            pieces[i] = *reinterpret_cast<const uint4*>(
+                stage.narrow + place_in_narrow((me.lane >> 1) + 16 * i, me.lane & 1));
+            const uint32_t words[4] = {pieces[i].x, pieces[i].y, pieces[i].z, pieces[i].w};
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const float2 pair = unpack_bf16(words[n]);
+                most = fmaxf(most, fmaxf(fabsf(pair.x), fabsf(pair.y)));
+            }
+        }
+        const float y_exponent = exponent_below(largest_of_warp(most));
+        const float y_scale = power_of(-y_exponent);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            uint32_t words[4] = {pieces[i].x, pieces[i].y, pieces[i].z, pieces[i].w};
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const float2 pair = unpack_bf16(words[n]);
+                words[n] = pack_f16(pair.x * y_scale, pair.y * y_scale);
+            }
+            *reinterpret_cast<uint4*>(
+                stage.narrow + place_in_narrow((me.lane >> 1) + 16 * i, me.lane & 1)) =
+                make_uint4(words[0], words[1], words[2], words[3]);
+        }
+        __syncwarp();
+        Numbers read, moved;
+        clear(read);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            uint32_t left[4];
+            left_block_transposed(left, stage.narrow + 512 * k, me);
+            add_step<F16>(read, left, stage.readout, 16 * k, me);
+        }
+
+        Operand after;
+        float exponent[2];
+        pack_state(after, exponent, dS);
+        clear(moved);
+        add_by_rows<F16>(moved, after, stage.transition, me);
+        keep_state(grad_states + one * SIDE * SIDE + row * SIDE, grad_exponents + one * SIDE + row,
+                   after, exponent, me);
+        const float scale[2] = {power_of(exponent[0]), power_of(exponent[1])};
+        const float read_scale = power_of(y_exponent + stage.scalars[SIDE]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float2 log2_kept =
+                *reinterpret_cast<const float2*>(stage.scalars + 8 * j + 2 * me.q);
+            const float kept[2] = {exp2_approx(log2_kept.x), exp2_approx(log2_kept.y)};
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                dS[j][e] = fmaf(dS[j][e], kept[e & 1],
+                                fmaf(moved[j][e], scale[e >> 1], read[j][e] * read_scale));
+        }
+    }
+    write_state(grad_initial + unit * SIDE * SIDE + row * SIDE, dS, me);
+}
+
+// l in units of log2 of token row + g, columns 8 j + 2 q, from global memory; 0 behind the end.
+__device__ __forceinline__ float2 log2_step(const uint16_t* w, int64_t stride, int row, int j,
+                                            int left, const LaneOf<2>& me) {
+    const int t = row + me.g;
+    if (t >= left) return make_float2(0.0f, 0.0f);
+    const float2 x = unpack_bf16(*reinterpret_cast<const uint32_t*>(w + t * stride + 8 * (me.piece + j) + 2 * me.q));
+    return make_float2(-exp2_approx(fmaf(x.x, LOG2_E, LOG2_LOG2_E)),
+                       -exp2_approx(fmaf(x.y, LOG2_E, LOG2_LOG2_E)));
+}
+
+// The warp's part of a tile of float16, each row times 2 to (exponents[row] - unit).
+__device__ __forceinline__ void rescale_rows(unsigned char* tile, const float* exponents, float unit,
+                                             int row, const LaneOf<2>& me) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int r = row + 8 * i + (me.lane >> 2);
+        const float scale = power_of(exponents[r] - unit);
+        uint4* const at = reinterpret_cast<uint4*>(tile + place(r, me.piece + (me.lane & 3)));
+        const uint4 piece = *at;
+        uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            const float2 pair = unpack_f16(words[n]);
+            words[n] = pack_f16(pair.x * scale, pair.y * scale);
+        }
+        *at = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+}
+
+// Tiles of values and of what is read and written are in units of powers of two: r, k, v and dy of
+// their own, u and S of 2^eu, their gradients and dS of 2^ez, so that all sums below have one unit,
+// 2^(eu + ez). The gradient of a tile with a decay in it, times that tile, is its share of the
+// gradient of L; there the factor is the rounded operand of the products, so that what must cancel
+// cancels.
+extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
+    wkv7_gradient(const uint16_t* r, const uint16_t* w, const uint16_t* k, const uint16_t* v,
+                  const uint16_t* a, const uint16_t* b, const uint16_t* grad_y,
+                  const uint16_t* states, const float* exponents, const uint16_t* grad_states,
+                  const float* grad_exponents, const unsigned char* inverse, const float* scalars,
+                  uint16_t* dr, uint16_t* dw, uint16_t* dk, uint16_t* dv, uint16_t* da, uint16_t* db,
+                  const int* owners, const int64_t* cu_seqlens, int T, int H) {
+    DYNAMIC_SHARED(memory);
+    unsigned char *const k_in = memory, *const b_in = memory + TILE, *const r_in = memory + 2 * TILE,
+                         *const a_in = memory + 3 * TILE, *const values = memory + 4 * TILE,
+                         *const dy = memory + 5 * TILE, *const S = memory + 6 * TILE,
+                         *const dS = memory + 7 * TILE, *const z = memory + 8 * TILE,
+                         *const u = memory + 9 * TILE, *const dz_first = memory + 10 * TILE,
+                         *const even = memory + 11 * TILE, *const odd = memory + 12 * TILE,
+                         *const blocks = memory + 13 * TILE;
+    // a_start, b_end and k_end are read by the warp that owns the rows, before others' tiles go there
+    unsigned char *const w_raw = z, *const dz = z, *const staged = dz_first, *const a_start = z,
+                         *const b_end = dz_first, *const k_end = u;
+    float* const sums = reinterpret_cast<float*>(blocks + BLOCKS);
+    float* const totals = sums + 4 * SIDE;  // [2][4][64]
+    float* const scales = totals + 8 * SIDE;  // of columns: to the chunk's start, to its end
+    float* const maxima = scales + 2 * SIDE;
+    const LaneOf<2> me;
+    const int slot = blockIdx.x / H, h = blockIdx.x % H, row = 16 * me.strip;
+    const Chunk chunk = find_chunk(slot, owners, cu_seqlens, T);
+    if (chunk.left <= 0) return;
+    const int64_t unit = blockIdx.x, first = (chunk.first * H + h) * SIDE;
+    const int64_t stride = static_cast<int64_t>(H) * SIDE * 2;
+    fetch_rows(w_raw, w + first, stride, row, chunk.left, me);
+    fetch_rows(dy, grad_y + first, stride, row, chunk.left, me);
+    fetch_rows(r_in, r + first, stride, row, chunk.left, me);
+    fetch_rows(k_in, k + first, stride, row, chunk.left, me);
+    fetch_rows(values, v + first, stride, row, chunk.left, me);
+    fetch_rows(a_in, a + first, stride, row, chunk.left, me);
+    fetch_rows(b_in, b + first, stride, row, chunk.left, me);
+    fetch_rows(S, states + unit * SIDE * SIDE, 2 * SIDE, row, SIDE, me);
+    fetch_rows(dS, grad_states + unit * SIDE * SIDE, 2 * SIDE, row, SIDE, me);
+    for (int i = threadIdx.x; i < BLOCKS / 16; i += 256)
+        cp_async_16(blocks + 16 * i, inverse + unit * BLOCKS + 16 * i, true);
+    cp_async_commit();
+    const float er = scalars[unit * SCALARS + SIDE], ek = scalars[unit * SCALARS + SIDE + 1],
+                ev = scalars[unit * SCALARS + SIDE + 2];
+    const float* const S_exponents = exponents + unit * SIDE;
+    const float* const dS_exponents = grad_exponents + unit * SIDE;
+    const float S_most = largest_of_warp(fmaxf(S_exponents[me.lane], S_exponents[me.lane + 32]));
+    const float dS_most = largest_of_warp(fmaxf(dS_exponents[me.lane], dS_exponents[me.lane + 32]));
+    cp_async_wait<0>();
+    __syncwarp();
+
+    NumbersOf<LaneOf<2>> x, L;
+    read_rows<BF16>(x, dy, row, me);
+    const float y_most = largest_of_warp(largest(x));
+    read_rows<BF16>(x, w_raw, row, me);
+    log2_steps(x, row, chunk.left, me);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) L[j][e] = x[j][e];
+    accumulate(L, me);
+    if (me.g == 7)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            *reinterpret_cast<float2*>(sums + me.strip * SIDE + 8 * (me.piece + j) + 2 * me.q) =
+                make_float2(L[j][2], L[j][3]);
+    if (me.lane == 0) maxima[threadIdx.x >> 5] = y_most;
+    __syncthreads();
+
+    const float ey = exponent_below(largest_of_warp(maxima[me.lane & 7]));
+    const float eu = 3.0f + fmaxf(ek + ev, S_most), ez = 3.0f + fmaxf(er + ey, dS_most);
+    const float u_share = power_of(ek + ev - eu), z_share = power_of(er + ey - ez);
+    float* const facts = maxima + 8;  // read again where needed: registers are short
+    if (threadIdx.x == 0) {
+        facts[0] = u_share, facts[1] = z_share, facts[2] = er, facts[3] = ek, facts[4] = ez;
+        facts[5] = eu + ez;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const Halves l(sums, j, me);
+        const float in[2] = {exp2_approx(l.middle[0]), exp2_approx(l.middle[1])};
+        const float out[2] = {exp2_approx(l.rest[0]), exp2_approx(l.rest[1])};
+        if (me.strip == 0 && me.g == 0) {
+            float* const at = scales + 8 * (me.piece + j) + 2 * me.q;
+            *reinterpret_cast<float2*>(at) = make_float2(in[0], in[1]);
+            *reinterpret_cast<float2*>(at + SIDE) = make_float2(out[0], out[1]);
+        }
+#pragma unroll
+        for (int below = 0; below < 2; ++below) {
+            const int t = row + 8 * below;
+            const float L0 = L[j][2 * below] += l.before[0] - l.middle[0];
+            const float L1 = L[j][2 * below + 1] += l.before[1] - l.middle[1];
+            float2 pair = unpack_bf16(*pair_at(a_in, t, j, me));
+            pair.x *= exp2_approx(L0 - x[j][2 * below]);
+            pair.y *= exp2_approx(L1 - x[j][2 * below + 1]);
+            *pair_at(a_in, t, j, me) = pack_bf16(pair.x, pair.y);
+            *pair_at(a_start, t, j, me) = pack_f16(pair.x * in[0], pair.y * in[1]);
+
+            pair = unpack_bf16(*pair_at(r_in, t, j, me));
+            *pair_at(r_in, t, j, me) =
+                pack_bf16(pair.x * exp2_approx(L0 - er), pair.y * exp2_approx(L1 - er));
+
+            const float grow0 = exp2_approx(-L0), grow1 = exp2_approx(-L1);
+            pair = unpack_bf16(*pair_at(b_in, t, j, me));
+            pair.x *= grow0, pair.y *= grow1;
+            *pair_at(b_in, t, j, me) = pack_bf16(pair.x, pair.y);
+            *pair_at(b_end, t, j, me) = pack_f16(pair.x * out[0], pair.y * out[1]);
+
+            pair = unpack_bf16(*pair_at(k_in, t, j, me));
+            const float k_scale = power_of(-ek);
+            pair.x *= grow0 * k_scale, pair.y *= grow1 * k_scale;
+            *pair_at(k_in, t, j, me) = pack_bf16(pair.x, pair.y);
+            *pair_at(k_end, t, j, me) = pack_f16(pair.x * out[0], pair.y * out[1]);
+
+            pair = unpack_bf16(*pair_at(values, t, j, me));
+            scale_pair(pair, power_of(-ev));
+            *pair_at(values, t, j, me) = pack_f16(pair.x, pair.y);
+            pair = unpack_bf16(*pair_at(dy, t, j, me));
+            scale_pair(pair, power_of(-ey));
+            *pair_at(dy, t, j, me) = pack_f16(pair.x, pair.y);
+        }
+    }
+    rescale_rows(S, S_exponents, eu, row, me);
+    rescale_rows(dS, dS_exponents, ez, row, me);
+    __syncthreads();
+
+    // What the chunk reads, z, and the gradient of what it writes
+    clear(x);
+    add_product<F16, false>(x, a_start, S, me);
+    make_triangle<BF16, F16, false>(even, a_in, k_in, false, u_share, me);  // A_ak
+    add_triangle<F16, false>(x, even, values, me);
+    write_rows<F16>(z, x, row, me);
+    clear(x);
+    add_product<F16, false>(x, b_end, dS, me);
+    make_triangle<BF16, F16, true>(odd, b_in, r_in, true, z_share, me);  // A_rb^T
+    add_triangle<F16, true>(x, odd, dy, me);
+    write_rows<F16>(dz_first, x, row, me);
+    __syncthreads();
+
+    // u = X z, dz = X^T (that gradient)
+    NumbersOf<LaneOf<2>> grad_v;
+    clear(grad_v);
+    add_product<F16, false>(grad_v, k_end, dS, me);
+    named_barrier_sync(1 + me.strip, 64);
+    clear(x);
+    add_inverse<false>(x, blocks, z, me);
+    write_rows<F16>(u, x, row, me);
+    clear(x);
+    add_inverse<true>(x, blocks, dz_first, me);
+    __syncthreads();
+    write_rows<F16>(dz, x, row, me);
+    __syncthreads();
+
+    make_triangle<BF16, F16, true>(even, k_in, r_in, true, facts[1], me);  // A_rk^T
+    add_triangle<F16, true>(grad_v, even, dy, me);
+    make_triangle<BF16, F16, true>(odd, k_in, a_in, false, 1.0f, me);  // A_ak^T
+    add_triangle<F16, true>(grad_v, odd, dz, me);
+    const float v_scale = exp2_approx(facts[3] + facts[4]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) grad_v[j][e] *= v_scale;
+    store_rows<BF16>(dv + first, stride, staged, grad_v, row, chunk.left, me);
+
+    // da, dr: what the readers' gradients are, and their shares of the gradient of L
+    NumbersOf<LaneOf<2>> dL;
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+        const float share = pass ? facts[1] : 1.0f;
+        unsigned char* const own = pass ? dy : dz;
+        clear(x);
+        add_product<F16, true>(x, own, S, me);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float2 scale =
+                *reinterpret_cast<const float2*>(scales + 8 * (me.piece + j) + 2 * me.q);
+            const float in[2] = {scale.x * share, scale.y * share};
+#pragma unroll
+            for (int e = 0; e < 4; ++e) x[j][e] *= in[e & 1];
+        }
+        make_triangle<F16, BF16, false>(even, own, values, pass == 1, share * facts[0], me);
+        add_triangle<BF16, false>(x, even, k_in, me);
+        make_triangle<F16, BF16, false>(odd, own, u, pass == 1, share, me);
+        add_triangle<BF16, false>(x, odd, b_in, me);
+        unsigned char* const reader = pass ? r_in : a_in;
+        const float er = facts[2], log2_unit = facts[5];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int below = 0; below < 2; ++below) {
+                const int e = 2 * below;
+                const float2 factor = unpack_bf16(*pair_at(reader, row + 8 * below, j, me));
+                float2 outside = make_float2(L[j][e] - er, L[j][e + 1] - er);
+                if (pass == 0) {
+                    const float2 step = log2_step(w + first, stride / 2, row + 8 * below, j, chunk.left, me);
+                    outside = make_float2(L[j][e] - step.x, L[j][e + 1] - step.y);
+                    dL[j][e] = factor.x * x[j][e];
+                    dL[j][e + 1] = factor.y * x[j][e + 1];
+                } else {
+                    dL[j][e] = fmaf(factor.x, x[j][e], dL[j][e]);
+                    dL[j][e + 1] = fmaf(factor.y, x[j][e + 1], dL[j][e + 1]);
+                }
+                x[j][e] *= exp2_approx(outside.x + log2_unit);
+                x[j][e + 1] *= exp2_approx(outside.y + log2_unit);
+            }
+        store_rows<BF16>((pass ? dr : da) + first, stride, staged, x, row, chunk.left, me);
+        if (pass == 0) {
+            // L_before of a token is L of the one before: its share moves there. That of the warp's
+            // first row goes to an earlier warp.
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                if (me.g == 0)
+                    *reinterpret_cast<float2*>(totals + me.strip * SIDE + 8 * (me.piece + j) + 2 * me.q) =
+                        make_float2(dL[j][0], dL[j][1]);
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const float upper = __shfl_sync(ALL, dL[j][e], (me.lane + 4) & 31);
+                    const float lower = __shfl_sync(ALL, dL[j][e + 2], (me.lane + 4) & 31);
+                    dL[j][e] = me.g < 7 ? upper : lower;
+                    dL[j][e + 2] = me.g < 7 ? lower : 0.0f;
+                }
+            }
+        }
+    }
+
+    // dk, db: the writers' gradients
+    float ends[4][2];
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+        const float share = pass ? 1.0f : facts[0];
+        unsigned char* const own = pass ? u : values;
+        unsigned char* const writer = pass ? b_in : k_in;
+        clear(x);
+        add_product<F16, true>(x, own, dS, me);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float2 scale =
+                *reinterpret_cast<const float2*>(scales + SIDE + 8 * (me.piece + j) + 2 * me.q);
+            const float out[2] = {scale.x * share, scale.y * share};
+#pragma unroll
+            for (int e = 0; e < 4; ++e) x[j][e] *= out[e & 1];
+            const float2 upper = unpack_bf16(*pair_at(writer, row, j, me));
+            const float2 lower = unpack_bf16(*pair_at(writer, row + 8, j, me));
+            ends[j][0] = fmaf(upper.x, x[j][0], fmaf(lower.x, x[j][2], pass ? ends[j][0] : 0.0f));
+            ends[j][1] = fmaf(upper.y, x[j][1], fmaf(lower.y, x[j][3], pass ? ends[j][1] : 0.0f));
+        }
+        make_triangle<F16, BF16, true>(even, own, dy, true, share * facts[1], me);
+        add_triangle<BF16, true>(x, even, r_in, me);
+        make_triangle<F16, BF16, true>(odd, own, dz, false, share, me);
+        add_triangle<BF16, true>(x, odd, a_in, me);
+        const float grow = facts[5] - (pass ? 0.0f : facts[3]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int below = 0; below < 2; ++below) {
+                const int e = 2 * below;
+                const float2 factor = unpack_bf16(*pair_at(writer, row + 8 * below, j, me));
+                dL[j][e] = fmaf(-factor.x, x[j][e], dL[j][e]);
+                dL[j][e + 1] = fmaf(-factor.y, x[j][e + 1], dL[j][e + 1]);
+                x[j][e] *= exp2_approx(grow - L[j][e]);
+                x[j][e + 1] *= exp2_approx(grow - L[j][e + 1]);
+            }
+        store_rows<BF16>((pass ? db : dk) + first, stride, staged, x, row, chunk.left, me);
+    }
+
+    // dw: l_t is part of L from t on, and of what the chunk keeps
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const float* const at = scales + 8 * (me.piece + j) + 2 * me.q;
+        const float2 in = *reinterpret_cast<const float2*>(at);
+        const float2 out = *reinterpret_cast<const float2*>(at + SIDE);
+#pragma unroll
+        for (int below = 0; below < 2; ++below) {
+            const float2 s = unpack_f16(*pair_at(S, row + 8 * below, j, me));
+            const float2 ds = unpack_f16(*pair_at(dS, row + 8 * below, j, me));
+            ends[j][0] = fmaf(s.x * ds.x, in.x * out.x, ends[j][0]);
+            ends[j][1] = fmaf(s.y * ds.y, in.y * out.y, ends[j][1]);
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+#pragma unroll
+            for (int bits = 4; bits < 32; bits *= 2)
+                ends[j][e] += __shfl_xor_sync(ALL, ends[j][e], bits);
+    }
+    accumulate_back(dL, me);
+    if (me.g == 0)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            float* const at = totals + me.strip * SIDE + 8 * (me.piece + j) + 2 * me.q;
+            const float2 first_row = *reinterpret_cast<const float2*>(at);
+            *reinterpret_cast<float2*>(at) =
+                make_float2(dL[j][0] + first_row.x, dL[j][1] + first_row.y);
+            *reinterpret_cast<float2*>(at + 4 * SIDE) = make_float2(ends[j][0], ends[j][1]);
+        }
+    __syncthreads();
+    const float scale = exp2_approx(facts[5]) * LN_2;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        float2 after = make_float2(0.0f, 0.0f);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)  // dL of later warps, ends of all
+            if (i >= 4 || i > me.strip) {
+                const float2 part =
+                    *reinterpret_cast<const float2*>(totals + i * SIDE + 8 * (me.piece + j) + 2 * me.q);
+                after.x += part.x, after.y += part.y;
+            }
+#pragma unroll
+        for (int below = 0; below < 2; ++below) {
+            const int e = 2 * below;
+            const float2 step =
+                log2_step(w + first, stride / 2, row + 8 * below, j, chunk.left, me);
+            x[j][e] = (dL[j][e] + after.x) * step.x * scale;
+            x[j][e + 1] = (dL[j][e + 1] + after.y) * step.y * scale;
+        }
+    }
+    store_rows<BF16>(dw + first, stride, staged, x, row, chunk.left, me);
+}

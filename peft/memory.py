@@ -1,0 +1,377 @@
+"""What a training step will occupy, part by part, from sizes alone.
+
+Every part is a small function with its count in one place. Counts of activations are in numbers
+that a token keeps for each of its channels; they were counted by following every allocation of a
+model's forward and backward pass, and `python -m tests.bench_memory` sets them beside a GPU's
+measurements. What torch rounds up and CUDA's own memory are OUTSIDE and SLACK.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from peft.plan import Plan, stored_bytes, trained_sizes
+from peft.registry import ADAPTERS
+from rwkv.config import RWKVConfig
+from rwkv.training.strategy import BUCKET
+
+GIB = 2**30
+OUTSIDE = int(0.6 * GIB)  # CUDA's context, kernels and libraries, which torch does not count
+SLACK = 1.03  # what torch reserves over what it hands out, by the order of allocations
+
+# Kept by a block's time mix for each token and channel, beside the inputs of its linear layers and
+# the operator's own: with its small layers trained, and without. By version and whether the fused
+# kernels run; those of RWKV-6 are taken for as much as plain torch.
+TIME_MIX = {
+    (7, True): (18.0, 14.0),
+    (7, False): (26.4, 19.6),
+    (6, True): (17.9, 15.9),
+    (6, False): (17.9, 15.9),
+}
+# The same of the channel mix, beside relu's result and the inputs.
+CHANNEL_MIX = {(7, True): (1.0, 1.0), (7, False): (2.0, 1.0), (6, True): (3.0, 3.0)}
+CHANNEL_MIX[6, False] = (4.0, 3.0)
+WKV_BYTES = 8  # kept by the operator in bfloat16, bytes a token and channel
+# Tensors that a backward pass makes on its way: of the time mix's width, of the channel mix's.
+PASSING = {True: (8.0, 2.0), False: (10.0, 2.6)}
+HEAD_BYTES = {True: 2, False: 20}  # for each logit of a piece; fused kernels write in their place
+HEAD_PIECES = {True: 4, False: 1}  # times MAX_LOGITS at once
+MAX_LOGITS = 2**26  # of a piece, as in losses.logprobs
+QUANTIZING_BYTES = 14  # for each weight while its codes are made: itself, float32 copies
+KEEPS_INPUT = ("full", "lora", "dora", "dora_column", "bone", "pissa")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step runs on, beside the model and its plan.
+
+    rows, ctx_len: of a micro-batch on one device.
+    dtype: of the model.
+    chunk: tokens of a row that are walked at once; 0 for all.
+    packed: the rows of a micro-batch lie end to end in one, which chunks cut.
+    host_states: the states between chunks lie in host memory.
+    grad_cp: blocks are recomputed.
+    accumulate: micro-batches a step.
+    tuned_state: the initial states train.
+    fused: a GPU's fused kernels run.
+    fused_head: and the loss takes its gradient while the logits are there, as --sft does.
+    optim, strategy, world: --optim, --strategy, and the number of devices.
+    """
+
+    rows: int
+    ctx_len: int
+    dtype: torch.dtype = torch.bfloat16
+    chunk: int = 0
+    packed: bool = True
+    host_states: bool = False
+    grad_cp: bool = True
+    accumulate: int = 1
+    tuned_state: bool = False
+    fused: bool = True
+    fused_head: bool = True
+    optim: str = ""
+    strategy: str = "auto"
+    world: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Read at once."""
+        rows, length = self._walked
+        return rows * min(length, self.chunk or length)
+
+    @property
+    def borders(self) -> int:
+        """States that chunks hand on."""
+        rows, length = self._walked
+        return rows * (-(-length // self.chunk) - 1) if self.chunk else 0
+
+    @property
+    def _walked(self) -> tuple[int, int]:
+        """Rows and their length, as the model sees them."""
+        return (1, self.rows * self.ctx_len) if self.packed else (self.rows, self.ctx_len)
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO; 0 without DeepSpeed."""
+        return int(self.strategy.split("_")[2]) if self.strategy.startswith("deepspeed") else 0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes on one device.
+
+    rest: what lies there throughout a run, by part.
+    moments: what comes on top at each of the moments that can be the peak, by part.
+    host: in host memory, by part.
+    """
+
+    rest: dict[str, int]
+    moments: dict[str, dict[str, int]]
+    host: dict[str, int]
+
+    @property
+    def moment(self) -> str:
+        """When the peak is reached."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def peak(self) -> int:
+        """What torch will have handed out at once, at most."""
+        return sum(self.parts.values())
+
+    @property
+    def reserved(self) -> int:
+        """What torch will hold for it."""
+        return int(self.peak * SLACK)
+
+    @property
+    def needed(self) -> int:
+        """What a device must have."""
+        return self.reserved + OUTSIDE
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What the peak is made of."""
+        return self.rest | self.moments[self.moment]
+
+    @property
+    def largest(self) -> str:
+        """The largest of the parts."""
+        parts = self.parts
+        return max(parts, key=lambda name: parts[name])
+
+
+def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
+    """The memory of training this model by this plan."""
+    rest = weights(plan, step)
+    host: dict[str, int] = {}
+    kept_by_optimizer = optimizer(plan, step)
+    (host if step.strategy.endswith("offload") else rest)["optimizer"] = kept_by_optimizer
+    if step.stage in (1, 2):
+        rest["buckets of DeepSpeed"] = 2 * BUCKET * step.dtype.itemsize
+    gradient = gradients(plan, step)
+    states = states_between_chunks(config, step)
+    if step.host_states:
+        host["states between chunks"], states = states, 0
+    walked = {"between blocks": between_blocks(config, plan, step)}
+    if states:
+        walked["states between chunks"] = states
+    # The last block's backward pass finds all inputs and no gradient, the first block's the
+    # reverse; with several micro-batches the gradients of the earlier ones are there as well.
+    if step.accumulate > 1 or gradient > walked["between blocks"]:
+        walked["gradients"] = gradient
+        if step.accumulate == 1:
+            del walked["between blocks"]
+    block = {"blocks at work": blocks_at_work(config, plan, step)}
+    block["a weight unpacked"] = unpacked_weight(config, plan, step)
+    moments = {
+        "backward pass": walked | block,
+        "head": walked | {"logits": head(config, step)},
+        "optimizer step": {"gradients": gradient, "gradients in float32": widened(plan, step)},
+        "loading": {"a layer being stored": storing(plan)},
+    }
+    return Prediction(rest, moments, host)
+
+
+def trained_numbers(plan: Plan) -> int:
+    """How many numbers train."""
+    sizes = (shape for name in plan.layers for shape in trained_sizes(plan, name).values())
+    return sum(torch.Size(shape).numel() for shape in sizes)
+
+
+def weights(plan: Plan, step: Step) -> dict[str, int]:
+    """The base's weights by storage, and the adapters; ZeRO-3 scatters what is not packed."""
+    stored = stored_bytes(plan, step.dtype)
+    adapters = sum(
+        torch.Size(shape).numel() * step.dtype.itemsize
+        for name in plan.layers
+        if plan.plans[name].mode in ADAPTERS
+        for shape in trained_sizes(plan, name).values()
+    )
+    plain = str(step.dtype).removeprefix("torch.")
+    stored[plain] = stored.get(plain, 0) - adapters
+    named = {f"weights, {kind}": size for kind, size in stored.items() if size}
+    if step.stage == 3:
+        named[f"weights, {plain}"] //= step.world
+    return named | ({"adapters": adapters} if adapters else {})
+
+
+def gradients(plan: Plan, step: Step) -> int:
+    """Of all that trains, in the model's dtype; ZeRO-2 and 3 scatter them."""
+    size = trained_numbers(plan) * step.dtype.itemsize
+    return size // step.world if step.stage >= 2 else size
+
+
+def optimizer(plan: Plan, step: Step) -> int:
+    """The optimizer's means and, for parameters of fewer bits, float32 copies."""
+    numbers = trained_numbers(plan)
+    kind = step.optim.lower()
+    means = {"adamw8bit": 2.03, "adam8bit": 2.03, "lion": 4.0}.get(kind, 8.0)  # bytes each
+    size = int(numbers * (means + (4 if step.dtype != torch.float32 else 0)))
+    return size // step.world if step.stage else size
+
+
+def widened(plan: Plan, step: Step) -> int:
+    """Gradients in float32, which the optimizer's step makes for its float32 copies."""
+    if step.dtype == torch.float32 or step.strategy.endswith("offload"):
+        return 0
+    size = 4 * trained_numbers(plan)
+    return size // step.world if step.stage else size
+
+
+def learning_blocks(config: RWKVConfig, plan: Plan, step: Step) -> int:
+    """Blocks that a gradient reaches: from the first that something trains in, or before."""
+    trained = [name for name in plan.layers if trained_sizes(plan, name)]
+    if step.tuned_state or "emb" in trained:
+        return config.n_layer
+    numbers = [int(name.split(".")[1]) for name in trained if name.startswith("blocks.")]
+    return config.n_layer - min(numbers) if numbers else 0
+
+
+def trains_small(plan: Plan) -> bool:
+    """Whether norms and small vectors of any block train."""
+    return any(
+        layer.kind == "small" and name.startswith("blocks.") and plan.trains(name)
+        for name, layer in plan.layers.items()
+    )
+
+
+def kept_inputs(config: RWKVConfig, plan: Plan, part: str, *, already: tuple[str, ...] = ()) -> int:
+    """Numbers a token that a block's linear layers keep, of the block that keeps most.
+
+    Args:
+        config, plan: of the model.
+        part: att or ffn.
+        already: layers whose input something else keeps.
+    """
+    most = 0
+    for block in range(config.n_layer):
+        total = 0
+        for name, layer in plan.layers.items():
+            if not name.startswith(f"blocks.{block}.{part}.") or layer.kind != "linear":
+                continue
+            mine = plan.plans[name]
+            out_features, in_features = layer.shape
+            if mine.mode in KEEPS_INPUT and name.rpartition(".")[2] not in already:
+                total += in_features
+            if mine.mode in ("dora", "dora_column"):
+                total += out_features
+            if mine.mode in ADAPTERS:
+                total += mine.rank
+        most = max(most, total)
+    return most
+
+
+def kept_by_time_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
+    """What one block's time mix keeps for its backward pass."""
+    small = trains_small(plan)
+    counted = TIME_MIX[config.version, step.fused][0 if small else 1] * config.dim_att
+    already = ("value",) if small and config.version == 7 else ()
+    numbers = counted + kept_inputs(config, plan, "att", already=already)
+    own = WKV_BYTES * config.dim_att
+    return int(step.tokens * (numbers * step.dtype.itemsize + own))
+
+
+def kept_by_channel_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
+    """What one block's channel mix keeps for its backward pass.
+
+    The fused relu keeps its result, which is the input of the layer behind it.
+    """
+    small = trains_small(plan)
+    counted = CHANNEL_MIX[config.version, step.fused][0 if small else 1] * config.n_embd
+    already = ("value",) if step.fused else ()
+    numbers = counted + config.dim_ffn + kept_inputs(config, plan, "ffn", already=already)
+    return int(step.tokens * numbers * step.dtype.itemsize)
+
+
+def kept_by_block(config: RWKVConfig, plan: Plan, step: Step) -> int:
+    """What one block keeps for its backward pass."""
+    return kept_by_time_mix(config, plan, step) + kept_by_channel_mix(config, plan, step)
+
+
+def between_blocks(config: RWKVConfig, plan: Plan, step: Step) -> int:
+    """What all blocks keep until the backward pass reaches them, and the ends of the stream.
+
+    Recomputed blocks keep the inputs of their two halves, under ZeRO-3 that of the whole. Beside
+    them are the first layer's values, the hidden states, those that are scored, and their gradient.
+    """
+    vector = step.tokens * config.n_embd * step.dtype.itemsize
+    blocks = learning_blocks(config, plan, step)
+    ends = 4 * vector
+    if step.grad_cp:
+        return blocks * vector * (1 if step.stage == 3 else 2) + ends
+    return max(blocks - 1, 0) * kept_by_block(config, plan, step) + ends
+
+
+def blocks_at_work(config: RWKVConfig, plan: Plan, step: Step) -> int:
+    """A block, or the larger half of it, with what it keeps and its backward pass makes."""
+    of_time, of_channels = PASSING[step.fused]
+    vector = step.tokens * step.dtype.itemsize
+    passing = int(of_time * vector * config.dim_att), int(of_channels * vector * config.dim_ffn)
+    halves = kept_by_time_mix(config, plan, step), kept_by_channel_mix(config, plan, step)
+    if step.grad_cp and step.stage != 3:
+        return max(kept + made for kept, made in zip(halves, passing, strict=True))
+    return sum(halves) + max(passing)
+
+
+def states_between_chunks(config: RWKVConfig, step: Step) -> int:
+    """The states at the borders of chunks."""
+    wkv = config.n_head * config.head_size**2 * 4
+    shifts = 2 * config.n_embd * step.dtype.itemsize
+    return step.borders * config.n_layer * (wkv + shifts)
+
+
+def head(config: RWKVConfig, step: Step) -> int:
+    """The logits of one piece with what their backward pass makes."""
+    fused = step.fused and step.fused_head and step.dtype.itemsize == 2
+    largest = HEAD_PIECES[fused] * MAX_LOGITS
+    return min(largest, step.tokens * config.vocab_size) * HEAD_BYTES[fused]
+
+
+def unpacked_weight(config: RWKVConfig, plan: Plan, step: Step) -> int:
+    """The largest stored weight, dense for a product; fp8 transposes and rounds instead."""
+    most = 0
+    for name, layer in plan.layers.items():
+        quant = plan.plans[name].quant
+        if quant in (None, "none"):
+            continue
+        out_features, in_features = layer.shape
+        size = out_features * in_features * step.dtype.itemsize
+        if quant == "fp8":
+            size = out_features * in_features + step.tokens * max(layer.shape)
+        most = max(most, size)
+    return most
+
+
+def storing(plan: Plan) -> int:
+    """What the largest layer occupies while it is stored, at load."""
+    sizes = [
+        layer.shape[0] * layer.shape[1] * QUANTIZING_BYTES
+        for name, layer in plan.layers.items()
+        if plan.plans[name].quant not in (None, "none")
+    ]
+    return max(sizes, default=0)
+
+
+def table(prediction: Prediction) -> list[str]:
+    """The prediction in lines: parts of the peak, the other moments, the largest part."""
+    parts = prediction.parts
+    width = max(map(len, parts)) + 2
+    lines = ["predicted memory of a device, GiB:"]
+    lines += [f"  {name:<{width}}{size / GIB:8.2f}" for name, size in parts.items()]
+    lines.append(f"  {'peak':<{width}}{prediction.peak / GIB:8.2f}  in the {prediction.moment}")
+    rest = sum(prediction.rest.values())
+    others = [
+        f"{name} {(rest + sum(more.values())) / GIB:.2f}"
+        for name, more in prediction.moments.items()
+        if name != prediction.moment
+    ]
+    lines.append(f"  other moments: {', '.join(others)}")
+    if prediction.host:
+        host = ", ".join(f"{name} {size / GIB:.2f}" for name, size in prediction.host.items())
+        lines.append(f"  in host memory: {host}")
+    lines.append(
+        f"  a device needs {prediction.needed / GIB:.1f} GiB with what CUDA takes; the largest "
+        f"part is {prediction.largest}, {parts[prediction.largest] / GIB:.2f}"
+    )
+    return lines

@@ -1,0 +1,161 @@
+"""The smallest change of a run's flags that fits a given memory."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from peft.memory import GIB, Prediction, Step, predict
+from peft.plan import Plan, stored_bytes
+from rwkv.config import RWKVConfig
+from rwkv.errors import InputError
+
+UNITS = {"": 1, "B": 1, "MB": 10**6, "MIB": 2**20, "GB": 2**30, "GIB": 2**30, "G": 2**30}
+CHUNKS = (2048, 1024, 512, 256)
+STORAGES = ("fp8", "fp6", "fp5", "nf4")  # from the nearest to the weight to the smallest
+LEAST_RANK = 8
+
+
+class Choice(NamedTuple):
+    """A run that differs from the asked one by `words`."""
+
+    words: tuple[str, ...]
+    plan: Plan
+    step: Step
+
+
+Change = Callable[[Choice], Iterator[Choice]]
+
+
+def read_size(text: str) -> int:
+    """Bytes from words such as 24GB; cards are sold in GiB that are called GB.
+
+    Raises:
+        InputError: it is no size.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in UNITS:
+        raise InputError(f"--memory {text}: is no size; write 24GB, say")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def fewer_rows(run: Choice) -> Iterator[Choice]:
+    """--micro_bsz halved again and again."""
+    rows = run.step.rows // 2
+    while rows:
+        yield _changed(run, f"--micro_bsz {rows}", step=replace(run.step, rows=rows))
+        rows //= 2
+
+
+def recomputation(run: Choice) -> Iterator[Choice]:
+    """--grad_cp 1."""
+    if not run.step.grad_cp:
+        yield _changed(run, "--grad_cp 1", step=replace(run.step, grad_cp=True))
+
+
+def chunks(run: Choice) -> Iterator[Choice]:
+    """--infctx with chunks of fewer tokens."""
+    for chunk in CHUNKS:
+        if chunk < min(run.step.ctx_len, run.step.chunk or run.step.ctx_len):
+            words = f"--infctx 1 --chunk_ctx {chunk}"
+            yield _changed(run, words, step=replace(run.step, chunk=chunk))
+
+
+def fewer_bits(run: Choice) -> Iterator[Choice]:
+    """Frozen linear layers of the blocks in a smaller storage."""
+    for kind in STORAGES:
+        plans = dict(run.plan.plans)
+        for name, layer in run.plan.layers.items():
+            mine = plans[name]
+            if layer.kind == "linear" and name != "head" and mine.mode != "full":
+                plans[name] = replace(mine, quant=kind)
+        plan = replace(run.plan, plans=plans)
+        dtype = run.step.dtype
+        if sum(stored_bytes(plan, dtype).values()) < sum(stored_bytes(run.plan, dtype).values()):
+            yield _changed(run, f"--quant 1 --quant_mode {kind}", plan=plan)
+
+
+def smaller_optimizer(run: Choice) -> Iterator[Choice]:
+    """--optim AdamW8bit."""
+    if run.step.optim.lower() in ("", "adamw"):
+        yield _changed(run, "--optim AdamW8bit", step=replace(run.step, optim="AdamW8bit"))
+
+
+def adapters_alone(run: Choice) -> Iterator[Choice]:
+    """--limited_lora 1: no small layers beside the adapters."""
+    if run.plan.flags.limited_lora or not run.plan.flags.layer_profile:
+        return
+    plans = {
+        name: replace(mine, mode="freeze")
+        if run.plan.layers[name].kind == "small" and mine.mode == "full" and mine.train_small
+        else mine
+        for name, mine in run.plan.plans.items()
+    }
+    if plans != run.plan.plans:
+        yield _changed(run, "--limited_lora 1", plan=replace(run.plan, plans=plans))
+
+
+def lower_rank(run: Choice) -> Iterator[Choice]:
+    """Adapters of half the rank, and half of that."""
+    most = max(mine.rank for mine in run.plan.plans.values())
+    while most >= 2 * LEAST_RANK:
+        most //= 2
+        plans = {
+            name: replace(mine, rank=min(mine.rank, most)) for name, mine in run.plan.plans.items()
+        }
+        yield _changed(run, f"a rank of {most}", plan=replace(run.plan, plans=plans))
+
+
+CHANGES: tuple[Change, ...] = (
+    fewer_rows,
+    recomputation,
+    chunks,
+    fewer_bits,
+    smaller_optimizer,
+    adapters_alone,
+    lower_rank,
+)
+
+
+def what_fits(config: RWKVConfig, plan: Plan, step: Step, memory: int) -> str:
+    """One line: that the run fits, or the first change, or sum of changes, with which it would.
+
+    Args:
+        config, plan, step: of the run.
+        memory: bytes of the device.
+    """
+    asked = f"{memory / GIB:.1f} GiB"
+    run = Choice((), plan, step)
+    found = _predicted(config, run)
+    if found.needed <= memory:
+        return f"fits {asked}: needs {found.needed / GIB:.1f} GiB"
+    for change in CHANGES:
+        for other in change(run):
+            if _predicted(config, other).needed <= memory:
+                return f"does not fit {asked}; {_told(config, other)}"
+    for change in CHANGES:
+        for other in list(change(run)):
+            if _predicted(config, other).needed < _predicted(config, run).needed:
+                run = other
+            if _predicted(config, run).needed <= memory:
+                return f"does not fit {asked}; {_told(config, run)}"
+    least = _predicted(config, run).needed
+    return (
+        f"does not fit {asked} by any of these changes: {' '.join(run.words)} would need "
+        f"{least / GIB:.1f} GiB; spread it with --devices and --strategy deepspeed_stage_3"
+    )
+
+
+def _changed(
+    run: Choice, words: str, *, plan: Plan | None = None, step: Step | None = None
+) -> Choice:
+    return Choice((*run.words, words), plan or run.plan, step or run.step)
+
+
+def _predicted(config: RWKVConfig, run: Choice) -> Prediction:
+    return predict(config, run.plan, run.step)
+
+
+def _told(config: RWKVConfig, run: Choice) -> str:
+    needed = _predicted(config, run).needed
+    return f"fits with {' '.join(run.words)}: {needed / GIB:.1f} GiB"

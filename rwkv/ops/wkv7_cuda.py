@@ -1,0 +1,244 @@
+"""wkv7 in CUDA (cuda/wkv7.cu): chunks of 64 tokens on tensor cores, with parallelism over time.
+
+Forward: `wkv7_prepare` makes each chunk's affine map of the state, all chunks at once; `wkv7_scan`
+runs the states through these maps, value rows in parallel, and makes the outputs. Backward:
+`wkv7_reverse` runs the gradient of the state back through the same maps; `wkv7_gradient` makes all
+input gradients, all chunks at once. No atomics: results are the same in every run.
+
+Kept for backward beside the inputs, in bytes per token and channel: states 2, maps 2, readout 2,
+inverse 1.25, scales 0.13. Without gradients nothing is kept.
+
+Requires w <= -0.5, as RWKV-7 guarantees. Up to w = 0.9 the result is still right (the factors of
+half a chunk stay within float32); beyond that it is not defined.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv.ops import cuda_build
+
+C = N = 64  # tokens of a chunk, channels of a head: cuda/tiles.cuh
+BLOCKS, SCALARS, STAGES = 10 * 512, 68, 3  # cuda/wkv7.cu
+TILE = 2 * C * N
+SUMS = 4 * C * 4  # bytes of sums over each of four groups of rows, float32
+PREPARE_BYTES = 8 * TILE + BLOCKS + SUMS + 64  # of shared memory
+GRADIENT_BYTES = 13 * TILE + BLOCKS + 3 * SUMS + 2 * C * 4 + 128
+FEW_HEADS = 264  # below it a block of a scan owns 16 value rows of a head, from it on all 64
+
+
+class Kernels(NamedTuple):
+    """The compiled kernels of one device; scans by the number of warps of a block."""
+
+    prepare: cuda_build.Kernel
+    scan: dict[int, cuda_build.Kernel]
+    reverse: dict[int, cuda_build.Kernel]
+    gradient: cuda_build.Kernel
+
+
+_kernels: dict[torch.device, Kernels] = {}
+
+
+def load_kernels(device: torch.device) -> Kernels:
+    """Compile what is not compiled yet, and load it once a device."""
+    if device not in _kernels:
+        library = cuda_build.load("wkv7.cu", {}, device)
+
+        def stage(warp: int, warps: int) -> int:
+            return STAGES * (2 * TILE + 512 + warps * warp)
+
+        _kernels[device] = Kernels(
+            library.kernel("wkv7_prepare", "p" * 14 + "ii", PREPARE_BYTES),
+            {n: library.kernel("wkv7_scan", "p" * 10 + "ii", stage(4096, n)) for n in (1, 4)},
+            {n: library.kernel("wkv7_reverse", "p" * 9 + "ii", stage(2048, n)) for n in (1, 4)},
+            library.kernel("wkv7_gradient", "p" * 21 + "ii", GRADIENT_BYTES),
+        )
+    return _kernels[device]
+
+
+def why_not(sample: Tensor, packed: bool) -> str | None:
+    if sample.device.type != "cuda":
+        return f"needs a GPU, the tensors are on {sample.device}"
+    if sample.dtype != torch.bfloat16:
+        return f"computes in bfloat16, the tensors are {sample.dtype}"
+    if sample.shape[-1] != N:
+        return f"handles heads of {N} channels, not {sample.shape[-1]}"
+    if torch.cuda.get_device_capability(sample.device) < (8, 0):
+        return "needs compute capability 8.0 or more"
+    if reason := cuda_build.why_not():
+        return reason
+    index = sample.device.index
+    room = cuda_build.shared_memory(torch.cuda.current_device() if index is None else index)
+    if room < GRADIENT_BYTES:
+        return f"needs {GRADIENT_BYTES:,} bytes of shared memory a block, the GPU has {room:,}"
+    return None
+
+
+def run(
+    *,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    inputs = [x.contiguous() for x in (r, w, k, v, a, b, state)]
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(r.device, non_blocking=True)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    y, final, *_ = _forward(*inputs, cu_seqlens, keep)
+    return y, final
+
+
+def count_slots(B: int, T: int, cu_seqlens: Tensor | None) -> int:
+    """The number of slots of B rows of T tokens, or of one row that is packed.
+
+    Text q starts at slot cu_seqlens[q] // C + q, which leaves room for every length.
+    """
+    return B * -(-T // C) if cu_seqlens is None else T // C + cu_seqlens.shape[0] - 1
+
+
+def slot_owners(cu_seqlens: Tensor | None, slots: int) -> Tensor | None:
+    """The text of every slot, [slots], int32, made on the device; None unless packed."""
+    if cu_seqlens is None:
+        return None
+    texts = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
+    starts = cu_seqlens[:-1] // C + texts
+    slot = torch.arange(slots, device=cu_seqlens.device)
+    return torch.searchsorted(starts, slot, right=True, out_int32=True) - 1
+
+
+def _warps(sequences: int, H: int) -> int:
+    return 1 if sequences * H < FEW_HEADS else 4
+
+
+@torch.library.custom_op("rwkv::wkv7_cuda", mutates_args=())
+def _forward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return y, S_T and what `_backward` wants of all chunks, empty without `keep`: states and
+    their exponents, M, R, X and scalars."""
+    B, T, H, _ = r.shape
+    slots = count_slots(B, T, cu_seqlens)
+    kernels, owners = load_kernels(r.device), slot_owners(cu_seqlens, slots)
+    y, final = torch.empty_like(r), torch.empty_like(state)
+    transition, drive, readout = (
+        r.new_empty(slots, H, C, N, dtype=torch.float16) for _ in range(3)
+    )
+    scalars = r.new_empty(slots, H, SCALARS, dtype=torch.float32)
+    inverse = r.new_empty((slots, H, BLOCKS // 2) if keep else (0,), dtype=torch.float16)
+    states = r.new_empty((slots, H, N, N) if keep else (0,), dtype=torch.float16)
+    exponents = r.new_empty((slots, H, N) if keep else (0,), dtype=torch.float32)
+    kernels.prepare(
+        *(slots * H, 4 * 32),
+        *(r, w, k, v, a, b, y, transition, drive, readout, inverse if keep else None, scalars),
+        *(owners, cu_seqlens, T, H),
+    )
+    warps = _warps(len(state), H)
+    kernels.scan[warps](
+        *(len(state) * H * 4 // warps, 32 * warps),
+        *(state, transition, drive, readout, scalars, y),
+        *((states, exponents) if keep else (None, None)),
+        *(final, cu_seqlens, T, H),
+    )
+    if not keep:
+        transition, readout, scalars = (x.new_empty(0) for x in (transition, readout, scalars))
+    return y, final, states, exponents, transition, readout, inverse, scalars
+
+
+@_forward.register_fake
+def _(r, w, k, v, a, b, state, cu_seqlens, keep):
+    B, T, H, _ = r.shape
+    slots = count_slots(B, T, cu_seqlens)
+
+    def kept(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+        return r.new_empty((slots, H, *shape) if keep else (0,), dtype=dtype)
+
+    return (
+        torch.empty_like(r),
+        torch.empty_like(state),
+        kept(N, N),
+        kept(N, dtype=torch.float32),
+        kept(N, N),
+        kept(C, N),
+        kept(BLOCKS // 2),
+        kept(SCALARS, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("rwkv::wkv7_cuda_backward", mutates_args=())
+def _backward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    cu_seqlens: Tensor | None,
+    grad_y: Tensor,
+    grad_final: Tensor,
+    states: Tensor,
+    exponents: Tensor,
+    transition: Tensor,
+    readout: Tensor,
+    inverse: Tensor,
+    scalars: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of r, w, k, v, a, b and of the initial state."""
+    T, H = r.shape[1:3]
+    slots, sequences = len(states), len(grad_final)
+    kernels, owners = load_kernels(r.device), slot_owners(cu_seqlens, slots)
+    grad_states, grad_exponents = torch.empty_like(states), torch.empty_like(exponents)
+    grad_initial = torch.empty_like(grad_final)
+    dr, dw, dk, dv, da, db = (torch.empty_like(r) for _ in range(6))
+    warps = _warps(sequences, H)
+    kernels.reverse[warps](
+        *(sequences * H * 4 // warps, 32 * warps),
+        *(grad_final, transition, readout, scalars, grad_y),
+        *(grad_states, grad_exponents, grad_initial, cu_seqlens, T, H),
+    )
+    kernels.gradient(
+        *(slots * H, 8 * 32),
+        *(r, w, k, v, a, b, grad_y, states, exponents, grad_states, grad_exponents),
+        *(inverse, scalars, dr, dw, dk, dv, da, db, owners, cu_seqlens, T, H),
+    )
+    return dr, dw, dk, dv, da, db, grad_initial
+
+
+@_backward.register_fake
+def _(r, w, k, v, a, b, cu_seqlens, grad_y, grad_final, *kept):
+    return *(torch.empty_like(r) for _ in range(6)), torch.empty_like(grad_final)
+
+
+def _save(ctx, inputs, output):
+    *_, cu_seqlens, keep = inputs
+    y, final, *kept = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7], cu_seqlens, *(kept if keep else ()))
+    ctx.keep = keep
+
+
+def _differentiate(ctx, grad_y, grad_final, *_):
+    saved = ctx.saved_tensors  # asked for once: checkpointing recomputes them at each asking
+    *tensors, state, cu_seqlens = saved[:8]
+    kept = saved[8:]
+    if not ctx.keep:
+        _, _, *kept = _forward(*tensors, state, cu_seqlens, True)
+    grad_y = torch.zeros_like(tensors[0]) if grad_y is None else grad_y.contiguous()
+    grad_final = torch.zeros_like(state) if grad_final is None else grad_final.contiguous()
+    return *_backward(*tensors, cu_seqlens, grad_y, grad_final, *kept), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

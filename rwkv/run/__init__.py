@@ -1,0 +1,1 @@
+"""Put a run of train.py together from all folders."""

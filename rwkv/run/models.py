@@ -1,0 +1,115 @@
+"""The models of a run: what happens to each layer, the model itself, and a teacher."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from losses.flags import DistillationFlags
+from peft.adapter_file import load_adapter
+from peft.apply import load_frozen, load_with_profile, new_with_profile
+from peft.flags import PeftFlags, StateFlags
+from peft.plan import Plan, make_plan
+from peft.tuned_state import add_prefix, add_tuned_state
+from rwkv.checkpoint import fingerprint, read_tensors
+from rwkv.config import RWKVConfig
+from rwkv.errors import InputError
+from rwkv.flags import Settings
+from rwkv.model import RWKV
+from rwkv.training.flags import ModelFlags, OptimizerFlags, TrainerFlags
+from rwkv.training.schedule import check_rates
+from rwkv.training.strategy import chosen_device, chosen_dtype
+
+
+class Device(NamedTuple):
+    """Where the model lies and the dtype of its weights."""
+
+    kind: str
+    dtype: torch.dtype
+
+
+def choose_device(settings: Settings) -> Device:
+    """The device and dtype of a run; a dry run is content with a CPU in a GPU's place."""
+    flags = settings[TrainerFlags]
+    if flags.dry_run:
+        flags = replace(flags, accelerator="auto", devices=1)
+    kind = chosen_device(flags)
+    return Device(kind, chosen_dtype(flags, kind))
+
+
+def plan_layers(settings: Settings, config: RWKVConfig) -> Plan:
+    """What happens to every layer, from the sizes alone: wrong profiles stop here.
+
+    Raises:
+        InputError: the profile does not suit the model, or a learning rate is undefined.
+    """
+    flags, optimizer = settings[PeftFlags], settings[OptimizerFlags]
+    base = settings[ModelFlags].load_model
+    stored = read_tensors(base).quantized if base else {}
+    with torch.device("meta"):
+        plan = make_plan(
+            RWKV(config), flags, {layer: entry["storage"] for layer, entry in stored.items()}
+        )
+    check_rates(optimizer.lr_schedule, optimizer.lr_init, optimizer.lr_final, "--lr_final")
+    for name, layer in plan.plans.items():
+        if layer.mode != "freeze" and optimizer.lr_advanced:
+            first = optimizer.lr_init if layer.lr_init is None else layer.lr_init
+            last = optimizer.lr_final if layer.lr_final is None else layer.lr_final
+            check_rates(optimizer.lr_schedule, first, last, f"{layer.rule}: {name}")
+    return plan
+
+
+def build(settings: Settings, config: RWKVConfig, device: Device) -> tuple[RWKV, Plan, str]:
+    """The model with its stores and adapters in place, the plan, and the base's fingerprint."""
+    flags, peft = settings[ModelFlags], settings[PeftFlags]
+    if flags.load_model:
+        base = fingerprint(read_tensors(flags.load_model))
+        model, plan = load_with_profile(
+            flags.load_model, peft, device=device.kind, dtype=device.dtype, backend=flags.backend
+        )
+    else:
+        seed = settings[TrainerFlags].random_seed
+        base = f"new, seed {seed}"
+        model, plan = new_with_profile(
+            config, peft, device=device.kind, dtype=device.dtype, backend=flags.backend, seed=seed
+        )
+    start = settings[StateFlags]
+    if start.state:
+        add_tuned_state(model)
+    if start.prefix_tuning:
+        add_prefix(model, start.prefix_token_len)
+    if peft.load_adapter:
+        load_adapter(model, peft.load_adapter, base=base)
+    model.grad_cp = settings[TrainerFlags].grad_cp
+    return model, plan, base
+
+
+def building_place(settings: Settings, config: RWKVConfig, device: Device) -> Device:
+    """Where the model is built: for ZeRO-3 in the host's memory, from where it is scattered.
+
+    Quantized weights are not scattered, and quantizing needs the GPU's speed.
+    """
+    if not settings[TrainerFlags].strategy.startswith("deepspeed_stage_3"):
+        return device
+    plans = plan_layers(settings, config).plans.values()
+    stored = any(plan.quant not in (None, "none") for plan in plans)
+    return device if stored else device._replace(kind="cpu")
+
+
+def load_teacher(settings: Settings, config: RWKVConfig, device: Device) -> RWKV | None:
+    """The model of --teacher_model, frozen, or None without one.
+
+    Raises:
+        InputError: the file is wrong, or its vocabulary is not the student's.
+    """
+    path = settings[DistillationFlags].teacher_model
+    if not path:
+        return None
+    backend = settings[ModelFlags].backend
+    teacher = load_frozen(path, device=device.kind, dtype=device.dtype, backend=backend)
+    if teacher.config.vocab_size != config.vocab_size:
+        raise InputError(
+            f"--teacher_model {path}: has a vocabulary of {teacher.config.vocab_size:,}, the "
+            f"student's is {config.vocab_size:,}; distillation needs one vocabulary"
+        )
+    return teacher

@@ -1,0 +1,95 @@
+"""What a run is going to do: its steps, and the lines printed before it begins."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from data.batch_plan import BatchPlan
+from data.flags import DataFlags
+from peft.flags import StateFlags
+from peft.plan import Plan
+from peft.plan import describe as describe_layers
+from peft.tuned_state import describe_prefix, describe_state
+from rwkv.config import RWKVConfig
+from rwkv.flags import Settings
+from rwkv.ops.backends import describe_choice
+from rwkv.run.batches import Batches
+from rwkv.run.models import Device
+from rwkv.tokenizer import Tokenizer
+from rwkv.training.flags import ModelFlags, TrainerFlags
+
+
+class Steps(NamedTuple):
+    """The run in optimizer steps.
+
+    total: steps of the run.
+    epochs: step -> number of the epoch that ends there and is saved.
+    """
+
+    total: int
+    epochs: dict[int, int]
+
+
+def count_steps(flags: TrainerFlags, plan: BatchPlan) -> Steps:
+    """The optimizer steps of a run and where its epochs end.
+
+    An epoch is --epoch_steps micro-batches of a device, rounded up to whole optimizer steps, or
+    one pass over the data.
+    """
+    if flags.epoch_steps:
+        ends = [
+            -(-flags.epoch_steps * (epoch + 1) // plan.accumulate)
+            for epoch in range(flags.epoch_count)
+        ]
+    else:
+        ends = [plan.steps_per_pass * (epoch + 1) for epoch in range(flags.epoch_count)]
+    every, last = max(flags.epoch_save, 1), flags.epoch_count - 1
+    saved = [e for e in range(flags.epoch_count) if (e + 1) % every == 0 or e == last]
+    return Steps(ends[-1], {ends[e]: flags.epoch_begin + e for e in saved})
+
+
+class Run(NamedTuple):
+    """All that is known of a run before its model is loaded."""
+
+    settings: Settings
+    config: RWKVConfig
+    layers: Plan
+    batches: Batches
+    steps: Steps
+    device: Device
+    tokenizer: Tokenizer
+
+
+def describe(run: Run) -> Iterable[str]:
+    """The plan of a run: model, kernel, what trains, data and steps."""
+    settings, config, layers, batches, steps, device, _ = run
+    plan = batches.training
+    data, trainer = settings[DataFlags], settings[TrainerFlags]
+    dtype = str(device.dtype).removeprefix("torch.")
+    yield (
+        f"model: {config.name}, head size {config.head_size}, vocabulary {config.vocab_size:,}, "
+        f"{dtype} on {device.kind}"
+    )
+    yield describe_choice(
+        f"wkv{config.version}",
+        (1, plan.micro_bsz * data.ctx_len, config.n_head, config.head_size),
+        device=device.kind,
+        dtype=device.dtype,
+        packed=plan.packing,
+        backend=settings[ModelFlags].backend,
+    )
+    yield from describe_layers(layers, device.dtype)
+    start = settings[StateFlags]
+    if start.state:
+        yield describe_state(config)
+    if start.prefix_tuning:
+        yield describe_prefix(config, start.prefix_token_len)
+    report = ", ".join(f"{name} {count:,}" for name, count in plan.pieces.report.items() if count)
+    yield f"data: {report}"
+    yield (
+        f"rows: {plan.rows_per_pass:,} of {plan.pieces.room:,} tokens, {plan.fill:.0%} full; "
+        f"{plan.rows_per_step} a step"
+    )
+    yield (
+        f"run: {steps.total:,} steps, {steps.total / plan.steps_per_pass:.2f} passes over the "
+        f"data, strategy {trainer.strategy}, into {trainer.proj_dir}"
+    )

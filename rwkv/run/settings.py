@@ -1,0 +1,66 @@
+"""The flags of train.py, and which of them contradict each other."""
+
+from pathlib import Path
+
+from data.flags import DataFlags, IterateFlags, PairFlags
+from losses.flags import ChunkFlags, DistillationFlags, SFTFlags
+from losses.objectives import check_distillation, chosen_objective
+from losses.preference_flags import PREFERENCE_FLAGS
+from peft.flags import PeftFlags, StateFlags
+from rwkv.errors import InputError
+from rwkv.flags import Settings
+from rwkv.training.flags import EvaluationFlags, ModelFlags, OptimizerFlags, TrainerFlags
+
+FLAGS = (
+    ModelFlags,
+    SFTFlags,
+    DistillationFlags,
+    *PREFERENCE_FLAGS,
+    DataFlags,
+    PairFlags,
+    IterateFlags,
+    PeftFlags,
+    StateFlags,
+    TrainerFlags,
+    OptimizerFlags,
+    ChunkFlags,
+    EvaluationFlags,
+)
+
+
+def check(settings: Settings) -> None:
+    """Stop at values that are wrong by themselves, before anything heavy is imported.
+
+    Raises:
+        InputError: the message names the flag and the mend.
+    """
+    if chosen_objective(settings) == "distillation":
+        check_distillation(settings[DistillationFlags])
+    trainer, model = settings[TrainerFlags], settings[ModelFlags]
+    for name in ("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "epoch_count"):
+        if getattr(trainer, name) < 1:
+            raise InputError(f"--{name} {getattr(trainer, name)}: must be at least 1")
+    if model.load_model and not Path(model.load_model).exists():
+        raise InputError(f"--load_model {model.load_model}: no such file; check the path")
+    if trainer.gpu_memory < 0:
+        raise InputError(f"--gpu_memory {trainer.gpu_memory}: must be above 0, or 0 for no limit")
+    optim = settings[OptimizerFlags].optim
+    if trainer.strategy.startswith("deepspeed") and "8bit" in optim:
+        raise InputError(
+            f"--optim {optim}: its blocks do not fit the pieces of --strategy {trainer.strategy}; "
+            "use --optim adamw, or --strategy ddp"
+        )
+    if trainer.strategy.endswith("offload") and optim == "lion":
+        raise InputError(
+            f"--optim lion: --strategy {trainer.strategy} steps AdamW in the host's memory; "
+            "use --optim adamw, or a strategy without _offload"
+        )
+    prompts = settings[EvaluationFlags].val_prompts
+    if prompts and not Path(prompts).is_file():
+        raise InputError(f"--val_prompts {prompts}: no such file; it has one prompt a line")
+    if settings[StateFlags].prefix_token_len < 1:
+        raise InputError(
+            f"--prefix_token_len {settings[StateFlags].prefix_token_len}: must be at least 1"
+        )
+    if model.fla and model.kernel not in ("auto", "fla"):
+        raise InputError(f"--fla 1: contradicts --kernel {model.kernel}; keep one of them")

@@ -1,0 +1,204 @@
+"""Time of the fused kernels, beside the formulas in plain torch, as a table.
+
+    python -m tests.bench_fused
+    python -m tests.bench_fused --shape 4,4096,2560 --frozen
+    python -m tests.bench_fused --device cpu --shape 1,64,128
+
+Columns: milliseconds forward and backward (median), in how many times the time of the formulas;
+the tensors of the shape's size that must be read and written, and their time at the measured
+copy speed as a share of the time taken (GPU only). Rows that contain matrix products of their own
+are marked; their products' bytes are not counted. With --frozen no parameter has a gradient.
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rwkv import cli
+from rwkv.errors import InputError
+from rwkv.ops import fused
+from rwkv.ops.activation import gated_sum, squared_relu
+from rwkv.ops.head_output import head_output6, head_output7
+from rwkv.ops.norm_mix import norm_shift_mix, norm_shift_mix_by_data
+from rwkv.ops.wkv7_inputs import wkv7_inputs
+from tests import bench_wkv
+
+N = 64
+RANK = 32  # of RWKV-6's mixes
+
+
+class Row(NamedTuple):
+    """One fusion: its call, what has gradients, and the tensors moved forward and backward."""
+
+    name: str
+    run: Callable[[], Sequence[Tensor]]
+    leaves: list[Tensor]
+    forward: int
+    backward: int
+
+
+def rows(B: int, T: int, C: int, device: str, dtype: torch.dtype, frozen: bool) -> Iterator[Row]:
+    """The fusions, one at a time, so that only one's tensors are held."""
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+    def parameter(*shape: int) -> nn.Parameter:
+        value = torch.rand(shape, device=device, dtype=dtype)
+        return nn.Parameter(value, requires_grad=not frozen)
+
+    def large(count: int, width: int = C) -> list[Tensor]:
+        return [tensor(B, T, width) for _ in range(count)]
+
+    norm = nn.LayerNorm(C, device=device, dtype=dtype).requires_grad_(not frozen)
+    heads = nn.GroupNorm(C // N, C, device=device, dtype=dtype).requires_grad_(not frozen)
+    shift = torch.zeros(B, C, device=device, dtype=dtype)
+
+    def row(
+        name: str, run: Callable[[], Sequence[Tensor]], given: Sequence[Tensor], *moved: int
+    ) -> Row:
+        return Row(name, run, [x for x in given if x.requires_grad], *moved)
+
+    for M, name in ((6, "v7"), (1, "v7 channels"), (2, "v6 channels")):
+        (x,), mixes = large(1), [parameter(C) for _ in range(M)]
+
+        def mix(x: Tensor = x, mixes: list[nn.Parameter] = mixes) -> Sequence[Tensor]:
+            stream, mixed, _ = norm_shift_mix(x, norm, shift, mixes, None)
+            return stream, *mixed
+
+        yield row(f"norm_mix, {name}", mix, [x, *norm.parameters(), *mixes], 1 + M, 3 + M)
+
+    (x,), mixes = large(1), [parameter(C) for _ in range(6)]
+    low, high = parameter(C, 5 * RANK), parameter(5, RANK, C)
+    low.data *= C**-0.5
+
+    def by_data() -> Sequence[Tensor]:
+        stream, mixed, _ = norm_shift_mix_by_data(
+            x, norm, shift, mixes[0], low, high, mixes[1:], None
+        )
+        return stream, *mixed
+
+    given = [x, *norm.parameters(), *mixes, low, high]
+    yield row("norm_mix by data, v6 (products)", by_data, given, 13, 22)
+
+    names = ("r", "k", "v", "v_first", "decay", "iclr", "value")
+    inputs = dict(zip(names, large(7), strict=True))
+    inputs |= {name: parameter(C) for name in ("w0", "a0", "v0", "k_k", "k_a")}
+    inputs["r_k"] = parameter(C // N, N)
+    yield row("wkv7_inputs", lambda: wkv7_inputs(**inputs), [*inputs.values()], 12, 22)
+
+    y, v = (tensor(B, T, C // N, N) for _ in range(2))
+    bonus, (gate,) = tensor(B, T, C // N), large(1)
+    given = [y, bonus, v, gate, *heads.parameters()]
+    yield row("head_output, v7", lambda: [head_output7(y, heads, bonus, v, gate)], given, 4, 7)
+    given = [y, gate, *heads.parameters()]
+    yield row("head_output, v6", lambda: [head_output6(y, heads, gate)], given, 3, 5)
+
+    hidden = large(1, 4 * C)
+    yield row("squared_relu, 4 C", lambda: [squared_relu(*hidden)], hidden, 8, 12)
+    three = large(3)
+    yield row("gated_sum, v6 channels", lambda: [gated_sum(*three)], three, 4, 5)
+
+
+@contextlib.contextmanager
+def formulas() -> Iterator[None]:
+    """Run the plain formulas, whatever the device."""
+    usual = fused.uses_kernels
+    fused.uses_kernels = lambda *_: False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        fused.uses_kernels = usual
+
+
+def milliseconds(run: Callable[[], object], device: str, repeats: int) -> float:
+    """The median time of a run; on a GPU without that of launching, for the GPU is kept waiting."""
+    if device == "cpu":
+        return bench_wkv.milliseconds(run, device, repeats)
+    run(), run()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(2_000_000)  # clock ticks, about a millisecond
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def measure(row: Row, device: str, repeats: int) -> tuple[float, float]:
+    """Milliseconds forward, without gradients, and backward."""
+    with torch.no_grad():
+        forward = milliseconds(row.run, device, repeats)
+    outputs = [x for x in row.run() if x.requires_grad]
+    flows = [torch.randn_like(x) for x in outputs]
+
+    def backward() -> None:
+        torch.autograd.grad(outputs, row.leaves, flows, retain_graph=True)
+
+    return forward, milliseconds(backward, device, repeats)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench_fused",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--shape", default="8,4096,2048", metavar="B,T,C")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--frozen", action="store_true", help="no parameter has a gradient")
+    parser.add_argument("--repeats", type=int, default=20)
+    options = parser.parse_args(argv)
+    gpu = options.device == "cuda"
+    if gpu and not torch.cuda.is_available():
+        raise InputError("--device cuda: this machine has no GPU that PyTorch can use")
+    try:
+        B, T, C = (int(size) for size in options.shape.split(","))
+    except ValueError:
+        raise InputError(f"--shape {options.shape}: is not B,T,C such as 8,4096,2048") from None
+    if C % N:
+        raise InputError(f"--shape {options.shape}: C is no multiple of {N}")
+
+    dtype = getattr(torch, options.dtype)
+    speed = bench_wkv.copy_speed("cuda") if gpu else None
+    where = "CPU"
+    if speed is not None:
+        where = f"{torch.cuda.get_device_name()}, copies at {speed / 1e9:.2f} TB/s"
+    print(
+        f"B,T,C = {options.shape}, {options.dtype}, parameters "
+        f"{'frozen' if options.frozen else 'trained'}, {where}, torch {torch.__version__}\n"
+    )
+    print(
+        "| fusion | forward ms | formulas / it | backward ms | formulas / it | tensors moved | "
+        "share of copy speed |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    size = B * T * C * dtype.itemsize
+    for row in rows(B, T, C, options.device, dtype, options.frozen):
+        forward, backward = measure(row, options.device, options.repeats)
+        with formulas():
+            plain_forward, plain_backward = measure(row, options.device, options.repeats)
+        share = ""
+        if speed is not None:
+            least = (row.forward * size / speed, row.backward * size / speed)
+            share = f"{least[0] / forward:.0%}, {least[1] / backward:.0%}"
+        print(
+            f"| {row.name} | {forward:.3f} | {plain_forward / forward:.1f} | {backward:.3f} | "
+            f"{plain_backward / backward:.1f} | {row.forward}, {row.backward} | {share} |",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

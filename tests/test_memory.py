@@ -1,0 +1,318 @@
+"""The memory planner: by hand, against every allocation of a small model, and on a GPU."""
+
+import json
+import sys
+import types
+import weakref
+from dataclasses import replace
+
+import bench_memory
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train
+from losses import logprobs
+from peft import memory
+from peft.apply import random_with_profile
+from peft.flags import PeftFlags
+from peft.memory import GIB, Step, kept_by_block, predict
+from peft.memory_fit import read_size, what_fits
+from peft.plan import Plan, make_plan
+from rwkv.config import LowRanks, RWKVConfig
+from rwkv.errors import InputError, RunError
+from rwkv.model import RWKV
+from rwkv.ops import wkv6, wkv7
+from rwkv.run.memory import compared
+from rwkv.training.measure import Measured
+
+C, V = 128, 64
+
+
+def config_of(version: int = 7, layers: int = 2) -> RWKVConfig:
+    return RWKVConfig(
+        version=version, n_layer=layers, n_embd=C, dim_ffn=4 * C, vocab_size=V, head_size=64,
+        ranks=LowRanks(8, 8, 8, 8, 8),
+    )  # fmt: skip
+
+
+def flags_of(tmp_path, mode: str = "lora", *, limited: bool = False, **keys) -> PeftFlags:
+    rule = {"match": "blocks.*", "mode": mode, **keys}
+    if mode != "full":
+        rule["rank"] = 8
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({"rules": [rule]}))
+    return PeftFlags(layer_profile=str(path), limited_lora=limited)
+
+
+def plan_of(tmp_path, config: RWKVConfig | None = None, mode: str = "lora", **keys) -> Plan:
+    with torch.device("meta"):
+        return make_plan(RWKV(config or config_of()), flags_of(tmp_path, mode, **keys))
+
+
+def test_the_counts_of_losses_are_known():
+    assert memory.MAX_LOGITS == logprobs.MAX_LOGITS
+
+
+def test_weights_and_optimizer_by_hand(tmp_path):
+    """One LoRA of rank 8 over [128, 128] beside frozen rest: 2048 numbers."""
+    config = config_of(layers=1)
+    path = tmp_path / "p.json"
+    rules = [
+        {"match": "*", "mode": "freeze"},
+        {"match": "blocks.0.att.key", "mode": "lora", "rank": 8, "quant": "int8"},
+    ]
+    path.write_text(json.dumps({"rules": rules}))
+    with torch.device("meta"):
+        model = RWKV(config)
+        plan = make_plan(model, PeftFlags(layer_profile=str(path), limited_lora=True))
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    found = predict(config, plan, Step(1, 16))
+    assert found.rest["adapters"] == 2 * 2048
+    assert found.rest["weights, int8"] == C * C + 4 * C
+    assert found.rest["weights, bfloat16"] == 2 * (numbers - C * C)
+    assert found.rest["optimizer"] == (4 + 8) * 2048
+    step = found.moments["optimizer step"]
+    assert (step["gradients"], step["gradients in float32"]) == (2 * 2048, 4 * 2048)
+    spread = predict(config, plan, Step(1, 16, strategy="deepspeed_stage_2", world=4))
+    assert spread.rest["optimizer"] == 3 * 2048
+    offloaded = predict(config, plan, Step(1, 16, strategy="deepspeed_stage_2_offload"))
+    assert offloaded.host == {"optimizer": 12 * 2048} and "optimizer" not in offloaded.rest
+
+
+class LivingBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operations made and that still live."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.now, self.sizes = 0, {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.sizes[tensor.untyped_storage()._cdata] = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.sizes:
+                    self.sizes[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._drop, key)
+        return out
+
+    def _drop(self, key: int) -> None:
+        self.now -= self.sizes.pop(key, 0)
+
+
+class Operator(torch.autograd.Function):
+    """Keeps for the backward pass what wkv in Triton keeps."""
+
+    @staticmethod
+    def forward(ctx, state, v, *others):
+        own = torch.empty(memory.WKV_BYTES * v.numel(), dtype=torch.uint8)
+        ctx.save_for_backward(state, v, *others, own)
+        return torch.zeros_like(v), torch.zeros_like(state)
+
+
+@pytest.fixture
+def operator(monkeypatch):
+    """The name of a backend that runs `Operator`."""
+    module = types.ModuleType("operator_of_test_memory")
+    module.why_not = lambda sample, packed: None
+    module.run = lambda **tensors: Operator.apply(
+        tensors["state"],
+        tensors["v"],
+        *(t for n, t in tensors.items() if n not in ("state", "v", "cu_seqlens") and t is not None),
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for op in (wkv6, wkv7):
+        monkeypatch.setitem(op.BACKENDS, "traced", module.__name__)
+    return "traced"
+
+
+def kept(config: RWKVConfig, flags: PeftFlags, backend: str, tokens: int, grad_cp: bool) -> int:
+    """Bytes alive after the forward pass over a packed text."""
+    model, _ = random_with_profile(config, flags, dtype=torch.bfloat16, backend=backend)
+    model.grad_cp = grad_cp
+    text = torch.randint(V, (1, tokens))
+    with LivingBytes(model) as living:
+        hidden = model(text, None, torch.tensor([0, tokens]))[0]
+        assert hidden.requires_grad
+        return living.now
+
+
+@pytest.mark.parametrize(
+    ("mode", "limited"),
+    [("lora", False), ("lora", True), ("bone", False), ("miss", False), ("dora", False),
+     ("full", False)],
+    ids=["lora", "limited", "bone", "miss", "dora", "full"],
+)  # fmt: skip
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_block_keeps_what_is_counted(tmp_path, operator, version, mode, limited):
+    flags, tokens = flags_of(tmp_path, mode, limited=limited), 512
+    three, two = (
+        kept(config_of(version, layers), flags, operator, tokens, False) for layers in (3, 2)
+    )
+    config = config_of(version, 3)
+    with torch.device("meta"):
+        plan = make_plan(RWKV(config), flags)
+    state = 4 * config.n_head * config.head_size**2  # of the operator's input
+    counted = kept_by_block(config, plan, Step(1, tokens, fused=False)) + state
+    assert counted == pytest.approx(three - two, rel=0.03)
+
+
+def test_a_recomputed_block_keeps_what_is_counted(tmp_path, operator):
+    flags, tokens = flags_of(tmp_path), 512
+    three, two = (kept(config_of(7, layers), flags, operator, tokens, True) for layers in (3, 2))
+    plans = [plan_of(tmp_path, config_of(7, layers)) for layers in (3, 2)]
+    counted = [
+        memory.between_blocks(config_of(7, layers), plan, Step(1, tokens))
+        for layers, plan in zip((3, 2), plans, strict=True)
+    ]
+    state = 4 * 2 * 64**2
+    assert counted[0] - counted[1] == pytest.approx(three - two, abs=2 * state)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"rows": 2}, {"ctx_len": 8192}, {"grad_cp": False}, {"accumulate": 2}],
+    ids=str,
+)
+def test_more_work_needs_more_memory(tmp_path, more):
+    config, plan, step = config_of(), plan_of(tmp_path), Step(1, 4096)
+    assert predict(config, plan, replace(step, **more)).peak > predict(config, plan, step).peak
+
+
+@pytest.mark.parametrize(
+    "less",
+    [{"chunk": 256}, {"chunk": 256, "host_states": True}, {"optim": "AdamW8bit"}],
+    ids=str,
+)
+def test_less_at_once_needs_less_memory(tmp_path, less):
+    config, plan, step = config_of(), plan_of(tmp_path), Step(4, 4096)
+    assert predict(config, plan, replace(step, **less)).peak < predict(config, plan, step).peak
+
+
+def test_chunks_cut_the_packed_row(tmp_path):
+    """4 rows of 1,024 tokens: 1 row of 4,096 in 16 chunks, or each row in 4."""
+    config, plan = config_of(), plan_of(tmp_path)
+    packed, padded = (Step(4, 1024, chunk=256, packed=packed) for packed in (True, False))
+    assert (packed.tokens, packed.borders) == (256, 15)
+    assert (padded.tokens, padded.borders) == (1024, 12)
+    state = 4 * 2 * 64**2 + 2 * 2 * C  # two heads in float32, two shifts in bfloat16
+    assert memory.states_between_chunks(config, packed) == 15 * 2 * state
+    assert predict(config, plan, padded).peak > predict(config, plan, packed).peak
+
+
+def test_blocks_below_the_first_that_trains_keep_nothing(tmp_path):
+    config = config_of(layers=4)
+    path = tmp_path / "p.json"
+    rules = [{"match": "*", "mode": "freeze"}, {"match": "blocks.3.*", "mode": "lora", "rank": 8}]
+    path.write_text(json.dumps({"rules": rules}))
+    with torch.device("meta"):
+        plan = make_plan(RWKV(config), PeftFlags(layer_profile=str(path)))
+    step = Step(1, 64)
+    assert memory.learning_blocks(config, plan, step) == 1
+    assert memory.learning_blocks(config, plan, replace(step, tuned_state=True)) == 4
+    assert memory.learning_blocks(config, plan_of(tmp_path, config), step) == 4
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A plan of the 1.5B shape: LoRA over bfloat16, everything kept."""
+    config = bench_memory.config_of_shape("1.5B")
+    plan = plan_of(tmp_path_factory.mktemp("large"), config)
+    return config, plan, Step(8, 4096, grad_cp=False)
+
+
+@pytest.mark.parametrize(
+    ("step", "memory_gib", "words"),
+    [
+        ({}, 400, "fits 400.0 GiB: needs"),
+        ({"rows": 8}, 30, "does not fit 30.0 GiB; fits with --micro_bsz 2: "),
+        ({"rows": 1}, 15, "does not fit 15.0 GiB; fits with --grad_cp 1: "),
+        ({"rows": 1, "grad_cp": True, "ctx_len": 65536}, 12, "fits with --infctx 1 --chunk_ctx "),
+        ({"rows": 1, "grad_cp": True, "ctx_len": 256}, 4.6, "fits with --quant 1 --quant_mode "),
+        ({"rows": 8}, 4, "--micro_bsz 1 --grad_cp 1 --infctx 1 --chunk_ctx "),
+        ({"rows": 8}, 1, "by any of these changes: --micro_bsz 1 --grad_cp 1 "),
+    ],
+    ids=["as it is", "rows", "recomputation", "chunks", "storage", "together", "never"],
+)
+def test_the_first_change_that_fits_is_named(large, step, memory_gib, words):
+    config, plan, full = large
+    told = what_fits(config, plan, replace(full, **step), int(memory_gib * GIB))
+    assert words in told, told
+
+
+def test_what_is_named_does_fit(large):
+    """The number told is that of the changed run, and below the limit."""
+    config, plan, full = large
+    told = what_fits(config, plan, full, 30 * GIB)
+    needed = predict(config, plan, replace(full, rows=2)).needed / GIB
+    assert told.endswith(f"--micro_bsz 2: {needed:.1f} GiB") and needed <= 30
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * GIB), ("1.5 GiB", 1.5 * GIB), ("800MB", 8e8), ("12G", 12 * GIB)],
+)
+def test_sizes_are_read(text, size):
+    assert read_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["much", "24 parsecs", "-1GB", ""])
+def test_what_is_no_size_is_said(text):
+    with pytest.raises(InputError, match=f"--memory {text}: is no size; write 24GB, say"):
+        read_size(text)
+
+
+SMALL = {
+    "sft": 1, "my_testing": "x070", "n_layer": 2, "n_embd": 64, "vocab_size": 65536, "ctx_len": 64,
+    "train_data_file": "example/SFT/samples.jsonl",
+}  # fmt: skip
+
+
+def dry(tmp_path, **more) -> list[str]:
+    values = SMALL | {"cache_dir": tmp_path} | more
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def test_a_dry_run_prints_the_memory(tmp_path, capsys):
+    assert train.main(dry(tmp_path, dry_run=1, memory="24GB", accelerator="cpu")) == 0
+    told = capsys.readouterr().err
+    assert "predicted memory of a device, GiB:" in told and "the largest part is" in told
+    assert "--memory 24GB: fits 24.0 GiB: needs" in told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_verifying_needs_a_gpu(tmp_path):
+    with pytest.raises(RunError, match="--dry_run verify: measures a GPU, and torch finds none"):
+        train.main(dry(tmp_path, dry_run="verify"))
+
+
+def test_prediction_and_measurement_side_by_side(tmp_path):
+    config = config_of()
+    found = predict(config, plan_of(tmp_path), Step(1, 64))
+    lines = list(compared(found, Measured(*[GIB] * 8, seconds=1.0)))
+    assert [line.split("  ")[0] for line in lines[1:-1]] == [
+        "weights and adapters", "at most while loading", "optimizer", "gradients",
+        "forward and backward", "optimizer step", "peak", "reserved",
+    ]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [1, 4, 6, 8, 11, 12])
+def test_predictions_are_within_a_tenth(number):
+    setting = bench_memory.SETTINGS[number]
+    config = bench_memory.config_of_shape(setting.shape)
+    _, prediction = bench_memory.planned(setting, config)
+    found = bench_memory.measured(setting, config)
+    assert prediction.peak == pytest.approx(found.peak, rel=0.1)
+
+
+@pytest.mark.gpu
+def test_two_steps_are_measured_by_a_dry_run(tmp_path, capsys):
+    assert train.main(dry(tmp_path, dry_run="verify")) == 0
+    assert "measured" in capsys.readouterr().err
