@@ -145,7 +145,7 @@ class _Place:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, x: Tensor) -> "Tensor | _Kept":
-        if not x.is_floating_point():  # token ids: small, and a part of the batch
+        if not x.is_floating_point() or x.device.type != self._device.type:  # token ids: small
             return x
         host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
         with torch.cuda.stream(self._stream):

@@ -448,7 +448,7 @@ def test_a_tuned_state_is_loaded(model_file, tmp_path, version):
     with pytest.raises(InputError, match="has the states of 1 layers, the model has 2; name a"):
         opened(path, state=tmp_path / "half.pth")
     write_tensors(tmp_path / "odd.pth", {name: tensor[:2] for name, tensor in state.items()})
-    with pytest.raises(InputError, match=r"time_state is \[2, 8, 8\], the model's heads ask for"):
+    with pytest.raises(InputError, match=r"time_state is \[2, 8, 8\], the model asks for"):
         opened(path, state=tmp_path / "odd.pth")
     with pytest.raises(InputError, match="holds no time_state; name a file of a tuned state"):
         opened(path, state=path)
