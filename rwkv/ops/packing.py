@@ -61,3 +61,14 @@ def check_packing(op: str, cu_seqlens: Tensor, B: int, T: int) -> None:
         )
     if sum(lengths) != T:
         raise ValueError(f"{op}: cu_seqlens covers {sum(lengths)} tokens, T is {T}")
+
+
+def count_slots(B: int, T: int, cu_seqlens: Tensor | None, C: int) -> int:
+    """The number of chunks of C tokens to make room for, known without reading cu_seqlens.
+
+    That of B rows of T tokens, or of one row that is packed: there text q begins at chunk
+    cu_seqlens[q] // C + q, which leaves room for texts of any lengths.
+    """
+    if cu_seqlens is None:
+        return B * -(-T // C)
+    return T // C + cu_seqlens.shape[0] - 1

@@ -16,13 +16,6 @@ from torch import Tensor
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def count_slots(B: int, T: int, cu_seqlens: Tensor | None, C: int) -> int:
-    """The number of slots of B rows of T tokens, or of one row that is packed."""
-    if cu_seqlens is None:
-        return B * triton.cdiv(T, C)
-    return T // C + cu_seqlens.shape[0] - 1
-
-
 def slot_owners(cu_seqlens: Tensor | None, slots: int, C: int) -> Tensor | None:
     """The text of every slot, [slots], int32, made on the device; None unless packed."""
     if cu_seqlens is None:

@@ -18,7 +18,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from rwkv.ops.triton_chunks import count_slots, slot_owners
+from rwkv.ops.packing import count_slots
+from rwkv.ops.triton_chunks import slot_owners
 from rwkv.ops.wkv6_triton_kernels import (
     drive_kernel,
     gradient_kernel,

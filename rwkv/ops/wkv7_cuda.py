@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from rwkv.ops import cuda_build
+from rwkv.ops.kept import register_gradient
+from rwkv.ops.packing import count_slots
 
 C = N = 64  # tokens of a chunk, channels of a head: cuda/tiles.cuh
 BLOCKS, SCALARS, STAGES = 10 * 512, 68, 3  # cuda/wkv7.cu
@@ -94,14 +96,6 @@ def run(
     return y, final
 
 
-def count_slots(B: int, T: int, cu_seqlens: Tensor | None) -> int:
-    """The number of slots of B rows of T tokens, or of one row that is packed.
-
-    Text q starts at slot cu_seqlens[q] // C + q, which leaves room for every length.
-    """
-    return B * -(-T // C) if cu_seqlens is None else T // C + cu_seqlens.shape[0] - 1
-
-
 def slot_owners(cu_seqlens: Tensor | None, slots: int) -> Tensor | None:
     """The text of every slot, [slots], int32, made on the device; None unless packed."""
     if cu_seqlens is None:
@@ -131,7 +125,7 @@ def _forward(
     """Return y, S_T and what `_backward` wants of all chunks, empty without `keep`: states and
     their exponents, M, R, X and scalars."""
     B, T, H, _ = r.shape
-    slots = count_slots(B, T, cu_seqlens)
+    slots = count_slots(B, T, cu_seqlens, C)
     kernels, owners = load_kernels(r.device), slot_owners(cu_seqlens, slots)
     y, final = torch.empty_like(r), torch.empty_like(state)
     transition, drive, readout = (
@@ -161,7 +155,7 @@ def _forward(
 @_forward.register_fake
 def _(r, w, k, v, a, b, state, cu_seqlens, keep):
     B, T, H, _ = r.shape
-    slots = count_slots(B, T, cu_seqlens)
+    slots = count_slots(B, T, cu_seqlens, C)
 
     def kept(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
         return r.new_empty((slots, H, *shape) if keep else (0,), dtype=dtype)
@@ -222,23 +216,4 @@ def _(r, w, k, v, a, b, cu_seqlens, grad_y, grad_final, *kept):
     return *(torch.empty_like(r) for _ in range(6)), torch.empty_like(grad_final)
 
 
-def _save(ctx, inputs, output):
-    *_, cu_seqlens, keep = inputs
-    y, final, *kept = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7], cu_seqlens, *(kept if keep else ()))
-    ctx.keep = keep
-
-
-def _differentiate(ctx, grad_y, grad_final, *_):
-    saved = ctx.saved_tensors  # asked for once: checkpointing recomputes them at each asking
-    *tensors, state, cu_seqlens = saved[:8]
-    kept = saved[8:]
-    if not ctx.keep:
-        _, _, *kept = _forward(*tensors, state, cu_seqlens, True)
-    grad_y = torch.zeros_like(tensors[0]) if grad_y is None else grad_y.contiguous()
-    grad_final = torch.zeros_like(state) if grad_final is None else grad_final.contiguous()
-    return *_backward(*tensors, cu_seqlens, grad_y, grad_final, *kept), None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradient(_forward, _backward)

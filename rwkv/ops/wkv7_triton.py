@@ -21,7 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkv.ops import triton_chunks
-from rwkv.ops.triton_chunks import count_slots, slot_owners
+from rwkv.ops.kept import register_gradient
+from rwkv.ops.packing import count_slots
+from rwkv.ops.triton_chunks import slot_owners
 from rwkv.ops.wkv7_triton_kernels import (
     gradient_kernel,
     prepare_kernel,
@@ -243,23 +245,4 @@ def _(
     return *(torch.empty_like(r) for _ in range(6)), torch.empty_like(grad_final)
 
 
-def _save(ctx, inputs, output):
-    *_, cu_seqlens, keep = inputs
-    y, final, *kept = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7], cu_seqlens, *(kept if keep else ()))
-    ctx.keep = keep
-
-
-def _differentiate(ctx, grad_y, grad_final, *_):
-    saved = ctx.saved_tensors  # asked for once: checkpointing recomputes them at each asking
-    *tensors, state, cu_seqlens = saved[:8]
-    kept = saved[8:]
-    if not ctx.keep:
-        _, _, *kept = _forward(*tensors, state, cu_seqlens, True)
-    grad_y = torch.zeros_like(tensors[0]) if grad_y is None else grad_y.contiguous()
-    grad_final = torch.zeros_like(state) if grad_final is None else grad_final.contiguous()
-    return *_backward(*tensors, cu_seqlens, grad_y, grad_final, *kept), None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradient(_forward, _backward)

@@ -1,0 +1,40 @@
+"""The gradient of wkv7 operators whose forward pass may keep what their backward pass wants."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def register_gradient(forward: Any, backward: Callable[..., tuple[Tensor, ...]]) -> None:
+    """Make a custom operator differentiable.
+
+    Args:
+        forward: a torch.library.custom_op of (r, w, k, v, a, b, state, cu_seqlens, keep) that
+            returns y, S_T and, if `keep` says so, what `backward` wants; empty tensors otherwise.
+            Where nothing was kept, it runs again in the backward pass.
+        backward: (r, w, k, v, a, b, cu_seqlens, gradient of y, gradient of S_T, *kept) -> the
+            gradients of the first six and of the state.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *_, cu_seqlens, keep = inputs
+        _, _, *kept = output
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:7], cu_seqlens, *(kept if keep else ()))
+        ctx.keep = keep
+
+    def differentiate(
+        ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # asked for once: checkpointing recomputes them at each asking
+        *tensors, state, cu_seqlens = saved[:8]
+        kept = saved[8:]
+        if not ctx.keep:
+            _, _, *kept = forward(*tensors, state, cu_seqlens, True)
+        grad_y = torch.zeros_like(tensors[0]) if grad_y is None else grad_y.contiguous()
+        grad_final = torch.zeros_like(state) if grad_final is None else grad_final.contiguous()
+        return *backward(*tensors, cu_seqlens, grad_y, grad_final, *kept), None, None
+
+    forward.register_autograd(differentiate, setup_context=save)
