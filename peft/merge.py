@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from peft.flags import QUANT_ALIASES, QUANT_MODES
 from rwkv.errors import InputError
 
-TOLERANCE = 1e-3  # nats
+TOLERANCE = 1e-2  # nats; rounding to bfloat16 alone costs the quickstart's base model 1.3e-3
 QUANT_TOLERANCE = 0.3  # nats; nf4 costs the quickstart's base model 0.11 on random tokens
 
 if TYPE_CHECKING:
