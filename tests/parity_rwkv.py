@@ -5,8 +5,8 @@ that cannot see ours:
 
     python -m pip install --no-deps --target .venv/parity rwkv==0.8.32
 
-Tests call `ask_peer`. As a program, `python tests/parity_rwkv.py FOLDER` writes
-tests/golden/logits.json anew, from the models in FOLDER/models and from random ones.
+Tests call `ask_peer`, benchmarks `time_peer`. As a program, `python tests/parity_rwkv.py FOLDER`
+writes tests/golden/logits.json anew, from the models in FOLDER/models and from random ones.
 """
 
 import importlib.metadata
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +70,76 @@ def ask_peer(
             raise RuntimeError(f"the package rwkv failed:\n{done.stderr[-2000:]}")
         with np.load(answer) as arrays:
             return PeerAnswer(arrays["logits"], arrays["written"].tolist())
+
+
+class PeerSpeed(NamedTuple):
+    """answers: so many prompts were answered. read, wrote: seconds for each, on average."""
+
+    answers: int
+    read: float
+    wrote: float
+
+
+def time_peer(
+    model: Path,
+    *,
+    prompt_tokens: int,
+    tokens: int,
+    seconds: float,
+    strategy: str,
+    own_kernels: bool = False,
+) -> PeerSpeed:
+    """Let the package continue prompts one after the other, always with the likeliest token.
+
+    Args:
+        model: a .pth file of version 7.
+        prompt_tokens: of each prompt.
+        tokens: to write after each.
+        seconds: no further prompt is begun after this time.
+        strategy: where and in what it computes, in the package's words, such as "cuda bf16".
+        own_kernels: whether it compiles and uses its CUDA kernels.
+    """
+    question = {
+        "timed": str(Path(model).resolve()),
+        "prompt_tokens": prompt_tokens,
+        "tokens": tokens,
+        "seconds": seconds,
+        "strategy": strategy,
+        "own_kernels": own_kernels,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, json.dumps(question)]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the package rwkv failed:\n{done.stderr[-2000:]}\n{INSTALL}")
+    return PeerSpeed(*json.loads(done.stdout.splitlines()[-1]))
+
+
+def _time(question: dict[str, Any]) -> None:
+    """In the subprocess: print what `time_peer` returns."""
+    sys.path.insert(0, str(PEER))
+    cuda = str(int(question["own_kernels"]))
+    os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON=cuda)
+    from rwkv.model import RWKV
+
+    model = RWKV(model=question["timed"].removesuffix(".pth"), strategy=question["strategy"])
+
+    def answer(prompt_tokens: int, tokens: int) -> tuple[float, float]:
+        start = time.perf_counter()
+        logits, state = model.forward(list(range(1, prompt_tokens + 1)), None)
+        token = int(logits.argmax())
+        read = time.perf_counter()
+        for _ in range(tokens - 1):
+            logits, state = model.forward([token], state)
+            token = int(logits.argmax())
+        return read - start, time.perf_counter() - read
+
+    answer(8, 8)
+    times: list[tuple[float, float]] = []
+    while sum(map(sum, times)) < question["seconds"]:
+        times.append(answer(question["prompt_tokens"], question["tokens"]))
+    read, wrote = (sum(column) / len(times) for column in zip(*times, strict=True))
+    sys.stdout.write(json.dumps([len(times), read, wrote]) + "\n")
 
 
 def _answer(question: dict[str, Any]) -> None:
@@ -135,6 +206,7 @@ def write_golden(assets: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1].startswith("{"):
-        _answer(json.loads(sys.argv[1]))
+        asked = json.loads(sys.argv[1])
+        (_time if "timed" in asked else _answer)(asked)
     else:
         write_golden(Path(sys.argv[1]))
