@@ -119,7 +119,7 @@ def add_product(out: Tensor, low: Tensor, factor: Tensor) -> None:
     if uses_kernels(out):
         from peft import low_rank_triton
 
-        if low.shape[1] in low_rank_triton.RANKS and out.is_contiguous():
+        if low_rank_triton.fits(out, low.shape[1]):
             low_rank_triton.add_product(out, low.contiguous(), factor)
             return
     out.addmm_(low, factor)

@@ -8,8 +8,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = COLUMNS = 128  # of a tile
-RANKS = (16, 32, 64, 128, 256)
+# Tile and warps by bytes of a number and rank: what fits into 99 KiB of shared memory and leaves no
+# register to memory on sm_90. Wider float32 factors find no such tile.
+LAUNCH = {
+    (2, 16): {"ROWS": 128, "COLUMNS": 128, "num_warps": 8},
+    (2, 32): {"ROWS": 128, "COLUMNS": 128, "num_warps": 8},
+    (2, 64): {"ROWS": 128, "COLUMNS": 128, "num_warps": 8},
+    (2, 128): {"ROWS": 128, "COLUMNS": 128, "num_warps": 8},
+    (2, 256): {"ROWS": 64, "COLUMNS": 64, "num_warps": 4},
+    (4, 16): {"ROWS": 64, "COLUMNS": 64, "num_warps": 4},
+    (4, 32): {"ROWS": 64, "COLUMNS": 64, "num_warps": 4},
+    (4, 64): {"ROWS": 64, "COLUMNS": 64, "num_warps": 8},
+}
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -41,15 +51,15 @@ def _add_product_kernel(
     tl.store(at, total.to(out.dtype.element_ty), mask=rows & columns)
 
 
+def fits(out: Tensor, rank: int) -> bool:
+    """Whether the kernel handles this dtype and rank, and out as it lies in memory."""
+    return (out.dtype.itemsize, rank) in LAUNCH and out.is_contiguous()
+
+
 def add_product(out: Tensor, low: Tensor, factor: Tensor) -> None:
     """out [T, N] += low [T, R] factor [R, N], all of one dtype; out and low contiguous."""
     (T, N), R = out.shape, low.shape[1]
-    grid = (triton.cdiv(T, ROWS) * triton.cdiv(N, COLUMNS),)
+    launch = LAUNCH[out.dtype.itemsize, R]
+    grid = (triton.cdiv(T, launch["ROWS"]) * triton.cdiv(N, launch["COLUMNS"]),)
     with torch.cuda.device_of(out):
-        _add_product_kernel[grid](
-            *(out, low, factor, T, N, *factor.stride()),
-            R=R,
-            ROWS=ROWS,
-            COLUMNS=COLUMNS,
-            num_warps=8,
-        )
+        _add_product_kernel[grid](out, low, factor, T, N, *factor.stride(), R=R, **launch)
