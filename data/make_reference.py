@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from rwkv.runner import add_model_arguments, open_model
+    from rwkv.runner import add_model_arguments, add_storage_arguments, open_model, storage_of
 
     parser = argparse.ArgumentParser(
         prog="python -m data.make_reference",
@@ -36,13 +36,14 @@ def main(argv: list[str] | None = None) -> int:
         "--batch_tokens", type=int, default=16384, help="tokens that the model reads at once"
     )
     add_model_arguments(parser)
+    add_storage_arguments(parser)
     add_template_arguments(parser)
     parser.add_argument("--cache_dir", default="~/.cache/rwkv-lm-rlhf", help="see train.py")
     options = parser.parse_args(argv)
 
     from data.pair_records import PAIRS
     from data.pair_store import PairStore
-    from data.reference_scores import Scorer, file_fingerprint
+    from data.reference_scores import Scorer, file_fingerprint, storage_words
     from data.store_cache import StoreSettings, open_store
     from rwkv.checkpoint import fingerprint, read_tensors
 
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     scorer = Scorer(
         fingerprint(read_tensors(options.load_model)),
         file_fingerprint(options.adapter) if options.adapter else "",
+        storage_words(storage_of(model)),
     )
     for folder in store.folders:
         made = score_folder(model, folder, scorer, options.batch_tokens)

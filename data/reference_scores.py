@@ -1,14 +1,16 @@
 """Reference scores beside a store of pairs: which model gave them, and whether they are still true.
 
     reference-KEY.npy    float32 [records, 2]: log-probability of the chosen and the rejected answer
-    reference-KEY.json   the model, adapter and tokens that KEY stands for
+    reference-KEY.json   the model, adapter and storage that KEY stands for
 
-KEY is a hash of model, adapter and tokens; the tokens depend on text, template and tokenizer. While
-scores are being made the array is `reference-KEY.part.npy` with nan for what is to be done.
+KEY is a hash of model, adapter, storage and tokens; the tokens depend on text, template and
+tokenizer. While scores are being made the array is `reference-KEY.part.npy` with nan for what is
+to be done.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,20 +23,38 @@ from rwkv.files import replacing
 
 @dataclass(frozen=True)
 class Scorer:
-    """The reference model: fingerprints of the base and of the adapter, "" for none."""
+    """The reference model: fingerprints of the base and of the adapter, "" for none.
+
+    storage: a fingerprint of what is kept in fewer bits, "" for nothing; see `storage_words`.
+    """
 
     model: str
     adapter: str = ""
+    storage: str = ""
 
     @property
     def words(self) -> str:
         """For messages."""
-        return f"model {self.model}" + (f" with adapter {self.adapter}" if self.adapter else "")
+        adapter = f" with adapter {self.adapter}" if self.adapter else ""
+        return f"model {self.model}{adapter}" + (f" in {self.storage}" if self.storage else "")
 
     def key(self, content: str) -> str:
         """What names the scores of a store with that fingerprint."""
-        text = json.dumps([self.model, self.adapter, content])
+        text = json.dumps([self.model, self.adapter, self.storage, content])
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def storage_words(kinds: Mapping[str, str]) -> str:
+    """What tells one storage of a model from another, such as "nf4-1b9c"; "" for no stored layer.
+
+    Args:
+        kinds: the word of each layer that is kept in fewer bits.
+    """
+    if not kinds:
+        return ""
+    text = json.dumps(sorted(kinds.items()))
+    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return f"{'+'.join(sorted(set(kinds.values())))}-{digest}"
 
 
 def file_fingerprint(path: Path | str) -> str:
@@ -108,7 +128,8 @@ def read_scores(folder: Path, scorer: Scorer) -> np.ndarray:
     known = Scorer(**json.loads(others[-1].read_text()))
     raise DataError(
         f"{folder}: its reference scores are of {known.words}, this run starts from "
-        f"{scorer.words}; run python -m data.make_reference with the model of this run"
+        f"{scorer.words}; run python -m data.make_reference with the model of this run, and its "
+        "--layer_profile, --quant and --quant_mode where it stores weights in fewer bits"
     )
 
 

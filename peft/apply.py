@@ -146,24 +146,32 @@ def load_frozen(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     backend: str = "auto",
+    storage: PeftFlags | None = None,
 ) -> RWKV:
     """Load a model that nothing trains; what a quantized file stores in few bits stays so.
 
     Args:
         path, device, dtype, backend: as for load_with_profile.
+        storage: flags whose run stores more of it so, as that run does; None for none.
 
     Raises:
-        InputError: the file is wrong.
+        InputError: the file is wrong, or the profile does not suit the model.
         RuntimeError: a package that a store needs is missing.
     """
     tensors = read_tensors(path)
     with torch.device("meta"):
         model = RWKV(config_of(tensors), backend)
+    quantized = {layer: entry["storage"] for layer, entry in tensors.quantized.items()}
+    plan = None if storage is None else make_plan(model, storage, quantized)
 
     def placed(parameter: str) -> None:
         name = parameter.removesuffix(".weight")
-        if name in tensors.quantized:
+        if name in quantized:
             _restore(model, name, tensors, device, dtype)
+        elif plan is not None and name in plan.layers and plan.layers[name].kind == "linear":
+            layer = model.get_submodule(name)
+            assert isinstance(layer, Linear)
+            _store(layer, plan, name)
 
     fill(model, tensors, device=device, dtype=dtype, placed=placed)
     return model.requires_grad_(False).eval()

@@ -12,7 +12,11 @@ class WeightStore(Protocol):
     """A frozen weight [out, in] kept in fewer bits. Implementations live in peft/.
 
     It is a module without parameters, so that it moves with the model and trains nothing.
+
+    kind: the word for its format, such as nf4.
     """
+
+    kind: str
 
     def forward_product(self, x: Tensor) -> Tensor:
         """x W^T, without history: [..., in] -> a new tensor [..., out]."""

@@ -43,11 +43,31 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kernel", default="auto", help="backend of the wkv operator (auto)")
 
 
+def add_storage_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --layer_profile, --quant, --quant_mode and --quant_head: the storage of a run."""
+    from peft.flags import QUANT_ALIASES, QUANT_MODES
+
+    group = parser.add_argument_group("storage, as of the run that takes the scores")
+    group.add_argument("--layer_profile", default="", help="of the run; its adapters do nothing")
+    group.add_argument("--quant", type=int, choices=(0, 1), default=0, help="as for train.py")
+    group.add_argument("--quant_mode", choices=(*QUANT_MODES, *QUANT_ALIASES), default="nf4")
+    group.add_argument("--quant_head", type=int, choices=(0, 1), default=0)
+
+
+def storage_of(model: "RWKV") -> dict[str, str]:
+    """The word of each layer that a model keeps in fewer bits."""
+    from rwkv.linear import Linear
+
+    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, Linear))
+    return {name: layer.store.kind for name, layer in layers if layer.store is not None}
+
+
 def open_model(options: argparse.Namespace, *, merged: bool = False) -> "tuple[RWKV, Tokenizer]":
     """The frozen model and tokenizer that the flags of `add_model_arguments` name.
 
     Args:
-        options: the parsed flags. The model's file may be a quantized one.
+        options: the parsed flags, with those of `add_storage_arguments` or without. The model's
+            file may be a quantized one.
         merged: put the adapter into the weights, which makes single tokens faster and changes the
             numbers by the rounding of the weights' dtype; else it stays beside them, as it was
             trained. Quantized weights are left as they are.
@@ -58,6 +78,7 @@ def open_model(options: argparse.Namespace, *, merged: bool = False) -> "tuple[R
     import torch
 
     from peft.apply import load_frozen
+    from peft.flags import PeftFlags
     from rwkv.checkpoint import config_of, read_tensors
     from rwkv.ops import wkv6, wkv7
     from rwkv.tokenizer import load_tokenizer
@@ -70,7 +91,17 @@ def open_model(options: argparse.Namespace, *, merged: bool = False) -> "tuple[R
     dtype = getattr(torch, name)
     config = config_of(read_tensors(options.load_model))
     tokenizer = load_tokenizer(options.tokenizer or None, config.vocab_size)
-    model = load_frozen(options.load_model, device=device, dtype=dtype, backend=options.kernel)
+    storage = None
+    if getattr(options, "layer_profile", "") or getattr(options, "quant", 0):
+        storage = PeftFlags(
+            layer_profile=options.layer_profile,
+            quant=bool(options.quant),
+            quant_mode=options.quant_mode,
+            quant_head=bool(options.quant_head),
+        )
+    model = load_frozen(
+        options.load_model, device=device, dtype=dtype, backend=options.kernel, storage=storage
+    )
     if options.adapter:
         put_adapter(model, options.load_model, options.adapter, options.alpha, merged=merged)
     if options.state:

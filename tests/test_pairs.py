@@ -22,6 +22,7 @@ from data.records import DataError
 from data.reference_scores import Scorer, open_unfinished
 from data.store_cache import StoreSettings, open_store
 from data.upstream_pairs import TokenPair, write_save
+from peft.stores import STORES
 from rwkv.checkpoint import write_tensors
 from rwkv.config import RWKVConfig, default_ranks
 from rwkv.errors import InputError
@@ -227,15 +228,17 @@ def test_a_plan_visits_each_pair_once(tmp_path, settings):
     assert np.array(counts).sum(axis=0)[0] == 20
 
 
-def save_model(path: Path, seed: int = 3, version: int = 7) -> Path:
+def save_model(
+    path: Path, seed: int = 3, version: int = 7, n_embd: int = 32, head_size: int = 16
+) -> Path:
     config = RWKVConfig(
         version=version,
         n_layer=2,
-        n_embd=32,
-        dim_ffn=64,
+        n_embd=n_embd,
+        dim_ffn=2 * n_embd,
         vocab_size=256,
-        head_size=16,
-        ranks=default_ranks(version, 32),
+        head_size=head_size,
+        ranks=default_ranks(version, n_embd),
     )
     model = RWKV(config)
     initialize(model, seed=seed)
@@ -336,10 +339,50 @@ def test_dpo_starts_at_log_two(folder, tmp_path, base, more):
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-3)
 
 
-@pytest.mark.parametrize("quant", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("quant", STORES)
 def test_dpo_starts_at_log_two_over_stored_weights(folder, tmp_path, quant):
     words = flags(folder, tmp_path, "dpo", epoch_count=1, quant=1, quant_mode=quant)
     assert run(words, tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "fp5"])
+def test_scores_belong_to_a_storage(folder, tmp_path, quant):
+    """Norms train beside the adapters: the scores must be of the weights as the run stores them."""
+    profile = {"rules": [{"match": "blocks.*", "mode": "lora", "rank": 4, "quant": quant}]}
+    (tmp_path / "profile.json").write_text(json.dumps(profile))
+    data = write(tmp_path / "own.jsonl", RECORDS)
+    more: dict[str, object] = {"cache_dir": tmp_path / "cache"}
+    make_reference.main(reference_words(folder, data, **more))
+    words = flags(
+        folder,
+        tmp_path / "run",
+        "dpo",
+        rlhf_train_file=data,
+        cache_dir=tmp_path / "cache",
+        layer_profile=tmp_path / "profile.json",
+        epoch_count=1,
+    )
+    with pytest.raises(DataError, match=f"are of model .* this run starts from .* in {quant}-"):
+        train.main(words)
+    more["layer_profile"] = tmp_path / "profile.json"
+    make_reference.main(reference_words(folder, data, **more))
+    first = run(words, tmp_path / "run")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["auto", "cuda", "triton", "fla", "torch"])
+def test_dpo_starts_at_log_two_on_every_kernel(tmp_path, kernel):
+    """In bfloat16, with scores from a file, heads of 64."""
+    save_model(tmp_path / "base.pth", n_embd=128, head_size=64)
+    data = write(tmp_path / "own.jsonl", RECORDS)
+    more = {"load_model": tmp_path / "base.pth", "cache_dir": tmp_path / "cache", "kernel": kernel}
+    make_reference.main(reference_words(tmp_path, data, **more))
+    words = flags(tmp_path, tmp_path / "run", "dpo", rlhf_train_file=data, epoch_count=1)
+    del words[words.index("--layer_profile") : words.index("--layer_profile") + 2]
+    words[words.index("cpu")] = "gpu"
+    words += ["--kernel", kernel, "--precision", "bf16"]
+    assert run(words, tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
 def test_dpo_kinds_from_the_flag(folder, tmp_path):

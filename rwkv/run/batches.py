@@ -6,7 +6,7 @@ from data.batch_plan import BatchPlan
 from data.flags import DataFlags, PairFlags
 from data.open_pairs import open_pairs
 from data.pair_store import PairStore
-from data.reference_scores import Scorer, file_fingerprint
+from data.reference_scores import Scorer, file_fingerprint, storage_words
 from data.store_cache import open_store
 from data.teacher_store import TeacherStore, Wanted, open_teacher
 from data.token_store import split
@@ -71,7 +71,8 @@ def open_preferences(
         )
     if objective in REFERENCED:
         base = fingerprint(read_tensors(path)) if path else "new"
-        scorer = Scorer(base, file_fingerprint(adapter) if adapter else "")
+        stored = {n: p.quant for n, p in layers.plans.items() if p.quant not in (None, "none")}
+        scorer = Scorer(base, file_fingerprint(adapter) if adapter else "", storage_words(stored))
     return open_pairs(
         paths,
         settings[DataFlags],

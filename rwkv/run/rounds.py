@@ -7,7 +7,7 @@ from pathlib import Path
 from data.flags import DataFlags, IterateFlags, PairFlags
 from data.make_reference import score_folder
 from data.pair_records import PAIRS
-from data.reference_scores import Scorer, file_fingerprint
+from data.reference_scores import Scorer, file_fingerprint, storage_words
 from data.rounds import make_judge, make_reward, write_round
 from data.store_cache import open_store
 from losses.objectives import chosen_objective
@@ -18,6 +18,7 @@ from rwkv.cli import say
 from rwkv.errors import InputError
 from rwkv.flags import Settings
 from rwkv.run.models import build, choose_device
+from rwkv.runner import storage_of
 from rwkv.templates import load_template
 from rwkv.tokenizer import load_tokenizer
 from rwkv.training.flags import ModelFlags, TrainerFlags
@@ -83,6 +84,10 @@ def make_round(settings: Settings, now: Settings, number: int) -> None:
             f"mean score {made.mean_score:.4f}"
         )
     if chosen_objective(settings) in REFERENCED:
-        scorer = Scorer(base, file_fingerprint(adapter) if adapter else "")
+        scorer = Scorer(
+            base,
+            file_fingerprint(adapter) if adapter else "",
+            storage_words(storage_of(model)),
+        )
         for folder in open_store(str(pairs), data, tokenizer, PAIRS).folders:
             score_folder(model, folder, scorer, 16384)
