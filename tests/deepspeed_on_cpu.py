@@ -109,7 +109,8 @@ def main() -> None:
         report = {"status": train.main(run["words"])}
         optimizer._maker, step_log.RunLog.add = originals
         if peak:
-            report |= {"peak": peak, "total": sum(p.ds_numel for p in models[-1].parameters())}
+            blocks = ([p.ds_numel for p in block.parameters()] for block in models[-1].blocks)
+            report |= {"peak": peak, "block": max(sum(sizes) for sizes in blocks)}
             report["left"] = gathered(models[-1])
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             print("report", json.dumps(report), flush=True)  # noqa: T201

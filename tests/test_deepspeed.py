@@ -153,7 +153,7 @@ def test_every_stage_trains_like_auto(folder, mode):
 @pytest.mark.parametrize("mode", ["full", "lora", "full in chunks", "lora in chunks"])
 def test_scattered_gradients_are_those_of_auto(folder, mode):
     """Steps of plain gradient descent without clipping: each tensor moves by its gradient."""
-    sgd = {"lr_init": 0.05, "lr_schedule": "constant", "gradient_clip_val": 0, "sgd": True}
+    sgd = {"lr_init": 0.2, "lr_schedule": "constant", "gradient_clip_val": 0, "sgd": True}
     more = MODES[mode] | sgd | {"load_model": "noisy.pth"}
     runs = start(
         folder,
@@ -171,12 +171,12 @@ def test_scattered_gradients_are_those_of_auto(folder, mode):
 
 @pytest.mark.parametrize("chunks", [{}, {"infctx": 1, "chunk_ctx": 48}], ids=["whole", "chunks"])
 def test_frozen_weights_are_scattered_again_behind_a_recomputation(folder, chunks):
-    """At no time is more gathered than the head or the layers of half a block."""
+    """At no time is more gathered than one block and vectors; no matrix besides."""
     name = "peak in chunks" if chunks else "peak"
     more = {"layer_profile": "bare.json", "strategy": "deepspeed_stage_3"} | chunks
     report = start(folder, {name: more})[name].report
     assert report["left"] == 0
-    assert report["peak"] < 0.25 * report["total"]
+    assert report["block"] <= report["peak"] < report["block"] + 32 * 32
 
 
 @pytest.mark.parametrize("strategy", STAGES)

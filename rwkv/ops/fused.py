@@ -21,18 +21,16 @@ DTYPES = (torch.bfloat16, torch.float32)
 def uses_kernels(x: Tensor, *parameters: Tensor) -> bool:
     """Whether a fusion runs as a kernel: not on a CPU, for other dtypes or without Triton.
 
-    Nor under ZeRO-3: there each module gathers its own parameters when it is called, and a kernel
-    that reads them past the module would find them empty.
-
     Args:
         x: an activation.
-        parameters: of the modules that the kernel stands for.
+        parameters: of the modules that the kernel stands for; under ZeRO-3 those of a module that
+            is not running are empty.
     """
     return (
         x.dtype in DTYPES
         and x.numel() > 0
         and _has_kernels(x.device)
-        and not any(hasattr(parameter, "ds_id") for parameter in parameters)
+        and all(parameter.numel() > 0 for parameter in parameters)
     )
 
 

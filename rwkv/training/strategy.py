@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from rwkv.errors import InputError, RunError
+from rwkv.model import Block
 from rwkv.training.flags import TrainerFlags
 
 BUCKET = 200_000_000  # elements that ZeRO reduces or gathers at once
@@ -93,7 +94,8 @@ def scatter(model: nn.Module, strategy: Any) -> None:
     """Give each rank its part of every parameter, one parameter after the other.
 
     A model that was built in the host's memory comes to the GPU in parts, and may be larger than
-    one GPU.
+    one GPU. A block is gathered as a whole when it runs, so that its kernels may read parameters
+    of several modules.
 
     Args:
         model: on any device; buffers move to the rank's own.
@@ -102,6 +104,10 @@ def scatter(model: nn.Module, strategy: Any) -> None:
     import deepspeed
 
     deepspeed.zero.Init(module=model, config_dict_or_path=strategy.config)
+    for block in model.modules():
+        if isinstance(block, Block):
+            for parameter in block.parameters():
+                deepspeed.zero.register_external_parameter(block, parameter)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(strategy.root_device)
 
