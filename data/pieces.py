@@ -98,9 +98,9 @@ def cut(store: TokenStore, ctx_len: int, overlong: str = "auto") -> Pieces:
         InputError: `ctx_len` or `overlong` is not allowed, or nothing is left to train.
     """
     if ctx_len < 1:
-        raise InputError(f"--ctx_len {ctx_len}: must be at least 1")
+        raise InputError(f"--ctx_len {ctx_len}: must be at least 1; raise it")
     if overlong not in OVERLONG:
-        raise InputError(f"--overlong {overlong}: is not one of {', '.join(OVERLONG)}")
+        raise InputError(f"--overlong {overlong}: is not one of {', '.join(OVERLONG)}; take one")
     lengths, records = store.lengths, np.arange(len(store))
     fits = lengths - 1 <= ctx_len
     if overlong == "auto":

@@ -253,7 +253,7 @@ def test_training(folder, tmp_path, more):
     "name, value, message",
     [
         ("alpha", 1.5, "--alpha 1.5: must be from 0 to 1"),
-        ("temperature", 0, "--temperature 0.0: must be above 0"),
+        ("temperature", 0, "--temperature 0: must be above 0"),
         ("top_k", 0, "--top_k 0: must be at least 1"),
     ],
 )

@@ -50,6 +50,7 @@ def all_ranks(devices: int, num_nodes: int, folder: Path) -> Iterator[None]:
         folder: of the run, whose resume points the message names.
 
     Raises:
+        InputError: there are more machines, and no launcher says where.
         RunError: another process died; the message says which and how to go on.
     """
     if devices * num_nodes == 1:
@@ -65,6 +66,11 @@ def all_ranks(devices: int, num_nodes: int, folder: Path) -> Iterator[None]:
             raise
         return
     before = dict(os.environ)
+    if num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= before.keys():
+        raise InputError(
+            f"--num_nodes {num_nodes}: the other machines are not known; start it by torchrun on "
+            "each of them, as README.md shows"
+        )
     os.environ |= {
         "MASTER_ADDR": before.get("MASTER_ADDR", "127.0.0.1"),
         "MASTER_PORT": before.get("MASTER_PORT", str(_free_port())),

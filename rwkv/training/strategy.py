@@ -30,7 +30,7 @@ def chosen_device(flags: TrainerFlags) -> str:
             )
         return "cpu"
     if flags.devices > count:
-        raise RunError(f"--devices {flags.devices}: this machine has {count} GPU(s)")
+        raise RunError(f"--devices {flags.devices}: this machine has {count} GPU(s); lower it")
     return "cuda"
 
 
