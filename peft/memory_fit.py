@@ -37,7 +37,7 @@ def read_size(text: str) -> int:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
     size = int(float(found[1]) * UNITS.get(found[2].upper(), 0)) if found else 0
     if size < LEAST:
-        raise InputError(f"--memory {text}: is no size of a device; write 24GB, say")
+        raise InputError(f"--memory {text}: is no size; write 24GB, say")
     return size
 
 

@@ -60,7 +60,7 @@ def test_csv_records_and_their_lines(tmp_path):
         (
             "a.jsonl",
             '{"text": "x"}\n'.encode("utf-16"),
-            r"a\.jsonl:1: not UTF-8 .*looks like UTF-16",
+            r"a\.jsonl:1: not UTF-8 .*like UTF-16",
         ),
         ("a.jsonl", '{"text": "x"}\n'.encode("utf-16-le"), r"a\.jsonl:1: has NUL characters"),
         ("a.jsonl", bytes(range(256)), r"a\.jsonl:\d: "),
