@@ -42,16 +42,16 @@ PROFILES = {
     "lora64-nf4": LORA | {"rank": 64, "alpha": 64, "quant": "nf4"},
 }
 MODES: dict[str, dict[str, Any]] = {
-    "SFT full": {"sft": 1, "lr_init": 1e-4},
-    "SFT LoRA over nf4": {"sft": 1, "layer_profile": "lora-nf4.json", "lr_init": 1e-3},
-    "DPO LoRA over nf4": {"dpo": 1, "layer_profile": "only-nf4.json", "lr_init": 1e-3},
-    "DPO full": {"dpo": 1, "lr_init": 1e-5},
-    "SFT full in chunks": {"sft": 1, "infctx": 1, "lr_init": 1e-4},
+    "SFT full": {"sft": 1, "lr_init": 5e-5},
+    "SFT LoRA over nf4": {"sft": 1, "layer_profile": "lora-nf4.json", "lr_init": 5e-4},
+    "DPO LoRA over nf4": {"dpo": 1, "layer_profile": "only-nf4.json", "lr_init": 2e-4},
+    "DPO full": {"dpo": 1, "lr_init": 5e-6},
+    "SFT full in chunks": {"sft": 1, "infctx": 1, "lr_init": 5e-5},
     "SFT LoRA over nf4 in chunks": {
         "sft": 1,
         "infctx": 1,
         "layer_profile": "lora-nf4.json",
-        "lr_init": 1e-3,
+        "lr_init": 5e-4,
     },
 }
 
@@ -94,7 +94,7 @@ class Bench:
             "ctx_len": self.ctx,
             "chunk_ctx": self.ctx // 4,
             "lr_final": run.flags.get("lr_init", 1e-4),
-            "micro_bsz": 2,
+            "micro_bsz": 2 if self.cpu else 16,
             "num_workers": 0,
         } | run.flags
         return [word for key, value in values.items() for word in (f"--{key}", str(value))]
@@ -259,12 +259,13 @@ def make_texts(work: Path) -> None:
     if (work / "texts.jsonl").exists():
         return
     command = [sys.executable, str(ROOT / "example" / "Quickstart" / "make_data.py")]
-    subprocess.run([*command, "--output", "data", "--rows", "1500"], cwd=work, check=True)
+    subprocess.run([*command, "--output", "data", "--rows", "12000"], cwd=work, check=True)
     rows = [json.loads(line) for line in (work / "data/train.jsonl").read_text().splitlines()]
     (work / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = [
-        {"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["prompt"]}
-        for r in rows[:300]
+        {"prompt": r["prompt"], "chosen": r["completion"], "rejected": other["completion"]}
+        for r, other in zip(rows[:6000], rows[1:], strict=False)
+        if r["completion"] != other["completion"]
     ]
     (work / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     draw, words = random.Random(0), " ".join(r["completion"] for r in rows).split()
