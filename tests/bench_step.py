@@ -219,6 +219,7 @@ class Training:
             torch.ones(row.rows, row.tokens, dtype=torch.bool, device=device),
             None,
             torch.tensor(row.rows * row.tokens, device=device),
+            torch.arange(row.rows * row.tokens, device=device),
         )
 
     def step(self) -> tuple[Clock, torch.Tensor]:
