@@ -277,11 +277,13 @@ def kept_by_time_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
 def kept_by_channel_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
     """What one block's channel mix keeps for its backward pass.
 
-    The fused relu keeps its result, which is the input of the layer behind it.
+    The fused relu and LoRA's keep their result, which is the input of the layer behind them.
     """
     small = trains_small(plan)
     counted = CHANNEL_MIX[config.version, step.fused][0 if small else 1] * config.n_embd
-    already = ("value",) if step.fused else ()
+    keys = [plan.plans[f"blocks.{block}.ffn.key"].mode for block in range(config.n_layer)]
+    by_result = step.fused or all(mode in ("lora", "pissa") for mode in keys)
+    already = ("value",) if by_result else ()
     numbers = counted + config.dim_ffn + kept_inputs(config, plan, "ffn", already=already)
     return int(step.tokens * numbers * step.dtype.itemsize)
 

@@ -32,12 +32,11 @@ def test_in_the_interpreter():
 @kernels
 @pytest.mark.parametrize("T, N, R", [(1, 16, 16), (130, 200, 64), (256, 128, 32), (3, 384, 128)])
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("activated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_product_is_added_in_place(T, N, R, transposed, dtype):
+def test_a_product_is_added_in_place(T, N, R, transposed, activated, dtype):
     from peft.lora import add_product
 
-    if INTERPRETED and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter multiplies bfloat16 as integers")
     g = torch.Generator().manual_seed(0)
     device = "cuda" if ON_GPU else "cpu"
 
@@ -47,7 +46,8 @@ def test_a_product_is_added_in_place(T, N, R, transposed, dtype):
     out, low = draw(T, N), draw(T, R)
     factor = draw(N, R).T if transposed else draw(R, N)
     want = out.double() + low.double() @ factor.double()
-    add_product(out, low, factor)
+    want = want.relu().square() if activated else want
+    add_product(out, low, factor, activated=activated)
     assert_close("out", out, want, 1e-6 if dtype == torch.float32 else 4e-3)
 
 

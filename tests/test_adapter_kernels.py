@@ -1,4 +1,4 @@
-"""Bone's kernels: those of the formulas, alone and within a layer.
+"""The kernels of LoRA and Bone: those of the formulas, alone and within a layer and a model.
 
 Without a GPU they run in Triton's interpreter, which must be chosen before triton is imported; so
 this file then runs itself in a process of its own (`test_in_the_interpreter`).
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_close
+from test_recompute import adapted_model
 from torch import Tensor
 
 from peft.bone import mix, unmix
@@ -75,21 +76,22 @@ def test_kernels_give_the_formulas(rank, n, dtype):
         assert_close(name, got.double(), want, TOLERANCE[dtype])
 
 
-def layer(dtype: torch.dtype) -> Linear:
+def layer(mode: str, dtype: torch.dtype, rank: int = 16) -> Linear:
     torch.manual_seed(0)
     base = Linear(64, 32)
     torch.nn.init.normal_(base.weight, std=0.125)
-    made = make_adapter("bone", base, rank=16)
-    torch.nn.init.normal_(made.bone, std=0.1)
+    made = make_adapter(mode, base, rank=rank, scale=2.0)
+    for part in made.PARTS:
+        torch.nn.init.normal_(getattr(made, part), std=0.1)
     return made.to(DEVICE, torch.bfloat16).to(dtype)
 
 
 @kernels
 @dtypes
-def test_a_layer_with_kernels_has_the_gradients_of_one_without(dtype):
+def test_bone_with_kernels_has_the_gradients_of_bone_without(dtype):
     results = []
     for kind in (dtype, torch.float64):
-        some = layer(kind)
+        some = layer("bone", kind)
         x = drawn(2, 9, 64, dtype=torch.bfloat16, seed=4).to(kind).requires_grad_()
         stream = drawn(2, 9, 32, dtype=torch.bfloat16, seed=5).to(kind).requires_grad_()
         out = some(x, stream)
@@ -97,6 +99,52 @@ def test_a_layer_with_kernels_has_the_gradients_of_one_without(dtype):
         results.append((out, x.grad, stream.grad, some.bone.grad))
     for name, got, want in zip(("out", "x", "stream", "bone"), *results, strict=True):
         assert_close(name, got.detach().double(), want.detach(), 2 * TOLERANCE[dtype])
+
+
+@kernels
+@dtypes
+@pytest.mark.parametrize("rank", [12, 16, 32])
+@pytest.mark.parametrize("n", [3, 70])
+def test_lora_adds_its_update_where_the_activation_is(rank, n, dtype, monkeypatch):
+    """12 is a rank without kernels; the reference is float64 on the same numbers."""
+    from peft import low_rank_triton
+
+    results, adds = [], []
+    real = low_rank_triton.add_product
+    monkeypatch.setattr(
+        low_rank_triton, "add_product", lambda *a, **k: adds.append(k) or real(*a, **k)
+    )
+    for kind in (dtype, torch.float64):
+        some = layer("lora", kind, rank)
+        x = drawn(1, n, 64, dtype=torch.bfloat16, seed=4).to(kind).requires_grad_()
+        out = some(x, activated=True)
+        out.backward(drawn(1, n, 32, dtype=torch.bfloat16, seed=6).to(kind))
+        results.append((out, x.grad, some.lora_A.grad, some.lora_B.grad))
+    assert [one.get("activated", False) for one in adds] == ([True, False] if rank > 12 else [])
+    for name, got, want in zip(("out", "x", "A", "B"), *results, strict=True):
+        assert_close(name, got.detach().double(), want.detach(), 2 * TOLERANCE[dtype])
+
+
+@kernels
+@pytest.mark.parametrize("mode", ["lora", "bone"])
+def test_recomputation_with_kernels_gives_the_same_bits(mode):
+    gradients = []
+    for again in (False, True):
+        model = adapted_model(7, mode).to(DEVICE)
+        model.grad_cp = again
+        hidden, _ = model(torch.arange(14, device=DEVICE).view(2, 7))
+        hidden.square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradients[1][name], gradient), name
+
+
+@kernels
+@pytest.mark.parametrize("mode", ["dora", "lora", "miss"])
+def test_the_activation_is_that_of_the_output(mode):
+    some = layer(mode, torch.float32)
+    x = drawn(5, 64, dtype=torch.float32, seed=0)
+    torch.testing.assert_close(some(x, activated=True), some(x).relu().square())
 
 
 @kernels
