@@ -212,8 +212,13 @@ class Training:
         on_gpu = device.startswith("cuda")
         self.optimizer = make_optimizer(groups, flags, strategy="auto", on_gpu=on_gpu)
         self.objective = SFT()
+        self.batch = self.random_batch(row, device)
+
+    @staticmethod
+    def random_batch(row: Row, device: str) -> TokenBatch:
+        """Rows of random tokens, all of them scored."""
         tokens = torch.randint(row.vocabulary, (row.rows, row.tokens + 1), device=device)
-        self.batch = TokenBatch(
+        return TokenBatch(
             tokens[:, :-1],
             tokens[:, 1:],
             torch.ones(row.rows, row.tokens, dtype=torch.bool, device=device),
@@ -295,7 +300,7 @@ def groups_of_kernels() -> dict[str, str]:
             continue
         short = module.name.removeprefix("rwkv.ops.")
         group = "wkv" if short.startswith(("wkv7_triton", "wkv6_triton")) else "fused"
-        group = "head" if short.startswith("scores") else group
+        group = "head" if short.startswith("logit_scores") else group
         for name, value in vars(import_module(module.name)).items():
             if isinstance(value, KernelInterface):
                 groups[name] = group
