@@ -94,7 +94,7 @@ class Bench:
             "ctx_len": self.ctx,
             "chunk_ctx": self.ctx // 4,
             "lr_final": run.flags.get("lr_init", 1e-4),
-            "micro_bsz": 2 if self.cpu else 16,
+            "micro_bsz": 2 if self.cpu else 32,
             "num_workers": 0,
         } | run.flags
         return [word for key, value in values.items() for word in (f"--{key}", str(value))]
