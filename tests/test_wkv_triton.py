@@ -180,7 +180,7 @@ def test_wkv7_as_an_operator_of_torch(keep, T):
     """Schema, fake implementation, gradients and tracing agree with the operator itself."""
     from rwkv.ops import wkv7_triton
 
-    x = wkv7_inputs(B=1, T=T, H=1, N=N, dtype=BFLOAT16, device=DEVICE)
+    x = wkv7_inputs(B=1, T=T, H=1, N=64, dtype=BFLOAT16, device=DEVICE)
     tensors = [t.requires_grad_() for t in (*x.values(), random_state(x))]
     torch.library.opcheck(wkv7_triton._forward, (*tensors, None, keep))
 
@@ -376,7 +376,7 @@ def test_wkv6_as_an_operator_of_torch(keep, T):
     """Schema, fake implementation, gradients and tracing agree with the operator itself."""
     from rwkv.ops import wkv6_triton
 
-    x = wkv6_inputs(B=1, T=T, H=1, N=N, dtype=BFLOAT16, device=DEVICE)
+    x = wkv6_inputs(B=1, T=T, H=1, N=64, dtype=BFLOAT16, device=DEVICE)
     tensors = [t.requires_grad_() for t in (*x.values(), random_state(x))]
     torch.library.opcheck(wkv6_triton._forward, (*tensors, None, keep))
 
