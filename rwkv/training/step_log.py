@@ -61,6 +61,27 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+class Moment(NamedTuple):
+    """A point in time: by the host's clock, and in the device's queue where there is one."""
+
+    host: float
+    device: torch.cuda.Event | None
+
+    @classmethod
+    def now(cls, device: torch.device | None) -> "Moment":
+        if device is None or device.type != "cuda":
+            return cls(time.perf_counter(), None)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return cls(time.perf_counter(), event)
+
+    def seconds_until(self, later: "Moment") -> float:
+        """By the device's clock where both have one; `later` is over."""
+        if self.device is None or later.device is None:
+            return later.host - self.host
+        return self.device.elapsed_time(later.device) / 1e3
+
+
 class Unread(NamedTuple):
     """The numbers of a step on their way from the device.
 
@@ -68,14 +89,14 @@ class Unread(NamedTuple):
     rates: learning rates of the parameter groups.
     names: of the numbers.
     numbers: float64 in host memory, [len(names)].
-    arrived: when they are there; None on a CPU, where they always are.
+    arrived: when they are there.
     """
 
     step: int
     rates: list[float]
     names: list[str]
     numbers: Tensor
-    arrived: torch.cuda.Event | None
+    arrived: Moment
 
 
 class StepLog(pl.Callback):
@@ -112,7 +133,8 @@ class StepLog(pl.Callback):
         self.behind, self.stop_requested = behind, False
         self._tokens = 0
         self._ends_step = False
-        self._since = time.perf_counter()
+        self._device: torch.device | None = None
+        self._since = Moment.now(None)
         self._bar: Any = None
         self._unread: list[Unread] = []
 
@@ -120,7 +142,8 @@ class StepLog(pl.Callback):
         self.run_log.open(lit.first_step, trainer.is_global_zero)
 
     def on_train_start(self, trainer: pl.Trainer, lit: LitModel) -> None:  # type: ignore[override]
-        self._since = time.perf_counter()
+        self._device = torch.device(trainer.strategy.root_device)
+        self.restart_clock()
         if trainer.is_global_zero:
             from tqdm import tqdm
 
@@ -179,13 +202,9 @@ class StepLog(pl.Callback):
             last = norm.to(total) if isinstance(norm, Tensor) else torch.full_like(total[0], norm)
             total = torch.cat([total, last.view(1)])
         lit.gradient_norm = None
-        arrived = None
         numbers = total.to("cpu", non_blocking=True)
-        if total.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
         rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
-        return Unread(lit.steps_done, rates, names, numbers, arrived)
+        return Unread(lit.steps_done, rates, names, numbers, Moment.now(self._device))
 
     def catch_up(self, trainer: pl.Trainer) -> None:
         """Report all steps that are done.
@@ -199,16 +218,15 @@ class StepLog(pl.Callback):
     def _report(self, trainer: pl.Trainer) -> None:
         """Log the oldest step that was not, and stop at a loss that is not finite."""
         step, rates, names, numbers, arrived = self._unread.pop(0)
-        if arrived is not None:
-            arrived.synchronize()
+        if arrived.device is not None:
+            arrived.device.synchronize()
         summed = dict(zip(names, numbers.tolist(), strict=True))
         if not math.isfinite(summed["loss"]):
             raise RunError(
                 f"step {step}: the loss is {summed['loss']}; lower --lr_init, "
                 f"or look at the data; models saved so far are in {self.run_log.path.parent}"
             )
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
+        seconds, self._since = self._since.seconds_until(arrived), arrived
         if summed.pop("stop"):
             trainer.should_stop = True
         tokens = int(summed.pop("tokens"))
@@ -252,7 +270,7 @@ class StepLog(pl.Callback):
 
     def restart_clock(self) -> None:
         """Leave what happened since the last step (an evaluation, a save) out of the rate."""
-        self._since = time.perf_counter()
+        self._since = Moment.now(self._device)
 
     def on_exception(self, trainer: pl.Trainer, lit: Any, exception: BaseException) -> None:  # type: ignore[override]
         self.teardown(trainer, lit, "fit")
