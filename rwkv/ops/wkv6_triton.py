@@ -34,9 +34,9 @@ BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 
 # Chunk length and launch of each kernel, by dtype and head size. V is the number of value rows a
 # program of the scan owns, K that of key columns that are worked on at a time.
-# In bfloat16 at N = 128 the gradient with K = 32 would spill less, but ptxas 12.8 (Triton 3.6 and 3.7
-# bring it; 12.9 is right) then gives tensor cores wrong addresses of half of their operands. With
-# one stage two programs fit on a multiprocessor.
+# In bfloat16 at N = 128 the gradient with K = 32 would spill less, but ptxas 12.8, which Triton 3.6
+# and 3.7 bring, then gives tensor cores wrong addresses in all but 16 rows of a tile; 12.9 is
+# right. With one stage two programs fit on a multiprocessor.
 LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
     (BFLOAT16, 64): {
         "C": 64,
