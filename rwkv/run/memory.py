@@ -59,6 +59,7 @@ def step_of(settings: Settings, dtype: "torch.dtype") -> "Step":
         packed=settings[DataFlags].packing,
         host_states=chunks.infctx and chunks.chunk_offload,
         grad_cp=trainer.grad_cp,
+        host_blocks=trainer.grad_cp_offload,
         accumulate=trainer.accumulate_grad_batches,
         tuned_state=settings[StateFlags].state,
         fused_head=chosen_objective(settings) == "sft",
@@ -130,7 +131,7 @@ def verify(
             model, _ = random_with_profile(config, peft, **where)
         if step.tuned_state:
             add_tuned_state(model)
-        model.grad_cp = step.grad_cp
+        model.grad_cp, model.grad_cp_offload = step.grad_cp, step.host_blocks
         return model
 
     def optimize(model: Any) -> Any:
