@@ -58,6 +58,7 @@ class Setting(NamedTuple):
     limited: bool = False
     optim: str = ""
     rank: int = 64
+    offload: bool = False
 
     def __str__(self) -> str:
         words = [self.shape, self.mode, self.quant, f"{self.rows} x {self.ctx_len}"]
@@ -65,6 +66,7 @@ class Setting(NamedTuple):
         words += [] if self.grad_cp else ["kept"]
         words += [f"{self.accumulate} batches"] if self.accumulate > 1 else []
         words += ["limited"] if self.limited else []
+        words += ["offloaded"] if self.offload else []
         return " ".join([*words, self.optim]).rstrip()
 
 
@@ -88,6 +90,9 @@ SETTINGS = (
     Setting("13.3B", quant="nf4"),
     Setting("13.3B", "bone", "fp6_e2m3", ctx_len=1024),
     Setting("13.3B", quant="nf4", limited=True),
+    Setting("13.3B", quant="nf4", limited=True, offload=True),
+    Setting("2.9B", rows=4),
+    Setting("2.9B", rows=4, offload=True),
 )
 
 
@@ -123,6 +128,7 @@ def step_of(setting: Setting) -> Step:
         setting.ctx_len,
         chunk=setting.chunk,
         grad_cp=setting.grad_cp,
+        host_blocks=setting.offload,
         accumulate=setting.accumulate,
         optim=setting.optim,
     )
@@ -153,7 +159,7 @@ def measured(setting: Setting, config: RWKVConfig, *, steps: int = 2) -> Measure
         model, plan = random_with_profile(
             config, peft_flags(setting), device="cuda", dtype=torch.bfloat16
         )
-        model.grad_cp = setting.grad_cp
+        model.grad_cp, model.grad_cp_offload = setting.grad_cp, setting.offload
         return model
 
     def optimize(model: Any) -> Any:

@@ -50,7 +50,7 @@ def fit(run: Run) -> int:
             f"--proj_dir {folder}: already holds a run ({point.name.replace('-', ' ')}); "
             "add --resume 1 to go on with it, or choose another folder"
         )
-    strategy = make_strategy(flags, device.dtype, device.kind)
+    strategy = make_strategy(flags, device.dtype, device.kind, trained_count(run.layers))
     with all_ranks(flags.devices, flags.num_nodes, folder):
         take_device(flags, device.kind)
         return fit_ranks(run, strategy, point)

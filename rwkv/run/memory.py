@@ -113,6 +113,7 @@ def verify(
     from peft.tuned_state import add_tuned_state
     from rwkv.training.measure import measure
     from rwkv.training.optimizer import make_optimizer
+    from rwkv.training.strategy import grow_segments
 
     if not torch.cuda.is_available():
         raise RunError("--dry_run verify: measures a GPU, and torch finds none; use --dry_run 1")
@@ -121,6 +122,7 @@ def verify(
             "--dry_run verify: measures one GPU without DeepSpeed; add --devices 1 --num_nodes 1 "
             "--strategy auto, or use --dry_run 1"
         )
+    grow_segments()
     flags, peft, optimizer = settings[ModelFlags], settings[PeftFlags], settings[OptimizerFlags]
 
     def make() -> Any:

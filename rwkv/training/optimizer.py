@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from rwkv.errors import RunError
 from rwkv.training.flags import OptimizerFlags
 
-
 SLICE = 2**25  # numbers that are stepped at once: 128 MiB of gradients in float32
 
 
@@ -66,7 +65,8 @@ class MasterWeights(Optimizer):
             inner["lr"] = outer["lr"]
         for pairs in slices([pair for pair in self._pairs if pair[0].grad is not None]):
             wide = [torch.empty_like(copy) for _, copy in pairs]
-            _copy_all((grad, p.grad) for grad, (p, _) in zip(wide, pairs, strict=True))
+            grads = [p.grad for p, _ in pairs if p.grad is not None]
+            _copy_all(zip(wide, grads, strict=True))
             for _, copy in pairs:
                 copy.grad = wide.pop(0)
             with self._own_at_rest():

@@ -10,7 +10,8 @@ from rwkv.errors import InputError, RunError
 from rwkv.model import Block
 from rwkv.training.flags import TrainerFlags
 
-BUCKET = 200_000_000  # elements that ZeRO reduces or gathers at once
+BUCKET = 200_000_000  # elements that ZeRO reduces or gathers at once, at most
+LEAST_BUCKET = 2**24  # and at least: the size of a 14B model's states
 
 
 def chosen_device(flags: TrainerFlags) -> str:
@@ -51,14 +52,27 @@ def take_device(flags: TrainerFlags, device: str) -> None:
         return
     index = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(index)
+    grow_segments()
     if flags.gpu_memory:
         whole = torch.cuda.get_device_properties(index).total_memory
         share = min(1.0, flags.gpu_memory * 2**30 / whole)
         torch.cuda.set_per_process_memory_fraction(share, index)
 
 
-def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str) -> Any:
-    """Lightning's strategy object or name.
+def grow_segments() -> None:
+    """Let torch reserve GPU memory in segments that grow, so that little is lost between blocks.
+
+    What the user's own PYTORCH_ALLOC_CONF says stays. The setter that torch 2.13 names instead of
+    the deprecated one is not in every version before.
+    """
+    if any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        return
+    known = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (known or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
+
+
+def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str, trained: int) -> Any:
+    """Lightning's strategy object or name; `trained`: how many numbers train.
 
     Our model already has the dtype it trains in, so Lightning runs at "32-true" throughout and
     casts nothing; DeepSpeed is told of bfloat16 in its own configuration and keeps float32
@@ -87,7 +101,8 @@ def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str) -> Any:
         ) from None
     _name_plain_architecture()
     _scatter_after_recomputation()
-    return DeepSpeedStrategy(config=deepspeed_config(flags, dtype), exclude_frozen_parameters=True)
+    config = deepspeed_config(flags, dtype, trained)
+    return DeepSpeedStrategy(config=config, exclude_frozen_parameters=True)
 
 
 def scatter(model: nn.Module, strategy: Any) -> None:
@@ -112,7 +127,15 @@ def scatter(model: nn.Module, strategy: Any) -> None:
         buffer.data = buffer.data.to(strategy.root_device)
 
 
-def deepspeed_config(flags: TrainerFlags, dtype: torch.dtype) -> dict[str, Any]:
+def bucket_size(trained: int) -> int:
+    """Elements of DeepSpeed's buckets, which it makes whole at the start: about what trains.
+
+    trained: how many numbers, a tuned state left out.
+    """
+    return min(BUCKET, max(LEAST_BUCKET, trained))
+
+
+def deepspeed_config(flags: TrainerFlags, dtype: torch.dtype, trained: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a strategy name such as deepspeed_stage_2_offload."""
     stage = int(flags.strategy.split("_")[2])
     offload = flags.strategy.endswith("offload")
@@ -120,8 +143,8 @@ def deepspeed_config(flags: TrainerFlags, dtype: torch.dtype) -> dict[str, Any]:
         "stage": stage,
         "contiguous_gradients": True,
         "overlap_comm": True,
-        "reduce_bucket_size": BUCKET,
-        "allgather_bucket_size": BUCKET,
+        "reduce_bucket_size": bucket_size(trained),
+        "allgather_bucket_size": bucket_size(trained),
     }
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
