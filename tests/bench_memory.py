@@ -1,6 +1,6 @@
 """Memory of training on a GPU, predicted beside measured.
 
-    python -m tests.bench_memory                      all settings, about 4 minutes on an H100
+    python -m tests.bench_memory                      all settings, at most 4 minutes on an H100
     python -m tests.bench_memory --only 1,5,16        some of them
     python -m tests.bench_memory --predict            the predictions alone, anywhere
     python -m tests.bench_memory --counts             what a block keeps, in numbers a token and
@@ -33,6 +33,7 @@ from rwkv.run.memory import compared, pairs
 from rwkv.training.flags import OptimizerFlags
 from rwkv.training.measure import Measured, measure
 from rwkv.training.optimizer import make_optimizer
+from rwkv.training.strategy import grow_segments
 
 SHAPES = {  # name: blocks, channels
     "0.4B": (24, 1024),
@@ -260,7 +261,7 @@ def counts() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="numbers of settings, commas between them")
-    parser.add_argument("--seconds", type=float, default=420.0, help="begin no setting after these")
+    parser.add_argument("--seconds", type=float, default=220.0, help="begin no setting after these")
     parser.add_argument("--predict", action="store_true", help="measure nothing")
     parser.add_argument("--parts", action="store_true", help="a table of parts for each setting")
     parser.add_argument("--counts", action="store_true", help="what a block keeps")
@@ -268,7 +269,9 @@ def main() -> int:
     only = [int(word) for word in options.only.split(",") if word] or list(range(len(SETTINGS)))
     if options.predict:
         predictions(only)
-    elif options.counts:
+        return 0
+    grow_segments()
+    if options.counts:
         counts()
     else:
         compare(only, options.seconds, options.parts)
