@@ -5,9 +5,9 @@
     python -m tests.bench_stores speed --shapes 7.2B      training steps, on a GPU
     python -m tests.bench_stores published                RWKV-PEFT's table of memory, on a GPU
 
-The last two begin nothing more after 110 seconds (--seconds); `speed` wants one call a shape. Weights are
-random numbers but for those of --model. Reserved memory is that of segments that grow, as in
-training; with PYTORCH_ALLOC_CONF=expandable_segments:False it is that of torch's own way.
+The last two begin nothing more after 110 seconds (--seconds); `speed` wants one call a shape.
+Weights are random numbers but for those of --model. Reserved memory is that of segments that grow,
+as in training; with PYTORCH_ALLOC_CONF=expandable_segments:False it is that of torch's own way.
 """
 
 import argparse
