@@ -64,6 +64,7 @@ class Row:
     mode: full, or an adapter on every linear layer of the blocks.
     small: norms and small vectors train beside the adapters, as without --limited_lora.
     grad_cp: as --grad_cp.
+    offload: --grad_cp_offload.
     """
 
     mode: str
@@ -75,6 +76,7 @@ class Row:
     tokens: int = 4096
     vocabulary: int = 65536
     grad_cp: bool = True
+    offload: bool = False
 
     def config(self) -> RWKVConfig:
         return RWKVConfig(
@@ -97,7 +99,10 @@ ROWS = {
     "lora-only-1.5B-8": Row("lora", *SMALLER, rows=8, small=False),
     "lora-1.5B-1": Row("lora", *SMALLER, rows=1),
     "lora-1.5B-1-kept": Row("lora", *SMALLER, rows=1, grad_cp=False),
+    "lora-1.5B-8-host": Row("lora", *SMALLER, rows=8, offload=True),
     "lora-2.9B-4": Row("lora", *LARGER, rows=4),
+    "lora-only-2.9B-4": Row("lora", *LARGER, rows=4, small=False),
+    "lora-2.9B-4-host": Row("lora", *LARGER, rows=4, offload=True),
     "lora-2.9B-1": Row("lora", *LARGER, rows=1),
     "bone-1.5B-8": Row("bone", *SMALLER, rows=8),
     "bone-1.5B-1": Row("bone", *SMALLER, rows=1),
@@ -115,6 +120,11 @@ PEERS: dict[str, dict[str, tuple[int, float]]] = {
     "lora-1.5B-8": {"RWKV-PEFT": (19832, 22.6), "RLHF": (17364, 22.8)},
     "lora-only-1.5B-8": {"RWKV-PEFT": (19832, 22.6), "RLHF": (17364, 22.8)},
     "lora-2.9B-4": {"RWKV-PEFT": (9676, 16.8), "RLHF": (8819, 17.2)},
+}
+PEERS |= {
+    "lora-1.5B-8-host": PEERS["lora-1.5B-8"],
+    "lora-only-2.9B-4": PEERS["lora-2.9B-4"],
+    "lora-2.9B-4-host": PEERS["lora-2.9B-4"],
 }
 
 
@@ -205,7 +215,7 @@ class Training:
         self.row, self.device = row, device
         self.model = random_model(row, device, dtype)
         plan = adapt(self.model, row)
-        self.model.grad_cp = row.grad_cp
+        self.model.grad_cp, self.model.grad_cp_offload = row.grad_cp, row.offload
         self.model.train()
         flags = OptimizerFlags()
         groups = [

@@ -29,6 +29,7 @@ MODES = {
     "frozen but for the head": {"layer_profile": "head.json"},
     "version 6": {"load_model": "base6.pth", "layer_profile": "lora.json"},
     "no packing": {"packing": 0, "micro_bsz": 2, "layer_profile": "lora.json"},
+    "in host memory": {"grad_cp_offload": 1, "layer_profile": "lora.json"},
     "no recomputation": {"grad_cp": 0, "layer_profile": "lora.json"},
 }
 PROFILES = {

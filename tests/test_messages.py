@@ -294,6 +294,11 @@ def test_a_profile_that_is_no_profile(fails, tmp_path):
         (["--devices", "0"], "--devices 0: must be at least 1"),
         (["--smoothing", "1.5"], "--smoothing 1.5: outside 0 to below 1"),
         (["--infctx", "1", "--chunk_ctx", "0"], "--chunk_ctx 0: a chunk needs at least 1 token"),
+        (
+            ["--grad_cp", "0", "--grad_cp_offload", "1"],
+            "moves what --grad_cp keeps, and --grad_cp is",
+        ),
+        (["--infctx", "1", "--grad_cp_offload", "1"], "--infctx 1 recomputes blocks of one chunk"),
         (["--lr_final", "0"], "an exponential schedule cannot go from 0.0001 to 0"),
         (["--lr_init", "-1"], "learning rates -1 to 1e-05; use positive ones"),
         (["--val_fraction", "1.5"], "--val_fraction 1.5"),

@@ -42,6 +42,15 @@ def check(settings: Settings) -> None:
             raise InputError(f"--{name} {getattr(trainer, name)}: must be at least 1")
     if model.load_model and not Path(model.load_model).exists():
         raise InputError(f"--load_model {model.load_model}: no such file; check the path")
+    if trainer.grad_cp_offload and not trainer.grad_cp:
+        raise InputError(
+            "--grad_cp_offload 1: moves what --grad_cp keeps, and --grad_cp is 0; drop one of them"
+        )
+    if trainer.grad_cp_offload and settings[ChunkFlags].infctx:
+        raise InputError(
+            "--grad_cp_offload 1: --infctx 1 recomputes blocks of one chunk only; drop one of "
+            "them, or use --chunk_offload 1 for the states between chunks"
+        )
     if trainer.gpu_memory < 0:
         raise InputError(f"--gpu_memory {trainer.gpu_memory}: must be above 0, or 0 for no limit")
     optim = settings[OptimizerFlags].optim

@@ -62,6 +62,9 @@ class TrainerFlags:
     micro_bsz: int = flag(1, "rows of ctx_len tokens that one device takes at once")
     accumulate_grad_batches: int = flag(1, "micro-batches a device sums up before a step")
     grad_cp: bool = flag(True, "recompute each half of a block in the backward pass: less memory")
+    grad_cp_offload: bool = flag(
+        False, "keep what --grad_cp keeps in host memory: less memory yet, of the GPU"
+    )
     epoch_steps: int = flag(0, "micro-batches of an epoch; 0: one pass over the data")
     epoch_count: int = flag(1, "epochs to train")
     epoch_begin: int = flag(0, "number of the first epoch, for file names")

@@ -11,6 +11,7 @@ from rwkv.model import Block
 from rwkv.training.flags import TrainerFlags
 
 BUCKET = 200_000_000  # elements that ZeRO reduces or gathers at once, at most
+LEAST_BUCKET = 2**24  # and at least: the size of a 14B model's states
 
 
 def chosen_device(flags: TrainerFlags) -> str:
@@ -51,10 +52,23 @@ def take_device(flags: TrainerFlags, device: str) -> None:
         return
     index = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(index)
+    grow_segments()
     if flags.gpu_memory:
         whole = torch.cuda.get_device_properties(index).total_memory
         share = min(1.0, flags.gpu_memory * 2**30 / whole)
         torch.cuda.set_per_process_memory_fraction(share, index)
+
+
+def grow_segments() -> None:
+    """Let torch reserve GPU memory in segments that grow, so that little is lost between blocks.
+
+    What the user's own PYTORCH_ALLOC_CONF says stays. The setter that torch 2.13 names instead of
+    the deprecated one is not in every version before.
+    """
+    if any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        return
+    known = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (known or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
 def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str, trained: int) -> Any:
@@ -121,8 +135,11 @@ def scatter(model: nn.Module, strategy: Any) -> None:
 
 
 def bucket_size(trained: int) -> int:
-    """Elements that ZeRO reduces at once: all gradients if they are few."""
-    return max(1, min(BUCKET, trained))
+    """Elements of DeepSpeed's buckets, which it makes whole at the start: about what trains.
+
+    trained: how many numbers, a tuned state left out.
+    """
+    return min(BUCKET, max(LEAST_BUCKET, trained))
 
 
 def deepspeed_config(flags: TrainerFlags, dtype: torch.dtype, trained: int) -> dict[str, Any]:
@@ -141,7 +158,7 @@ def deepspeed_config(flags: TrainerFlags, dtype: torch.dtype, trained: int) -> d
         # it ends every backward pass by waiting for the GPU, for nothing where one rank is alone
         "overlap_comm": stage == 3 or flags.devices * flags.num_nodes > 1,
         "reduce_bucket_size": bucket_size(trained),
-        "allgather_bucket_size": BUCKET,
+        "allgather_bucket_size": bucket_size(trained),
     }
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
