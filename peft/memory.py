@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from peft.plan import Plan, stored_bytes, trained_sizes
+from peft.plan import Plan, stored_bytes, trained_count, trained_sizes
 from peft.registry import ADAPTERS
 from rwkv.config import RWKVConfig
-from rwkv.training.strategy import BUCKET
+from rwkv.training.optimizer import SLICE
+from rwkv.training.strategy import bucket_size
 
 GIB = 2**30
 OUTSIDE = int(0.6 * GIB)  # CUDA's context, kernels and libraries, which torch does not count
@@ -36,6 +37,7 @@ WKV_BYTES = 8  # kept by the operator in bfloat16, bytes a token and channel
 PASSING = {True: (8.0, 2.0), False: (10.0, 2.6)}
 HEAD_BYTES = {True: 2, False: 20}  # for each logit of a piece; fused kernels write in their place
 HEAD_PIECES = {True: 4, False: 1}  # times MAX_LOGITS at once
+ON_THEIR_WAY = 3  # inputs of halves that are being copied to host memory or back
 MAX_LOGITS = 2**26  # of a piece, as in losses.logprobs
 QUANTIZING_BYTES = 14  # for each weight while its codes are made: itself, float32 copies
 KEEPS_INPUT = ("full", "lora", "dora", "dora_column", "bone", "pissa")
@@ -51,6 +53,7 @@ class Step:
     packed: the rows of a micro-batch lie end to end in one, which chunks cut.
     host_states: the states between chunks lie in host memory.
     grad_cp: blocks are recomputed.
+    host_blocks: and what they start from lies in host memory.
     accumulate: micro-batches a step.
     tuned_state: the initial states train.
     fused: a GPU's fused kernels run.
@@ -65,6 +68,7 @@ class Step:
     packed: bool = True
     host_states: bool = False
     grad_cp: bool = True
+    host_blocks: bool = False
     accumulate: int = 1
     tuned_state: bool = False
     fused: bool = True
@@ -148,20 +152,24 @@ def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
     kept_by_optimizer = optimizer(plan, step)
     (host if step.strategy.endswith("offload") else rest)["optimizer"] = kept_by_optimizer
     if step.stage in (1, 2):
-        rest["buckets of DeepSpeed"] = 2 * BUCKET * step.dtype.itemsize
+        buckets = 2 if step.world > 1 else 1  # one is filled while the other is reduced
+        size = bucket_size(trained_count(plan)) * step.dtype.itemsize
+        rest["buckets of DeepSpeed"] = buckets * size
     gradient = gradients(plan, step)
     states = states_between_chunks(config, step)
     if step.host_states:
         host["states between chunks"], states = states, 0
-    walked = {"between blocks": between_blocks(config, plan, step)}
+    if step.host_blocks:
+        host["between blocks"] = kept_on_host(config, plan, step)
+    walked = {"ends of the stream": ends(config, step)}
     if states:
         walked["states between chunks"] = states
     # The last block's backward pass finds all inputs and no gradient, the first block's the
     # reverse; with several micro-batches the gradients of the earlier ones are there as well.
-    if step.accumulate > 1 or gradient > walked["between blocks"]:
-        walked["gradients"] = gradient
-        if step.accumulate == 1:
-            del walked["between blocks"]
+    stream = between_blocks(config, plan, step)
+    both = step.accumulate > 1 or step.host_blocks
+    walked |= {"between blocks": stream} if both or stream >= gradient else {}
+    walked |= {"gradients": gradient} if both or stream < gradient else {}
     block = {"blocks at work": blocks_at_work(config, plan, step)}
     block["a weight unpacked"] = unpacked_weight(config, plan, step)
     moments = {
@@ -171,12 +179,6 @@ def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
         "loading": {"a layer being stored": storing(plan)},
     }
     return Prediction(rest, moments, host)
-
-
-def trained_numbers(plan: Plan) -> int:
-    """How many numbers train."""
-    sizes = (shape for name in plan.layers for shape in trained_sizes(plan, name).values())
-    return sum(torch.Size(shape).numel() for shape in sizes)
 
 
 def weights(plan: Plan, step: Step) -> dict[str, int]:
@@ -198,13 +200,13 @@ def weights(plan: Plan, step: Step) -> dict[str, int]:
 
 def gradients(plan: Plan, step: Step) -> int:
     """Of all that trains, in the model's dtype; ZeRO-2 and 3 scatter them."""
-    size = trained_numbers(plan) * step.dtype.itemsize
+    size = trained_count(plan) * step.dtype.itemsize
     return size // step.world if step.stage >= 2 else size
 
 
 def optimizer(plan: Plan, step: Step) -> int:
     """The optimizer's means and, for parameters of fewer bits, float32 copies."""
-    numbers = trained_numbers(plan)
+    numbers = trained_count(plan)
     kind = step.optim.lower()
     means = {"adamw8bit": 2.03, "adam8bit": 2.03, "lion": 4.0}.get(kind, 8.0)  # bytes each
     size = int(numbers * (means + (4 if step.dtype != torch.float32 else 0)))
@@ -212,11 +214,20 @@ def optimizer(plan: Plan, step: Step) -> int:
 
 
 def widened(plan: Plan, step: Step) -> int:
-    """Gradients in float32, which the optimizer's step makes for its float32 copies."""
+    """Gradients in float32, which the optimizer's step makes for its float32 copies.
+
+    Ours makes them for one slice at a time.
+    """
     if step.dtype == torch.float32 or step.strategy.endswith("offload"):
         return 0
-    size = 4 * trained_numbers(plan)
-    return size // step.world if step.stage else size
+    size = 4 * trained_count(plan)
+    if step.stage:
+        return size // step.world
+    largest = max(
+        (torch.Size(s).numel() for name in plan.layers for s in trained_sizes(plan, name).values()),
+        default=0,
+    )
+    return min(size, 4 * max(SLICE, largest))
 
 
 def learning_blocks(config: RWKVConfig, plan: Plan, step: Step) -> int:
@@ -275,11 +286,13 @@ def kept_by_time_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
 def kept_by_channel_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
     """What one block's channel mix keeps for its backward pass.
 
-    The fused relu keeps its result, which is the input of the layer behind it.
+    The fused relu and LoRA's keep their result, which is the input of the layer behind them.
     """
     small = trains_small(plan)
     counted = CHANNEL_MIX[config.version, step.fused][0 if small else 1] * config.n_embd
-    already = ("value",) if step.fused else ()
+    keys = [plan.plans[f"blocks.{block}.ffn.key"].mode for block in range(config.n_layer)]
+    by_result = step.fused or all(mode in ("lora", "pissa") for mode in keys)
+    already = ("value",) if by_result else ()
     numbers = counted + config.dim_ffn + kept_inputs(config, plan, "ffn", already=already)
     return int(step.tokens * numbers * step.dtype.itemsize)
 
@@ -290,17 +303,29 @@ def kept_by_block(config: RWKVConfig, plan: Plan, step: Step) -> int:
 
 
 def between_blocks(config: RWKVConfig, plan: Plan, step: Step) -> int:
-    """What all blocks keep until the backward pass reaches them, and the ends of the stream.
+    """What all blocks keep until the backward pass reaches them.
 
-    Recomputed blocks keep the inputs of their two halves, under ZeRO-3 that of the whole. Beside
-    them are the first layer's values, the hidden states, those that are scored, and their gradient.
+    Recomputed blocks keep the inputs of their two halves, under ZeRO-3 that of the whole; of those
+    that lie in host memory a few are on their way.
     """
     vector = step.tokens * config.n_embd * step.dtype.itemsize
     blocks = learning_blocks(config, plan, step)
-    ends = 4 * vector
     if step.grad_cp:
-        return blocks * vector * (1 if step.stage == 3 else 2) + ends
-    return max(blocks - 1, 0) * kept_by_block(config, plan, step) + ends
+        count = blocks * (1 if step.stage == 3 else 2)
+        return vector * (min(count, ON_THEIR_WAY) if step.host_blocks else count)
+    return max(blocks - 1, 0) * kept_by_block(config, plan, step)
+
+
+def ends(config: RWKVConfig, step: Step) -> int:
+    """The first layer's values, the hidden states, those that are scored, and their gradient."""
+    return 4 * step.tokens * config.n_embd * step.dtype.itemsize
+
+
+def kept_on_host(config: RWKVConfig, plan: Plan, step: Step) -> int:
+    """What recomputed blocks keep in pinned memory, which torch rounds up to powers of two."""
+    vector = step.tokens * config.n_embd * step.dtype.itemsize
+    halves = learning_blocks(config, plan, step) * (1 if step.stage == 3 else 2)
+    return halves << (vector - 1).bit_length()
 
 
 def blocks_at_work(config: RWKVConfig, plan: Plan, step: Step) -> int:

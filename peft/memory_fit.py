@@ -15,6 +15,7 @@ UNITS = {"": 1, "B": 1, "MB": 10**6, "MIB": 2**20, "GB": 2**30, "GIB": 2**30, "G
 CHUNKS = (2048, 1024, 512, 256)
 STORAGES = ("fp8", "fp6", "fp5", "nf4")  # from the nearest to the weight to the smallest
 LEAST_RANK = 8
+OFFLOAD = "--grad_cp_offload 1"
 
 
 class Choice(NamedTuple):
@@ -55,8 +56,16 @@ def recomputation(run: Choice) -> Iterator[Choice]:
         yield _changed(run, "--grad_cp 1", step=replace(run.step, grad_cp=True))
 
 
+def host_memory(run: Choice) -> Iterator[Choice]:
+    """--grad_cp_offload 1."""
+    if run.step.grad_cp and not run.step.chunk and not run.step.host_blocks:
+        yield _changed(run, OFFLOAD, step=replace(run.step, host_blocks=True))
+
+
 def chunks(run: Choice) -> Iterator[Choice]:
-    """--infctx with chunks of fewer tokens."""
+    """--infctx with chunks of fewer tokens, in place of --grad_cp_offload."""
+    step = replace(run.step, host_blocks=False)
+    run = Choice(tuple(words for words in run.words if words != OFFLOAD), run.plan, step)
     for chunk in CHUNKS:
         if chunk < min(run.step.ctx_len, run.step.chunk or run.step.ctx_len):
             words = f"--infctx 1 --chunk_ctx {chunk}"
@@ -111,6 +120,7 @@ def lower_rank(run: Choice) -> Iterator[Choice]:
 CHANGES: tuple[Change, ...] = (
     fewer_rows,
     recomputation,
+    host_memory,
     chunks,
     fewer_bits,
     smaller_optimizer,

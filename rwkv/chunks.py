@@ -1,8 +1,7 @@
 """A long batch in pieces, with the state handed on: memory of one piece, gradient of the whole."""
 
-import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rwkv.batch import TeacherBatch, TokenBatch
+from rwkv.offload import HostPlace
 from rwkv.recompute import recomputed
 from rwkv.scattered import most_of_all_ranks
 from rwkv.state import LayerState, State
@@ -65,13 +65,13 @@ def walk(
 
     total: Tensor | None = None
     carried: State | None = None
-    place = _Place(plan, batch.inputs.device)
+    place = HostPlace(batch.inputs.device) if plan.offload else None
     for start in range(0, pieces * plan.length, plan.length):
         if start < T:
             piece, continues = cut(batch, start, min(start + plan.length, T))
         else:
             piece, continues = _idle(batch), True
-        with place.of_piece():
+        with nullcontext() if place is None else place.of_piece():
             some, carried = recomputed(run, piece, carried, continues, model=model)
         if plan.truncated:
             carried = [layer.detach() for layer in carried]
@@ -121,83 +121,6 @@ def _with_new_texts(model: Any, texts: int, first: State | None) -> State:
     ]
 
 
-class _Place:
-    """Where the states that pieces start from wait for the backward pass: on the device or, if
-    the plan says so, in host memory.
-
-    On a GPU the copies run on a stream of their own, from and to pinned memory, beside the pieces:
-    out while the piece runs, back while the piece behind it is differentiated. Torch takes pinned
-    memory from what earlier steps have freed.
-    """
-
-    def __init__(self, plan: ChunkPlan, device: torch.device):
-        self._offload, self._device = plan.offload, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pieces: list[list[weakref.ref[_Kept]]] = []
-
-    def of_piece(self) -> AbstractContextManager[Any]:
-        """Within the block, which runs one piece, what is kept for it goes to its place."""
-        if not self._offload:
-            return nullcontext()
-        self._pieces.append([])
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-
-    def _pack(self, x: Tensor) -> "Tensor | _Kept":
-        if not x.is_floating_point() or x.device.type != self._device.type:  # token ids: small
-            return x
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-        with torch.cuda.stream(self._stream):
-            host.copy_(x, non_blocking=True)
-        if self._stream is not None:
-            x.record_stream(self._stream)
-        kept = _Kept(host, len(self._pieces) - 1)
-        self._pieces[-1].append(weakref.ref(kept))
-        return kept
-
-    def _unpack(self, kept: "Tensor | _Kept") -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        if kept.arriving is None:
-            self._bring([kept])
-        assert kept.arriving is not None
-        x, there = kept.arriving
-        kept.arriving = None
-        if kept.piece > 0:
-            before, self._pieces[kept.piece - 1] = self._pieces[kept.piece - 1], []
-            self._bring([one for one in (reference() for reference in before) if one is not None])
-        if there is not None:
-            torch.cuda.current_stream(self._device).wait_event(there)
-        return x
-
-    def _bring(self, some: "list[_Kept]") -> None:
-        """Begin to copy tensors back."""
-        if some and self._stream is not None:  # the memory they come to may still be in use
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        for kept in some:
-            x = torch.empty_like(kept.host, device=self._device, pin_memory=False)
-            with torch.cuda.stream(self._stream):
-                x.copy_(kept.host, non_blocking=True)
-            if self._stream is not None:
-                x.record_stream(self._stream)
-            there = None if self._stream is None else self._stream.record_event()
-            kept.arriving = x, there
-
-
-class _Kept:
-    """A tensor in host memory.
-
-    piece: which one it is kept for.
-    arriving: its copy on the device, and the event before which that is not whole; None while no
-        copy has been asked for.
-    """
-
-    def __init__(self, host: Tensor, piece: int):
-        self.host, self.piece = host, piece
-        self.arriving: tuple[Tensor, torch.cuda.Event | None] | None = None
-
-
 def read(
     model: Any,
     tokens: Tensor,
@@ -237,7 +160,7 @@ def read(
     wanted = torch.arange(T) if keep is None else keep.cpu()
     found, ended = [], []
     carried: State | None = None
-    place = _Place(plan, tokens.device)
+    place = HostPlace(tokens.device) if plan.offload else None
     first = 0  # the text that the piece begins in
     for start in range(0, T, plan.length):
         stop = min(start + plan.length, T)
@@ -257,7 +180,7 @@ def read(
             fresh,
             kept.to(tokens.device),
         )
-        with place.of_piece():
+        with nullcontext() if place is None else place.of_piece():
             hidden, after = recomputed(run, *arguments, model=model)
         found.append(hidden)
         whole = borders[last + 1] == stop

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from rwkv.linear import results_unread
+from rwkv.offload import HostPlace
 from rwkv.scattered import is_scattered
 
 
@@ -63,6 +64,19 @@ def recomputed(
     return checkpoint(
         run, *flat, use_reentrant=False, early_stop=False, context_fn=_scattered_contexts
     )
+
+
+def recomputed_from(
+    place: HostPlace | None, function: Callable[..., Any], x: Tensor, *args: Any, **options: Any
+) -> Any:
+    """`recomputed(function, x, *args, **options)` with x kept in `place`, if that is not None.
+
+    The tensors in `args` stay on the device.
+    """
+    if place is None:
+        return recomputed(function, x, *args, **options)
+    with place.of_piece(*(arg for arg in tree_flatten(args)[0] if isinstance(arg, Tensor))):
+        return recomputed(function, x, *args, **options)
 
 
 class _RecomputeFirst(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Memory of training on a GPU, predicted beside measured.
 
-    python -m tests.bench_memory                      all settings, about 4 minutes on an H100
+    python -m tests.bench_memory                      all settings, at most 4 minutes on an H100
     python -m tests.bench_memory --only 1,5,16        some of them
     python -m tests.bench_memory --predict            the predictions alone, anywhere
     python -m tests.bench_memory --counts             what a block keeps, in numbers a token and
@@ -33,6 +33,7 @@ from rwkv.run.memory import compared, pairs
 from rwkv.training.flags import OptimizerFlags
 from rwkv.training.measure import Measured, measure
 from rwkv.training.optimizer import make_optimizer
+from rwkv.training.strategy import grow_segments
 
 SHAPES = {  # name: blocks, channels
     "0.4B": (24, 1024),
@@ -58,6 +59,7 @@ class Setting(NamedTuple):
     limited: bool = False
     optim: str = ""
     rank: int = 64
+    offload: bool = False
 
     def __str__(self) -> str:
         words = [self.shape, self.mode, self.quant, f"{self.rows} x {self.ctx_len}"]
@@ -65,6 +67,7 @@ class Setting(NamedTuple):
         words += [] if self.grad_cp else ["kept"]
         words += [f"{self.accumulate} batches"] if self.accumulate > 1 else []
         words += ["limited"] if self.limited else []
+        words += ["offloaded"] if self.offload else []
         return " ".join([*words, self.optim]).rstrip()
 
 
@@ -88,6 +91,9 @@ SETTINGS = (
     Setting("13.3B", quant="nf4"),
     Setting("13.3B", "bone", "fp6_e2m3", ctx_len=1024),
     Setting("13.3B", quant="nf4", limited=True),
+    Setting("13.3B", quant="nf4", limited=True, offload=True),
+    Setting("2.9B", rows=4),
+    Setting("2.9B", rows=4, offload=True),
 )
 
 
@@ -123,6 +129,7 @@ def step_of(setting: Setting) -> Step:
         setting.ctx_len,
         chunk=setting.chunk,
         grad_cp=setting.grad_cp,
+        host_blocks=setting.offload,
         accumulate=setting.accumulate,
         optim=setting.optim,
     )
@@ -153,7 +160,7 @@ def measured(setting: Setting, config: RWKVConfig, *, steps: int = 2) -> Measure
         model, plan = random_with_profile(
             config, peft_flags(setting), device="cuda", dtype=torch.bfloat16
         )
-        model.grad_cp = setting.grad_cp
+        model.grad_cp, model.grad_cp_offload = setting.grad_cp, setting.offload
         return model
 
     def optimize(model: Any) -> Any:
@@ -254,7 +261,7 @@ def counts() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="numbers of settings, commas between them")
-    parser.add_argument("--seconds", type=float, default=420.0, help="begin no setting after these")
+    parser.add_argument("--seconds", type=float, default=220.0, help="begin no setting after these")
     parser.add_argument("--predict", action="store_true", help="measure nothing")
     parser.add_argument("--parts", action="store_true", help="a table of parts for each setting")
     parser.add_argument("--counts", action="store_true", help="what a block keeps")
@@ -262,7 +269,9 @@ def main() -> int:
     only = [int(word) for word in options.only.split(",") if word] or list(range(len(SETTINGS)))
     if options.predict:
         predictions(only)
-    elif options.counts:
+        return 0
+    grow_segments()
+    if options.counts:
         counts()
     else:
         compare(only, options.seconds, options.parts)

@@ -46,11 +46,11 @@ def allow_cpu() -> None:
         lambda self: torch.device("cpu", 0)
     )
     make, config = strategy.make_strategy, strategy.deepspeed_config
-    strategy.make_strategy = lambda flags, dtype, device: make(flags, dtype, "cuda")
+    strategy.make_strategy = lambda flags, dtype, device, n: make(flags, dtype, "cuda", n)
 
-    def scatter_all(flags, dtype):
+    def scatter_all(flags, dtype, trained):
         """By itself ZeRO-3 keeps small parameters, and those that are needed again soon."""
-        found = config(flags, dtype)
+        found = config(flags, dtype, trained)
         zero = found["zero_optimization"]
         for place in ("offload_optimizer", "offload_param"):
             if place in zero:

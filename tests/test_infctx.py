@@ -41,7 +41,7 @@ def with_teacher(batch: TokenBatch, k: int = 4) -> TeacherBatch:
     values, ids = torch.log_softmax(logits, dim=-1).topk(k)
     lse = torch.logsumexp(torch.log_softmax(logits, dim=-1) / 2, dim=-1)
     return TeacherBatch(
-        *batch,
+        **batch._asdict(),
         ids=ids.to(torch.int16),
         values=values.half().view(torch.int16),
         lse=lse.float().view(torch.int32),

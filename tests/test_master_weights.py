@@ -1,12 +1,16 @@
 """Float32 masters: the steps of an optimizer in float32, rounded once for the model."""
 
+import pytest
 import torch
 
-from rwkv.training.optimizer import MasterWeights
+from rwkv.training import optimizer as training_optimizer
+from rwkv.training.optimizer import MasterWeights, slices
 
 
-def test_steps_are_those_of_float32_rounded_once():
+@pytest.mark.parametrize("slice_of", [2**25, 20, 1], ids=["one", "some", "each"])
+def test_steps_are_those_of_float32_rounded_once(slice_of, monkeypatch):
     """Two bfloat16 parameters and a float32 one; updates far below a bfloat16 step add up."""
+    monkeypatch.setattr(training_optimizer, "SLICE", slice_of)
     draw = torch.Generator().manual_seed(0)
     dtypes = (torch.bfloat16, torch.bfloat16, torch.float32)
     params = [torch.randn(5, 3, generator=draw).to(t).requires_grad_() for t in dtypes]
@@ -36,3 +40,22 @@ def test_a_parameter_without_gradient_stays():
     optimizer.step()
     assert still.tolist() == [1.0] * 4 and moved.tolist() == [0.5] * 4
     assert optimizer.master(moved).grad is None
+
+
+def test_no_more_than_a_slice_of_gradients_is_in_float32(monkeypatch):
+    """15 numbers each: two fit into 30, and the last is alone."""
+    monkeypatch.setattr(training_optimizer, "SLICE", 30)
+    params = [torch.zeros(5, 3, dtype=torch.bfloat16, requires_grad=True) for _ in range(5)]
+    assert [len(part) for part in slices([(p, p) for p in params])] == [2, 2, 1]
+    alive = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            alive.append(sum(p.grad is not None for p in self.param_groups[0]["params"]))
+            return super().step(closure)
+
+    optimizer = MasterWeights([{"params": params}], lambda groups: Watched(groups, lr=1.0))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert alive == [2, 2, 1] and all((p == -1).all() for p in params)

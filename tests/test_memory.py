@@ -187,12 +187,26 @@ def test_more_work_needs_more_memory(tmp_path, more):
 
 @pytest.mark.parametrize(
     "less",
-    [{"chunk": 256}, {"chunk": 256, "host_states": True}, {"optim": "AdamW8bit"}],
+    [
+        {"chunk": 256},
+        {"chunk": 256, "host_states": True},
+        {"host_blocks": True},
+        {"optim": "AdamW8bit"},
+    ],
     ids=str,
 )
 def test_less_at_once_needs_less_memory(tmp_path, less):
     config, plan, step = config_of(), plan_of(tmp_path), Step(4, 4096)
     assert predict(config, plan, replace(step, **less)).peak < predict(config, plan, step).peak
+
+
+def test_what_leaves_the_device_is_in_host_memory(tmp_path):
+    """2 blocks of 2 halves, each 3,000 x 128 x 2 bytes: in pinned memory a MiB."""
+    config, plan = config_of(), plan_of(tmp_path)
+    found = predict(config, plan, Step(1, 3000, host_blocks=True))
+    assert found.host == {"between blocks": 4 << 20}
+    assert found.moments["head"]["between blocks"] == 3 * 3000 * C * 2
+    assert "gradients" in found.moments["head"]
 
 
 def test_chunks_cut_the_packed_row(tmp_path):
@@ -233,12 +247,22 @@ def large(tmp_path_factory):
         ({}, 400, "fits 400.0 GiB: needs"),
         ({"rows": 8}, 30, "does not fit 30.0 GiB; fits with --micro_bsz 2: "),
         ({"rows": 1}, 15, "does not fit 15.0 GiB; fits with --grad_cp 1: "),
+        ({"rows": 1, "grad_cp": True, "ctx_len": 8192}, 6, "fits with --grad_cp_offload 1: "),
         ({"rows": 1, "grad_cp": True, "ctx_len": 65536}, 12, "fits with --infctx 1 --chunk_ctx "),
-        ({"rows": 1, "grad_cp": True, "ctx_len": 256}, 4.6, "fits with --quant 1 --quant_mode "),
+        ({"rows": 1, "grad_cp": True, "ctx_len": 256}, 4.2, "fits with --quant 1 --quant_mode "),
         ({"rows": 8}, 4, "--micro_bsz 1 --grad_cp 1 --infctx 1 --chunk_ctx "),
         ({"rows": 8}, 1, "by any of these changes: --micro_bsz 1 --grad_cp 1 "),
     ],
-    ids=["as it is", "rows", "recomputation", "chunks", "storage", "together", "never"],
+    ids=[
+        "as it is",
+        "rows",
+        "recomputation",
+        "host memory",
+        "chunks",
+        "storage",
+        "together",
+        "never",
+    ],
 )
 def test_the_first_change_that_fits_is_named(large, step, memory_gib, words):
     config, plan, full = large

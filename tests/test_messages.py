@@ -351,6 +351,11 @@ def test_a_profile_that_is_no_profile(fails, tmp_path):
             ["--num_nodes", "2"],
             "--num_nodes 2: the other machines are not known; start",
         ),
+        (
+            ["--grad_cp", "0", "--grad_cp_offload", "1"],
+            "moves what --grad_cp keeps, and --grad_cp is",
+        ),
+        (["--infctx", "1", "--grad_cp_offload", "1"], "--infctx 1 recomputes blocks of one chunk"),
         (["--lr_final", "0"], "an exponential schedule cannot go from 0.0001 to 0"),
         (["--lr_init", "-1"], "--lr_init -1: must be at least 0"),
         (["--val_fraction", "1.5"], "--val_fraction 1.5"),

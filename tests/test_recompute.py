@@ -4,14 +4,20 @@ DeepSpeed itself is tried in test_deepspeed.py; here its mark on the parameters 
 """
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from test_sft import small_model
-from torch import nn
+from torch import Tensor, nn
 
+from peft.apply import random_with_profile
+from peft.flags import PeftFlags
 from peft.registry import make_adapter
+from rwkv.config import LowRanks, RWKVConfig
 from rwkv.linear import Linear
+from rwkv.offload import HostPlace
+from rwkv.ops.kept import register_gradient
 from rwkv.recompute import recomputed
 from rwkv.state import LayerState
 
@@ -80,6 +86,64 @@ def test_halves_that_leave_out_their_last_product_give_the_same_bits(version, mo
     assert got.keys() == want.keys() and want
     for name, gradient in want.items():
         assert torch.equal(got[name], gradient), name
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("scattered", [False, True], ids=["whole", "scattered"])
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_what_waits_in_host_memory_gives_the_same_bits(version, mode, scattered):
+    models = [adapted_model(version, mode) for _ in range(2)]
+    for model in models:
+        model.grad_cp = True
+        if scattered:
+            mark_scattered(model)
+    models[1].grad_cp_offload = True
+    want, got = (run_backward(model) for model in models)
+    assert got.keys() == want.keys() and want
+    for name, gradient in want.items():
+        assert torch.equal(got[name], gradient), name
+
+
+def test_only_the_stream_leaves_for_host_memory(monkeypatch):
+    """Two inputs a block; the first layer's values and the states serve all blocks."""
+    model, left = adapted_model(7, "lora"), []
+    model.grad_cp = model.grad_cp_offload = True
+    real = HostPlace._pack
+
+    def watched(place, x):
+        kept = real(place, x)
+        if kept is not x:
+            left.append(x.shape)
+        return kept
+
+    monkeypatch.setattr(HostPlace, "_pack", watched)
+    run_backward(model)
+    assert left == [(2, 7, model.config.n_embd)] * 2 * model.config.n_layer
+
+
+@pytest.mark.gpu
+def test_what_waits_in_host_memory_leaves_the_gpu():
+    """16 half blocks of 2 MiB: with it, a few are on their way."""
+    config = RWKVConfig(
+        version=7, n_layer=8, n_embd=256, dim_ffn=1024, vocab_size=64, head_size=64,
+        ranks=LowRanks(32, 32, 32, 32, 32),
+    )  # fmt: skip
+    model, _ = random_with_profile(config, PeftFlags(), device="cuda", dtype=torch.bfloat16)
+    model.grad_cp = True
+    tokens = torch.randint(64, (1, 4096), device="cuda")
+    kept, gradients = [], []
+    for model.grad_cp_offload in (False, True, True):
+        model.zero_grad()
+        before = torch.cuda.memory_allocated()
+        hidden, _ = model(tokens)
+        torch.cuda.synchronize()
+        kept.append(torch.cuda.memory_allocated() - before)
+        hidden.float().square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        del hidden
+    assert kept[0] - kept[2] > 24 << 20
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradients[2][name], gradient), name
 
 
 @pytest.mark.parametrize("version", [6, 7])
@@ -160,3 +224,38 @@ def test_results_keep_their_structure():
     assert out.requires_grad and not state.ffn_shift.requires_grad
     (out.sum() + state.wkv.sum()).backward()
     torch.testing.assert_close(layer.weight.grad, torch.full((3, 3), 4.0))
+
+
+def test_a_recomputed_operator_gets_the_borders_themselves():
+    """What `packing.known` has of cu_seqlens it has of one object, all through a step."""
+    seen = []
+
+    @torch.library.custom_op("test::kept_borders", mutates_args=())
+    def forward(
+        r: Tensor,
+        w: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        state: Tensor,
+        cu_seqlens: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(cu_seqlens)
+        return r + w, state.clone(), r.clone()
+
+    def backward(*given: Any) -> tuple[Tensor, ...]:
+        seen.append(given[6])
+        return *(torch.ones_like(given[0]) for _ in range(6)), torch.ones_like(given[8])
+
+    register_gradient(forward, backward)
+    borders, x = torch.tensor([0, 3, 5]), torch.ones(5, requires_grad=True)
+
+    def run(x: Tensor, borders: Tensor) -> Tensor:
+        return forward(x, x, x, x, x, x, x, borders, True)[0]
+
+    recomputed(run, x, borders, model=nn.Linear(1, 1)).sum().backward()
+    assert len(seen) == 3  # the first run, the second one, the gradient
+    assert all(one is borders for one in seen)
+    assert x.grad is not None and x.grad.tolist() == [7.0] * 5

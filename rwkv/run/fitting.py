@@ -51,7 +51,7 @@ def fit(run: Run) -> int:
             f"--proj_dir {folder}: already holds a run ({point.name.replace('-', ' ')}); "
             "add --resume 1 to go on with it, or choose another folder"
         )
-    strategy = make_strategy(flags, device.dtype, device.kind)
+    strategy = make_strategy(flags, device.dtype, device.kind, trained_count(run.layers))
     with all_ranks(flags.devices, flags.num_nodes, folder):
         take_device(flags, device.kind)
         return fit_ranks(run, strategy, point)
@@ -105,6 +105,7 @@ def fit_ranks(run: Run, strategy: Any, point: Path | None) -> int:
         every=evaluation.log_every,
         step_tokens=plan.rows_per_step * plan.pieces.room,
         loggers=loggers,
+        behind=int(device.kind == "cuda"),
     )
     saving = Saving(
         folder,

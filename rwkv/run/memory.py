@@ -59,6 +59,7 @@ def step_of(settings: Settings, dtype: "torch.dtype") -> "Step":
         packed=settings[DataFlags].packing,
         host_states=chunks.infctx and chunks.chunk_offload,
         grad_cp=trainer.grad_cp,
+        host_blocks=trainer.grad_cp_offload,
         accumulate=trainer.accumulate_grad_batches,
         tuned_state=settings[StateFlags].state,
         fused_head=chosen_objective(settings) == "sft",
@@ -112,6 +113,7 @@ def verify(
     from peft.tuned_state import add_tuned_state
     from rwkv.training.measure import measure
     from rwkv.training.optimizer import make_optimizer
+    from rwkv.training.strategy import grow_segments
 
     if not torch.cuda.is_available():
         raise RunError("--dry_run verify: measures a GPU, and torch finds none; use --dry_run 1")
@@ -120,6 +122,7 @@ def verify(
             "--dry_run verify: measures one GPU without DeepSpeed; add --devices 1 --num_nodes 1 "
             "--strategy auto, or use --dry_run 1"
         )
+    grow_segments()
     flags, peft, optimizer = settings[ModelFlags], settings[PeftFlags], settings[OptimizerFlags]
 
     def make() -> Any:
@@ -130,7 +133,7 @@ def verify(
             model, _ = random_with_profile(config, peft, **where)
         if step.tuned_state:
             add_tuned_state(model)
-        model.grad_cp = step.grad_cp
+        model.grad_cp, model.grad_cp_offload = step.grad_cp, step.host_blocks
         return model
 
     def optimize(model: Any) -> Any:

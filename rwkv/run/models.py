@@ -80,7 +80,8 @@ def build(settings: Settings, config: RWKVConfig, device: Device) -> tuple[RWKV,
         add_prefix(model, start.prefix_token_len)
     if peft.load_adapter:
         load_adapter(model, peft.load_adapter, base=base)
-    model.grad_cp = settings[TrainerFlags].grad_cp
+    trainer = settings[TrainerFlags]
+    model.grad_cp, model.grad_cp_offload = trainer.grad_cp, trainer.grad_cp_offload
     return model, plan, base
 
 

@@ -50,6 +50,15 @@ def check(settings: Settings) -> None:
     for name in ("reward", "judge"):
         if getattr(settings[IterateFlags], name) and not settings[IterateFlags].iterate:
             raise InputError(f"--{name}: is for rounds of sampling; add --iterate N, or drop it")
+    if trainer.grad_cp_offload and not trainer.grad_cp:
+        raise InputError(
+            "--grad_cp_offload 1: moves what --grad_cp keeps, and --grad_cp is 0; drop one of them"
+        )
+    if trainer.grad_cp_offload and settings[ChunkFlags].infctx:
+        raise InputError(
+            "--grad_cp_offload 1: --infctx 1 recomputes blocks of one chunk only; drop one of "
+            "them, or use --chunk_offload 1 for the states between chunks"
+        )
     optim = settings[OptimizerFlags].optim
     if trainer.strategy.startswith("deepspeed") and "8bit" in optim:
         raise InputError(

@@ -72,6 +72,9 @@ class TrainerFlags:
         1, "micro-batches a device sums up before a step", within="[1, inf)"
     )
     grad_cp: bool = flag(True, "recompute each half of a block in the backward pass: less memory")
+    grad_cp_offload: bool = flag(
+        False, "keep what --grad_cp keeps in host memory: less memory yet, of the GPU"
+    )
     epoch_steps: int = flag(
         0, "micro-batches of an epoch; 0: one pass over the data", within="[0, inf)"
     )

@@ -64,6 +64,7 @@ def all_ranks(devices: int, num_nodes: int, folder: Path) -> Iterator[None]:
         except BaseException:
             _leave_soon()
             raise
+        _leave_group()
         return
     before = dict(os.environ)
     if num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= before.keys():
@@ -81,6 +82,7 @@ def all_ranks(devices: int, num_nodes: int, folder: Path) -> Iterator[None]:
     children = _Children(devices, folder)
     try:
         yield
+        _leave_group()
         children.wait()
     except (InputError, RunError, KeyboardInterrupt):
         _leave_soon()
@@ -93,8 +95,7 @@ def all_ranks(devices: int, num_nodes: int, folder: Path) -> Iterator[None]:
         raise
     finally:
         children.kill()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _leave_group()
         os.environ.clear()
         os.environ |= before
 
@@ -199,6 +200,12 @@ def _leave_with_parent() -> None:
     """End this process when the one that started it is gone, even by kill -9."""
     os.read(0, 1)  # nothing is ever written: it returns when the pipe's other end is closed
     os._exit(1)
+
+
+def _leave_group() -> None:
+    """Take leave of the other ranks, which NCCL waits for: all do it before any waits otherwise."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _leave_soon() -> None:

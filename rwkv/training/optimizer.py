@@ -1,6 +1,7 @@
 """The optimizer of a run, and float32 masters for parameters of fewer bits."""
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,16 @@ from torch.optim import Optimizer
 from rwkv.errors import RunError
 from rwkv.training.flags import OptimizerFlags
 
+SLICE = 2**25  # numbers that are stepped at once: 128 MiB of gradients in float32
+
 
 class MasterWeights(Optimizer):
     """Runs an optimizer on float32 copies of bfloat16 parameters.
 
     A bfloat16 weight has 8 bits of mantissa, so that an update below 1/256 of it is lost; the
-    copy keeps it. Float32 parameters are handed to the optimizer as they are.
+    copy keeps it. Float32 parameters are handed to the optimizer as they are. A step goes slice by
+    slice, for only one slice's gradients then lie in float32; the optimizer must treat each tensor
+    by itself.
 
     Args:
         groups: parameter groups, as for any torch optimizer.
@@ -28,6 +33,7 @@ class MasterWeights(Optimizer):
         groups = [dict(group, params=list(group["params"])) for group in groups]
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._masters: dict[int, Tensor] = {}
+        self._own: list[Tensor] = []
         inner_groups = []
         for group in groups:
             copies = [self._master(parameter) for parameter in group["params"]]
@@ -42,6 +48,7 @@ class MasterWeights(Optimizer):
 
     def _master(self, parameter: Tensor) -> Tensor:
         if parameter.dtype == torch.float32:
+            self._own.append(parameter)
             return parameter
         copy = parameter.detach().float().requires_grad_()
         self._pairs.append((parameter, copy))
@@ -56,21 +63,49 @@ class MasterWeights(Optimizer):
                 loss = closure()
         for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner["lr"] = outer["lr"]
-        trained = [(p.grad, copy) for p, copy in self._pairs if p.grad is not None]
-        wide = [(torch.empty_like(copy), grad) for grad, copy in trained]
-        _copy_all(wide)
-        for (grad, _), (_, copy) in zip(wide, trained, strict=True):
-            copy.grad = grad
-        del wide
-        self.inner.step()
-        _copy_all(self._pairs)
-        for _, copy in trained:
-            copy.grad = None
+        for pairs in slices([pair for pair in self._pairs if pair[0].grad is not None]):
+            wide = [torch.empty_like(copy) for _, copy in pairs]
+            grads = [p.grad for p, _ in pairs if p.grad is not None]
+            _copy_all(zip(wide, grads, strict=True))
+            for _, copy in pairs:
+                copy.grad = wide.pop(0)
+            with self._own_at_rest():
+                self.inner.step()
+            for _, copy in pairs:
+                copy.grad = None
+            _copy_all(pairs)
+        if any(p.grad is not None for p in self._own):
+            self.inner.step()
         return loss
+
+    @contextlib.contextmanager
+    def _own_at_rest(self) -> Iterator[None]:
+        """Within the block parameters without a copy have no gradient: nothing steps them."""
+        held = [p.grad for p in self._own]
+        for p in self._own:
+            p.grad = None
+        yield
+        for p, grad in zip(self._own, held, strict=True):
+            p.grad = grad
 
     def master(self, parameter: Tensor) -> Tensor:
         """The tensor that the inner optimizer steps for a parameter: its copy, or itself."""
         return self._masters.get(id(parameter), parameter)
+
+
+def slices(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Neighbouring pairs of together at most SLICE numbers, or one larger pair."""
+    some: list[tuple[Tensor, Tensor]] = []
+    size = 0
+    for pair in pairs:
+        more = pair[0].numel()
+        if some and size + more > SLICE:
+            yield some
+            some, size = [], 0
+        some.append(pair)
+        size += more
+    if some:
+        yield some
 
 
 def _copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

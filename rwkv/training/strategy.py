@@ -4,13 +4,14 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rwkv.errors import InputError, RunError
 from rwkv.model import Block
 from rwkv.training.flags import TrainerFlags
 
-BUCKET = 200_000_000  # elements that ZeRO reduces or gathers at once
+BUCKET = 200_000_000  # elements that ZeRO reduces or gathers at once, at most
+LEAST_BUCKET = 2**24  # and at least: the size of a 14B model's states
 
 
 def chosen_device(flags: TrainerFlags) -> str:
@@ -51,18 +52,37 @@ def take_device(flags: TrainerFlags, device: str) -> None:
         return
     index = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(index)
+    grow_segments()
     if flags.gpu_memory:
         whole = torch.cuda.get_device_properties(index).total_memory
         share = min(1.0, flags.gpu_memory * 2**30 / whole)
         torch.cuda.set_per_process_memory_fraction(share, index)
 
 
-def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str) -> Any:
+def grow_segments() -> None:
+    """Let torch reserve GPU memory in segments that grow, so that little is lost between blocks.
+
+    What the user's own PYTORCH_ALLOC_CONF says stays. The setter that torch 2.13 names instead of
+    the deprecated one is not in every version before.
+    """
+    if any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        return
+    known = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (known or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
+
+
+def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str, trained: int) -> Any:
     """Lightning's strategy object or name.
 
     Our model already has the dtype it trains in, so Lightning runs at "32-true" throughout and
     casts nothing; DeepSpeed is told of bfloat16 in its own configuration and keeps float32
     masters.
+
+    Args:
+        flags: of the trainer.
+        dtype: of the weights.
+        device: `cuda` or `cpu`.
+        trained: how many numbers train.
 
     Raises:
         InputError: DeepSpeed on a CPU.
@@ -87,7 +107,9 @@ def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str) -> Any:
         ) from None
     _name_plain_architecture()
     _scatter_after_recomputation()
-    return DeepSpeedStrategy(config=deepspeed_config(flags, dtype), exclude_frozen_parameters=True)
+    _measure_gradients_at_once()
+    config = deepspeed_config(flags, dtype, trained)
+    return DeepSpeedStrategy(config=config, exclude_frozen_parameters=True)
 
 
 def scatter(model: nn.Module, strategy: Any) -> None:
@@ -112,26 +134,47 @@ def scatter(model: nn.Module, strategy: Any) -> None:
         buffer.data = buffer.data.to(strategy.root_device)
 
 
-def deepspeed_config(flags: TrainerFlags, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's configuration for a strategy name such as deepspeed_stage_2_offload."""
+def bucket_size(trained: int) -> int:
+    """Elements of DeepSpeed's buckets, which it makes whole at the start: about what trains.
+
+    trained: how many numbers, a tuned state left out.
+    """
+    return min(BUCKET, max(LEAST_BUCKET, trained))
+
+
+def deepspeed_config(flags: TrainerFlags, dtype: torch.dtype, trained: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a strategy name such as deepspeed_stage_2_offload.
+
+    Args:
+        flags: of the trainer.
+        dtype: of the weights.
+        trained: how many numbers train.
+    """
     stage = int(flags.strategy.split("_")[2])
     offload = flags.strategy.endswith("offload")
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
-        "overlap_comm": True,
-        "reduce_bucket_size": BUCKET,
-        "allgather_bucket_size": BUCKET,
+        # it ends every backward pass by waiting for the GPU, for nothing where one rank is alone
+        "overlap_comm": stage == 3 or flags.devices * flags.num_nodes > 1,
+        "reduce_bucket_size": bucket_size(trained),
+        "allgather_bucket_size": bucket_size(trained),
     }
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         if stage == 3:
             zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    bf16: dict[str, Any] = {"enabled": dtype == torch.bfloat16}
+    if stage < 3 and not offload:
+        # Some kernels for each gradient, and the host waits for them; a gradient that is not finite
+        # ends the run by the next step's loss, as it does without DeepSpeed.
+        bf16["check_grad_overflow"] = False
     return {
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": bf16,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": flags.micro_bsz,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a micro-batch
     }
 
 
@@ -156,3 +199,43 @@ def _scatter_after_recomputation() -> None:
     from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 
     coordinator.update_recompute_parameters = lambda module, parameter: None
+
+
+def _measure_gradients_at_once() -> None:
+    """Let ZeRO-1 and 2 measure and clip gradients in a few kernels, without waiting for the GPU.
+
+    DeepSpeed 0.19 starts several kernels for each parameter, of which adapters have hundreds, and
+    reads the norm back once for each group of parameters.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Zero
+
+    if Zero.get_grad_norm_direct is not _gradient_norm:
+        Zero._clip_offloaded = Zero.unscale_and_clip_grads
+        Zero.get_grad_norm_direct, Zero.unscale_and_clip_grads = _gradient_norm, _clip
+
+
+def _gradient_norm(zero: Any, gradients: Any, params: Any, norm_type: float = 2) -> Tensor:
+    """The norm of a group of gradients over all ranks, a float32 scalar."""
+    assert norm_type == 2
+    some = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+    total = torch.zeros((), device=zero.device)
+    if some:
+        norms = torch._foreach_norm(some, 2, dtype=torch.float32)
+        total = torch.stack(norms).square().sum()
+    torch.distributed.all_reduce(total, group=zero.dp_process_group)
+    return total.sqrt()
+
+
+def _clip(zero: Any, gradients: list[Tensor], norm: Any) -> None:
+    """Divide by the scale of the loss and, where the norm is above the limit, shorten to it."""
+    if zero.cpu_offload:
+        zero._clip_offloaded(gradients, norm)
+        return
+    scale = zero.loss_scale
+    if zero.clip_grad > 0:
+        excess = (norm / scale + 1e-6) / zero.clip_grad
+        scale = excess.clamp(min=1.0) * scale
+    elif scale == 1:
+        return
+    for gradient in gradients:
+        gradient.div_(scale)
