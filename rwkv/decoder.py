@@ -7,6 +7,7 @@ what was written only every few steps.
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -282,17 +283,38 @@ class Decoder:
 
     def _capture(self) -> None:
         """Capture a step; where something in the model cannot be captured, go on without."""
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        here = torch.cuda.current_stream(self.hidden.device)
         try:
             # Threads that load data may allocate meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._step()
         except RuntimeError as error:
             self._capturable, self._lanes = False, []
+            torch.cuda.set_stream(here)
+            end_failed_capture(pool, self._tokens)
             reason = str(error).splitlines()[0]
             warnings.warn(f"decoding goes on without a CUDA graph: {reason}", stacklevel=2)
         else:
             self.graph = graph
+
+
+def end_failed_capture(pool: Any, sample: Tensor) -> None:
+    """Do what CUDAGraph.capture_end leaves undone when it raises (torch 2.11).
+
+    The allocator would go on as if a capture were under way, and the default generator would take
+    every later draw for one outside of its capture. A generator can be reached through a capture
+    alone; this one allocates nothing.
+
+    Args:
+        pool: which memory the capture took; it must not have been another graph's.
+        sample: any tensor of the device.
+    """
+    with suppress(RuntimeError):  # where what failed came before or after the allocator's part
+        torch._C._cuda_endAllocateToPool(sample.device.index, pool)
+        torch._C._cuda_releasePool(sample.device.index, pool)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        sample.add_(0)
 
 
 def owned(state: State) -> State:

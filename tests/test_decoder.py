@@ -261,7 +261,22 @@ def test_a_graph_of_adapters_over_stores(tmp_path, storage):
 def test_what_cannot_be_captured_is_written_without_a_graph(tmp_path):
     model = small_model(tmp_path, 7)
     want, _ = run(model, captured=False)
+    stream = torch.cuda.current_stream()
     model.blocks[1].ffn.key.register_forward_hook(lambda module, x, y: y.sum().item() and None)
     with pytest.warns(UserWarning, match="goes on without a CUDA graph"):
         got, decoder = run(model, captured=True)
     assert decoder.graph is None and got == want
+    assert torch.cuda.current_stream() == stream
+    torch.randn(1, device="cuda")  # the generator is as it was
+
+
+@pytest.mark.gpu
+def test_after_a_failed_capture_another_succeeds(tmp_path):
+    model = small_model(tmp_path, 7)
+    want, _ = run(model, captured=False)
+    hook = model.blocks[1].ffn.key.register_forward_hook(lambda m, x, y: y.sum().item() and None)
+    with pytest.warns(UserWarning, match="goes on without a CUDA graph"):
+        run(model, captured=True)
+    hook.remove()
+    got, decoder = run(model, captured=True)
+    assert decoder.graph is not None and got == want
