@@ -15,7 +15,6 @@ from torch import Tensor
 
 from rwkv.model import RWKV
 from rwkv.ops.decoding import decoding_backend
-from rwkv.sampling import uniform_numbers
 from rwkv.sampling_flags import Sampling
 from rwkv.scattered import is_scattered
 from rwkv.state import LayerState, State, zero_state
@@ -193,10 +192,11 @@ class Picker:
     def pick(self, hidden: Tensor) -> Tensor:
         """The rows' next tokens [B], from the hidden states [B, C] after their last."""
         drawn = self.sampling.temperature > 0
-        tokens = backend_of(self.model).pick(
+        ops = backend_of(self.model)
+        tokens = ops.pick(
             self.model.logits(hidden),
             self.sampling,
-            uniform_numbers(self.seed, self._rows, self._steps) if drawn else self._steps,
+            ops.uniform_numbers(self.seed, self._rows, self._steps) if drawn else self._steps,
             self._counts if self.sampling.counts else None,
             self.banned,
         )

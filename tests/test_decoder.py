@@ -154,6 +154,62 @@ def test_triton_draws_within_what_is_kept(u):
     assert token.item() == (3 if u == 0 else 30)
 
 
+ROWS = {
+    "level": lambda draw: torch.randn(4, 20000, generator=draw),
+    "equal": lambda draw: torch.zeros(4, 20000),
+    "two values": lambda draw: torch.randint(2, (4, 20000), generator=draw) * 0.5,
+    "steep": lambda draw: 20 * torch.randn(4, 20000, generator=draw) ** 3,
+    "far": lambda draw: (
+        torch.randn(4, 20000, generator=draw) * torch.tensor([[1e9], [1e6], [99.0], [1.0]])
+    ),
+    "one below": lambda draw: torch.randn(4, 20000, generator=draw).index_fill(
+        1, torch.tensor([7]), -1e30
+    ),
+    "banned": lambda draw: torch.randn(4, 20000, generator=draw).index_fill(
+        1, torch.arange(15, 20000), -torch.inf
+    ),
+}
+
+
+@kernels
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize(
+    "sampling", [Sampling(top_p=0.3), Sampling(top_k=30), Sampling(top_k=9000, top_p=0.7)], ids=str
+)
+def test_triton_finds_the_threshold_of_any_row(kind, sampling):
+    """More tokens than are gathered, and values that are hard to tell apart."""
+    from rwkv.ops import picking_triton
+
+    draw = torch.Generator().manual_seed(1)
+    logits = ROWS[kind](draw).to(DEVICE)
+    uniforms = torch.rand(4, generator=draw, dtype=torch.float64).to(DEVICE)
+    want = decoding_torch.pick(logits, sampling, uniforms, None, None)
+    got = picking_triton.pick(logits, sampling, uniforms, None, None)
+    assert got.tolist() == want.tolist()
+
+
+@kernels
+def test_triton_tells_the_smallest_values_apart():
+    from rwkv.ops import picking_triton
+
+    logits = 1e-30 * torch.randn(3, 20000, device=DEVICE)
+    uniforms = torch.rand(3, dtype=torch.float64, device=DEVICE)
+    want = decoding_torch.pick(logits, Sampling(top_k=30), uniforms, None, None)
+    got = picking_triton.pick(logits, Sampling(top_k=30), uniforms, None, None)
+    assert got.tolist() == want.tolist()
+
+
+@kernels
+def test_triton_makes_the_same_uniform_numbers():
+    from rwkv.ops import picking_triton
+
+    rows = torch.randint(2**40, (300,), device=DEVICE)
+    steps = torch.arange(300, device=DEVICE)
+    for seed in (0, 1, -1, 123456789, 2**62 + 5, 2**63):
+        want = decoding_torch.uniform_numbers(seed, rows, steps)
+        assert torch.equal(picking_triton.uniform_numbers(seed, rows, steps), want)
+
+
 @versions
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize(

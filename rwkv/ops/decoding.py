@@ -21,6 +21,8 @@ A backend module offers, for B rows, C channels and H heads of N,
         relu(x)^2; x may be changed.
     pick(logits, sampling, uniforms, counts, banned) -> Tensor
         rwkv.sampling.pick_tokens, and count_tokens in place.
+    uniform_numbers(seed, rows, steps) -> Tensor
+        rwkv.sampling.uniform_numbers, to the bit.
 
 Parameters are read from the modules; see TimeMix7.forward and TimeMix6.forward for the formulas.
 """

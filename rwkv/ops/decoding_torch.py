@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rwkv.sampling import count_tokens, pick_tokens
+from rwkv.sampling import uniform_numbers as uniform_numbers  # a function that a backend offers
 from rwkv.sampling_flags import Sampling
 
 BEYOND = 80.0  # from here on exp(-exp(w)) is 0, also where exp(w) overflows

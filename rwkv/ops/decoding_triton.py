@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from rwkv.ops.picking_triton import pick as pick  # one of the functions a backend offers
+from rwkv.ops.picking_triton import pick as pick  # functions that a backend offers
+from rwkv.ops.picking_triton import uniform_numbers as uniform_numbers
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 MIXES = 6  # of one mix_shift at most
