@@ -172,6 +172,30 @@ ROWS = {
 
 
 @kernels
+@versions
+def test_triton_writes_the_same_whether_states_are_late(tmp_path, version, monkeypatch):
+    """Rows come and go after any number of steps; 4 of them write the states."""
+    model = small_model(tmp_path, version)
+    texts, states = [], []
+    for rows in (100, 1):
+        monkeypatch.setattr("rwkv.decoder.LATE_ROWS", rows)
+        decoder = Decoder(model, Picker(model, DRAWN, 3, None, 3), 3)
+        decoder._capturable = False
+        assert bool(decoder._late) == (rows == 1)
+        decoder.put([0, 1, 2], [5, 6, 7], *_read(model, prompts(3)))
+        found = decoder.run(2).rows()
+        decoder.put([1], [8], *_read(model, prompts(4)[3:]))
+        found += decoder.run(3).rows()
+        decoder.keep([2, 1])
+        found += decoder.run(3).rows()
+        texts.append(found)
+        states.append(named(decoder.hidden, decoder.state))
+    assert texts[0] == texts[1]
+    for name in states[0]:
+        assert_close(name, states[1][name], states[0][name], 1e-5)
+
+
+@kernels
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize(
     "sampling", [Sampling(top_p=0.3), Sampling(top_k=30), Sampling(top_k=9000, top_p=0.7)], ids=str
@@ -269,6 +293,24 @@ def test_adapters_and_stores_are_read_as_in_the_model(tmp_path, version, storage
     model = adapted(small_model(tmp_path, version, backend="torch", **sizes), storage)
     tokens = torch.randint(300, (2, 5), device=DEVICE)
     assert_close("hidden", token_by_token(model, tokens)["hidden"], model(tokens)[0], 1e-5)
+
+
+@pytest.mark.gpu
+@versions
+def test_a_graph_of_many_rows_writes_what_steps_do(tmp_path, version):
+    """So many that states are late, in graphs of two sizes."""
+    model = small_model(tmp_path, version, dtype=torch.bfloat16)
+    texts = []
+    for captured in (False, True):
+        decoder = Decoder(model, Picker(model, DRAWN, 3, None, 70), 70)
+        decoder._capturable &= captured
+        assert decoder._late
+        decoder.put(range(70), range(70), *_read(model, prompts(70)))
+        found = decoder.run(7).rows()
+        assert (decoder.graph is not None) == captured
+        decoder.keep(range(1, 68))
+        texts.append(found + decoder.run(9).rows())
+    assert texts[0] == texts[1]
 
 
 def run(
