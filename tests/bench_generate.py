@@ -2,13 +2,15 @@
 
     python -m tests.bench_generate
     python -m tests.bench_generate --shape 12,768 --batches 1 256 --peer_seconds 0
-    python -m tests.bench_generate --profile 256
+    python -m tests.bench_generate --profile 1 256
 
 Random weights in bfloat16. First table, a step of B rows that each write a token: milliseconds
 with tokens drawn greedily, and drawn as data.make_rejected does (top_p 0.3, penalties), each from
 a CUDA graph, and greedily without one; tokens a second of the graph; and the bound's share of its
 time. The bound is the bytes that must move over the speed of a large copy, measured in the same
-run: every weight but the embedding once, and each row's state, in float32, read and written.
+run: every weight but the embedding once, and each row's state, in float32, read and written. From
+64 rows on our step writes the states only every fourth time (see rwkv.ops.decoding.Late); the bound
+stays that of a step that always does, so that shares compare with those of other programs.
 
 Second table, prompts a minute: `generate` over --prompts prompts of --prompt_tokens, each
 continued by --tokens, tokens drawn as above, prompts read included; and the package rwkv (see
@@ -16,9 +18,9 @@ tests/parity_rwkv.py for where it must lie) with one prompt after the other, the
 each time, which costs it least. It runs for --peer_seconds in a process of its own; with
 --peer_cuda 1 with its own CUDA kernels, which it compiles first.
 
-With --profile ROWS instead, where the time of a drawn step of so many rows goes: the kernels of one
-replay of its graph, with how often each ran, its microseconds in all, and its share of their sum.
-Lanes overlap, so the sum may exceed the time of the step, which stands below it.
+With --profile ROWS .. instead, where the time of a drawn step of so many rows goes: the kernels of
+one replay of its graph, with how often each ran, its microseconds in all, and its share of their
+sum. Lanes overlap, so the sum may exceed the time of the step, which stands below it.
 """
 
 import argparse
@@ -132,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--peer_seconds", type=float, default=10.0, help="0 for no comparison")
     parser.add_argument("--peer_cuda", type=int, default=0)
-    parser.add_argument("--profile", type=int, default=0, metavar="ROWS")
+    parser.add_argument("--profile", type=int, nargs="+", metavar="ROWS")
     options = parser.parse_args(argv)
     options.device = "cuda" if on_gpu else "cpu"
     layers, width = (int(size) for size in options.shape.split(","))
@@ -148,7 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     model, _ = random_with_profile(config, PeftFlags(), device=options.device, dtype=dtype)
     model.requires_grad_(False).eval()
     if options.profile:
-        print(profile_step(model, options.profile, DRAWN))
+        for rows in options.profile:
+            print(f"{rows} rows\n{profile_step(model, rows, DRAWN)}\n", flush=True)
         return 0
     speed = copy_speed(options.device) if on_gpu else 1e7
     name = torch.cuda.get_device_name() if on_gpu else "CPU, its bound made up"

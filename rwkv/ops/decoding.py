@@ -86,9 +86,9 @@ class Late(NamedTuple):
 
     def forget(self, rows: Tensor) -> None:
         """Nothing noted changes these rows, whose states are new."""
-        self.inputs[:, :, rows] = 0
-        self.inputs[:, 0, rows] = -torch.inf  # all is kept
-        self.values[:, rows] = 0
+        self.inputs.index_fill_(2, rows, 0)
+        self.inputs[:, 0].index_fill_(1, rows, -torch.inf)  # all is kept
+        self.values.index_fill_(1, rows, 0)
 
     def select(self, rows: Tensor) -> "Late":
         """Of these rows, in this order."""

@@ -474,10 +474,25 @@ def low_rank7(
     (B, C), A = x_w.shape, second[0].shape[1]
     low, out = x_w.new_empty(B, sum(ranks)), x_w.new_empty(4, B, A)
     few = B <= 32
-    down = {"ROWS": 16 if few else 64, "COLUMNS": 16 if few else 32, "STEP": 128}
+    down = {
+        "ROWS": 16 if few else 64,
+        "COLUMNS": 16 if few else 32,
+        "STEP": 256 // x_w.element_size(),
+    }
     blocks = sum(triton.cdiv(rank, down["COLUMNS"]) for rank in ranks)
     _down_kernel[(blocks, triton.cdiv(B, down["ROWS"]))](
-        x_w, x_a, x_v, x_g, *first, low, B, C, *ranks, **down, num_warps=4, num_stages=3
+        x_w,
+        x_a,
+        x_v,
+        x_g,
+        *first,
+        low,
+        B,
+        C,
+        *ranks,
+        **down,
+        num_warps=4,
+        num_stages=5 if few else 3,
     )
     up = {"ROWS": 16 if few else 64, "COLUMNS": 64 if few else 128, "STEP": 32}
     _up_kernel[(triton.cdiv(A, up["COLUMNS"]), triton.cdiv(B, up["ROWS"]), 4)](

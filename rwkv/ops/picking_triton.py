@@ -53,12 +53,13 @@ def _amounts(
 
     Without MASS the number twice.
     """
-    place = tl.arange(0, BLOCK // COLUMNS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    part = tl.arange(0, BLOCK // COLUMNS)[None, :, None]
+    place = part * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
     numbers = tl.zeros([WAYS, COLUMNS], tl.float32)
     masses = tl.zeros([WAYS, COLUMNS], tl.float32)
     for start in range(0, V, BLOCK):
         i = start + place
-        x = tl.load(x_ptr + i, mask=i < V, other=float("-inf"))[None, :, :]
+        x = tl.load(x_ptr + i, mask=i < V, other=float("-inf"))
         reached = x >= tried[:, None, None]
         numbers += tl.sum(tl.where(reached, 1.0, 0.0), 1)
         if MASS:
