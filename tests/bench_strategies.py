@@ -229,7 +229,7 @@ def prepare(bench: Bench, sizes: list[str], ops: bool) -> None:
         make_shape(work / "base.pth", 7, 2, 64, 256, "cpu", head_size=32)
     else:
         (work / "base.pth").symlink_to(ROOT / "example" / "Quickstart" / "base.pth")
-    make_texts(work)
+    make_texts(work, 600 if bench.cpu else 24000)
     scores = (
         "rm -rf pairs.tok && PY -m data.make_pairs --input pairs.jsonl --tokenizer bytes "
         "--output pairs.tok && PY -m data.make_reference --data pairs.tok --load_model base.pth"
@@ -261,12 +261,12 @@ def prepare(bench: Bench, sizes: list[str], ops: bool) -> None:
     print(f"prepared in {time.monotonic() - begun:.0f} s", flush=True)
 
 
-def make_texts(work: Path) -> None:
+def make_texts(work: Path, count: int) -> None:
     """Instructions and pairs of the quickstart, and texts of 200 to 3,000 words."""
     if (work / "texts.jsonl").exists():
         return
     command = [sys.executable, str(ROOT / "example" / "Quickstart" / "make_data.py")]
-    subprocess.run([*command, "--output", "data", "--rows", "24000"], cwd=work, check=True)
+    subprocess.run([*command, "--output", "data", "--rows", str(count)], cwd=work, check=True)
     rows = [json.loads(line) for line in (work / "data/train.jsonl").read_text().splitlines()]
     (work / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = [
