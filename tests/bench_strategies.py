@@ -77,7 +77,7 @@ class Bench:
         self.steps = 4 if self.cpu else 20
         self.ctx = 128 if self.cpu else 512
         # A loss in bfloat16 is uncertain by more than is asked for unless many tokens are averaged.
-        self.rows = 2 if self.cpu else 32
+        self.micro = 2 if self.cpu else 32
         self.modes = [mode for mode in MODES if not options.modes or mode in options.modes]
         self.reports: dict[str, list[dict]] = {}
         self.rows: list[dict] = []
@@ -99,9 +99,9 @@ class Bench:
             "accelerator": "cpu" if self.cpu else "gpu",
             "precision": "fp32" if self.cpu else "bf16",
             "ctx_len": self.ctx,
-            "chunk_ctx": self.rows * self.ctx // 4,  # of rows that are packed into one
+            "chunk_ctx": self.micro * self.ctx // 4,  # of rows that are packed into one
             "lr_final": run.flags.get("lr_init", 1e-4),
-            "micro_bsz": self.rows,
+            "micro_bsz": self.micro,
             "num_workers": 0,
         } | run.flags
         return [word for key, value in values.items() for word in (f"--{key}", str(value))]
