@@ -107,11 +107,11 @@ class LivingBytes(TorchDispatchMode):
 
 
 class Operator(torch.autograd.Function):
-    """Keeps for the backward pass what wkv in Triton keeps."""
+    """Keeps for the backward pass what wkv on a GPU keeps; RWKV-7's reads two tensors more."""
 
     @staticmethod
     def forward(ctx, state, v, *others):
-        own = torch.empty(memory.WKV_BYTES * v.numel(), dtype=torch.uint8)
+        own = torch.empty(memory.WKV_BYTES[2 + len(others)] * v.numel(), dtype=torch.uint8)
         ctx.save_for_backward(state, v, *others, own)
         return torch.zeros_like(v), torch.zeros_like(state)
 
