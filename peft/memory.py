@@ -41,6 +41,7 @@ FIRST_VALUES = {7: 2, 6: 0}  # vectors a token beside the stream: the first laye
 HEAD_BYTES = {True: 2, False: 20}  # for each logit of a piece; fused kernels write in their place
 HEAD_PIECES = {True: 4, False: 1}  # times MAX_LOGITS at once
 HIDDEN = 5  # first values, last stream, hidden states, those that are scored, and their gradient
+WORKSPACES = 2 * 2**25  # cuBLAS's, one for the thread of each pass, as torch has it on an H100
 ON_THEIR_WAY = 3  # inputs of halves that are being copied to host memory or back
 MAX_LOGITS = 2**26  # of a piece, as in losses.logprobs
 QUANTIZING_BYTES = 14  # for each weight while its codes are made: itself, float32 copies
@@ -164,23 +165,29 @@ def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
         host["states between chunks"], states = states, 0
     if step.host_blocks:
         host["between blocks"] = kept_on_host(config, plan, step)
-    walked = {"states between chunks": states} if states else {}
+    carried = {"states between chunks": states} if states else {}
+    stream = {"between blocks": between_blocks(config, plan, step)}
     # The last block's backward pass finds all inputs and no gradient, the first block's the
-    # reverse; with several micro-batches the gradients of the earlier ones are there as well.
-    stream = between_blocks(config, plan, step)
-    both = step.accumulate > 1 or step.host_blocks
-    walked |= {"between blocks": stream} if both or stream >= gradient else {}
-    walked |= {"gradients": gradient} if both or stream < gradient else {}
+    # reverse; those of earlier micro-batches and of later chunks are there all along.
+    earlier = {"gradients": gradient} if step.accumulate > 1 or step.borders else {}
+    walked = carried | stream | earlier
+    if not earlier and (step.host_blocks or gradient > stream["between blocks"]):
+        walked = carried | {"gradients": gradient} | (stream if step.host_blocks else {})
     vector = step.tokens * config.n_embd * step.dtype.itemsize
     block = {"first layer's values": FIRST_VALUES[config.version] * vector}
     block["blocks at work"] = blocks_at_work(config, plan, step)
     block["a weight unpacked"] = unpacked_weight(plan, step, of_head=False)
     end = {"hidden states": HIDDEN * vector, "logits": head(config, step)}
+    if plan.trains("head"):
+        size = torch.Size(plan.layers["head"].shape).numel()
+        end["the head's gradient"] = size * (4 + step.dtype.itemsize)  # the sum, and a piece's
     end["a weight unpacked"] = unpacked_weight(plan, step, of_head=True)
+    step_of_optimizer = {"gradients": gradient, "gradients in float32": widened(plan, step)}
+    workspaces = {"workspaces of cuBLAS": WORKSPACES} if step.fused else {}
     moments = {
-        "backward pass": walked | block,
-        "head": walked | end,
-        "optimizer step": {"gradients": gradient, "gradients in float32": widened(plan, step)},
+        "backward pass": walked | block | workspaces,
+        "head": carried | stream | earlier | end | workspaces,
+        "optimizer step": step_of_optimizer | workspaces,
         "loading": {"a layer being stored": storing(plan)},
     }
     return Prediction(rest, moments, host)
