@@ -107,11 +107,11 @@ class LivingBytes(TorchDispatchMode):
 
 
 class Operator(torch.autograd.Function):
-    """Keeps for the backward pass what wkv in Triton keeps."""
+    """Keeps for the backward pass what wkv on a GPU keeps; RWKV-7's reads two tensors more."""
 
     @staticmethod
     def forward(ctx, state, v, *others):
-        own = torch.empty(memory.WKV_BYTES * v.numel(), dtype=torch.uint8)
+        own = torch.empty(memory.WKV_BYTES[2 + len(others)] * v.numel(), dtype=torch.uint8)
         ctx.save_for_backward(state, v, *others, own)
         return torch.zeros_like(v), torch.zeros_like(state)
 
@@ -206,7 +206,17 @@ def test_what_leaves_the_device_is_in_host_memory(tmp_path):
     found = predict(config, plan, Step(1, 3000, host_blocks=True))
     assert found.host == {"between blocks": 4 << 20}
     assert found.moments["head"]["between blocks"] == 3 * 3000 * C * 2
-    assert "gradients" in found.moments["head"]
+    assert "gradients" in found.moments["backward pass"]
+
+
+def test_a_head_that_trains_sums_its_gradient_up(tmp_path):
+    """64 x 128 numbers: float32 sums and a piece's bfloat16; frozen it has none."""
+    config = config_of()
+    full, lora = (
+        predict(config, plan_of(tmp_path, mode=mode, match="*"), Step(1, 64)).moments["head"]
+        for mode in ("full", "lora")
+    )
+    assert full["the head's gradient"] == 64 * C * 6 and "the head's gradient" not in lora
 
 
 def test_chunks_cut_the_packed_row(tmp_path):
