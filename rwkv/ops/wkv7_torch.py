@@ -56,36 +56,29 @@ class _WKV7(torch.autograd.Function):
         ctx: Any, layout: ChunkLayout, state: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
         S, room = layout.sorted(state), Room(state)
-        y, starts = layout.tokens(inputs[0]), layout.empty(S, S.shape[-1])
+        C, y = layout.C, layout.tokens(inputs[0])
+        starts, us = layout.empty(S, S.shape[-1]), layout.empty(S, C)
         for part in layout.parts:
             local = _Local(layout, part, inputs, room)
             entry_a, entry_r = local.entry
             exit_b, exit_k = local.exit
-            S_part = starts[part.rows]
-            u = torch.bmm(local.inverse, local.read_inside(), out=room(*local.shape))
-            _scan(
-                S,
-                part.walk(
-                    S_part,
-                    local.kept,
-                    u,
-                    torch.bmm(local.inverse, entry_a, out=room(*local.shape)),
-                    exit_b,
-                    torch.bmm(local.v.mT, exit_k, out=room(*S_part.shape)),
-                ),
-            )
+            S_part, u = starts[part.rows], us[part.rows]
+            read = torch.bmm(local.products[:, :C, C:], local.v, out=room(*u.shape))
+            added = torch.bmm(local.v.mT, exit_k, out=room(*S_part.shape))
+            steps = part.walk(S_part, local.kept, read, entry_a, local.inverse, u, exit_b, added)
+            _scan(S, steps)
             local.u.copy_(u)
-            y_part = torch.bmm(entry_r, S_part.mT, out=room(*local.shape))
-            y.add(part, y_part.baddbmm_(local.products[:, layout.C :], local.uv))
+            y_part = torch.bmm(entry_r, S_part.mT, out=read)
+            y.add(part, y_part.baddbmm_(local.products[:, C:], local.uv))
             room.clear()
-        ctx.save_for_backward(*inputs, starts)
+        ctx.save_for_backward(*inputs, starts, us)
         ctx.layout = layout
         return y.all(), layout.unsorted(S)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, starts = ctx.saved_tensors
+        *inputs, starts, us = ctx.saved_tensors
         layout: ChunkLayout = ctx.layout
         dS, C = layout.sorted(d_state), layout.C
         room = Room(dS)
@@ -94,33 +87,22 @@ class _WKV7(torch.autograd.Function):
             local = _Local(layout, part, inputs, room)
             entry_a, entry_r = local.entry
             exit_b, exit_k = local.exit
-            S = starts[part.rows]
-            read = local.read_inside().baddbmm_(entry_a, S.mT)
-            local.u.copy_(torch.bmm(local.inverse, read, out=room(*local.shape)))
+            S, u = starts[part.rows], us[part.rows]
+            local.u.copy_(u)
             # The gradients of what makes u and y: [A_ak v + a' S^T | y], and of S'.
             d_made, dS_part = room(*local.uv.shape), room(*S.shape)
             dy_part = layout.chunks(dy, part, d_made[:, C:], blank=True)
-            d_u = torch.bmm(local.products[:, C:, :C].mT, dy_part, out=room(*local.shape))
-            d_read = torch.bmm(local.inverse.mT, d_u, out=room(*local.shape))
-            added = torch.bmm(dy_part.mT, entry_r, out=room(*S.shape))
-            _scan(
-                dS,
-                reversed(
-                    part.walk(
-                        dS_part,
-                        local.kept,
-                        d_read,
-                        torch.bmm(local.inverse.mT, exit_b, out=room(*local.shape)),
-                        entry_a,
-                        added,
-                    )
-                ),
+            d_u = torch.bmm(local.products[:, C:, :C].mT, dy_part, out=room(*u.shape))
+            d_read, added = room(*u.shape), torch.bmm(dy_part.mT, entry_r, out=room(*S.shape))
+            steps = part.walk(
+                dS_part, local.kept, d_u, exit_b, local.inverse.mT, d_read, entry_a, added
             )
+            _scan(dS, reversed(steps))
             d_made[:, :C] = d_read
-            d_v = torch.bmm(exit_k, dS_part.mT, out=room(*local.shape))
+            d_v = torch.bmm(exit_k, dS_part.mT, out=d_u)
             d_v.baddbmm_(local.products[:, :, C:].mT, d_made)
             (d_a, d_r), (d_b, d_k), d_rate = local.decayed.backward(
-                torch.bmm(d_made, local.uv.mT, out=room(*local.products.shape)),
+                torch.bmm(d_made, local.uv.mT, out=local.products),
                 torch.bmm(d_made, S, out=room(*d_made.shape)),
                 torch.bmm(local.uv, dS_part, out=room(*d_made.shape)),
                 torch.mul(S, dS_part, out=added).sum(1),
@@ -133,16 +115,16 @@ class _WKV7(torch.autograd.Function):
 
 
 def _scan(S: Tensor, steps: Iterable[tuple[Tensor, ...]]) -> None:
-    """Take S [Q H, N, N] through steps of (before, kept, u, read, written, added), in place.
+    """Take S [Q H, N, N] through steps of (before, kept, read, entry, inverse, u, exit, added).
 
-    Each leaves S as it was in `before`, adds `read` S^T to u and makes S diag(kept) + u^T `written`
-    + `added` of it.
+    In place: each leaves S as it was in `before` and `inverse` (`read` + `entry` S^T) in u, and
+    makes S diag(kept) + u^T `exit` + `added` of S.
     """
-    for before, kept, u, read, written, added in steps:
+    for before, kept, read, entry, inverse, u, exit, added in steps:
         now = S[: len(before)]
         before.copy_(now)
-        u.baddbmm_(read, now.mT)
-        torch.addcmul(added, now, kept, out=now).baddbmm_(u.mT, written)
+        torch.bmm(inverse, read.baddbmm_(entry, now.mT), out=u)
+        torch.addcmul(added, now, kept, out=now).baddbmm_(u.mT, exit)
 
 
 class _Local:
@@ -156,7 +138,7 @@ class _Local:
 
     def __init__(self, layout: ChunkLayout, part: Part, inputs: Sequence[Tensor], room: Room):
         r, w, k, v, a, b = inputs
-        P, C, N = self.shape = part.rows.stop - part.rows.start, layout.C, v.shape[-1]
+        P, C, N = part.rows.stop - part.rows.start, layout.C, v.shape[-1]
         readers, written, self.uv = room(P, 2 * C, N), room(P, 2 * C, N), room(P, 2 * C, N)
         layout.chunks(a, part, readers[:, :C])
         layout.chunks(r, part, readers[:, C:])
@@ -175,9 +157,3 @@ class _Local:
             upper=False,
             unitriangular=True,
         )
-        self._room = room
-
-    def read_inside(self) -> Tensor:
-        """A_ak v, [P, C, N]."""
-        C = self.shape[1]
-        return torch.bmm(self.products[:, :C, C:], self.v, out=self._room(*self.shape))
