@@ -7,6 +7,7 @@ by side; short texts simply leave the walk early.
 """
 
 import math
+import threading
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from rwkv.ops.packing import text_lengths
 
-# About how many chunk-heads are worked on at once. On a CPU larger parts leave the caches, on a
-# GPU smaller ones leave it idle; either way the memory in use does not grow with T.
-LIMIT_CPU, LIMIT = 48, 1024
+# About how many chunk-heads are worked on at once. On a CPU larger parts leave the caches (a
+# chunk-head of 32 tokens and 64 channels works in 250 kB), on a GPU smaller ones leave it idle;
+# either way the memory worked in does not grow with T.
+LIMIT_CPU, LIMIT = 96, 1024
 
 
 class Part(NamedTuple):
@@ -96,9 +98,9 @@ class ChunkLayout:
         width = self._sequences * self.H
         return x[part.rows.start // width : part.rows.stop // width]
 
-    def empty(self, like: Tensor, rows: int) -> Tensor:
-        """Room for all chunks, [P, rows, N], with N and dtype of `like`."""
-        return like.new_empty(len(self._source) // self.C, rows, like.shape[-1])
+    def empty(self, like: Tensor, *shape: int) -> Tensor:
+        """New memory for all chunks, [P, *shape], in the dtype of `like`."""
+        return like.new_empty(len(self._source) // self.C, *shape)
 
     def sorted(self, state: Tensor) -> Tensor:
         """States [Q, H, N, N] in the order of the walk, a new [Q H, N, N]."""
@@ -115,7 +117,7 @@ class Tokens:
     def __init__(self, layout: ChunkLayout, like: Tensor):
         self._layout = layout
         self._out = torch.empty_like(like, memory_format=torch.contiguous_format)
-        self._chunks = None if layout._even else layout.empty(like, layout.C)
+        self._chunks = None if layout._even else layout.empty(like, layout.C, like.shape[-1])
 
     def add(self, part: Part, chunks: Tensor) -> None:
         if self._chunks is None:
@@ -134,29 +136,44 @@ class Tokens:
 
 class Room:
     """Memory that a part works in and the next part overwrites: it stays in a CPU's caches, and
-    new memory is slow.
+    new memory is slow."""
 
-    like: a tensor of its dtype and device.
-    """
-
-    def __init__(self, like: Tensor):
-        self._like = like
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self._dtype, self._device = dtype, device
         self._tensors: list[Tensor] = []
         self._taken = 0
 
     def __call__(self, *shape: int) -> Tensor:
-        """A tensor of any contents; every part asks for the same ones in the same order."""
+        """A tensor of any contents; every part asks for about the same ones in the same order."""
         size, i = math.prod(shape), self._taken
-        if i == len(self._tensors):
-            self._tensors.append(self._like.new_empty(size))
-        elif self._tensors[i].numel() < size:
-            self._tensors[i] = self._like.new_empty(size)
+        if i == len(self._tensors) or self._tensors[i].numel() < size:
+            with torch.inference_mode(False):  # a later call may need gradients
+                new = torch.empty(size, dtype=self._dtype, device=self._device)
+            self._tensors[i : i + 1] = [new]
         self._taken += 1
         return self._tensors[i][:size].view(shape)
 
     def clear(self) -> None:
-        """Begin the next part: nothing handed out so far is needed any more."""
+        """Begin a part: nothing handed out so far is needed any more."""
         self._taken = 0
+
+
+class _Rooms(threading.local):
+    """Each thread's rooms on the CPU."""
+
+    def __init__(self) -> None:
+        self.by_dtype: dict[torch.dtype, Room] = {}
+
+
+_rooms = _Rooms()
+
+
+def room_like(x: Tensor) -> Room:
+    """Room of x's dtype and device for one call; on a CPU, which takes long to hand out new
+    memory, the thread's next call has it again."""
+    if x.device.type != "cpu":
+        return Room(x.dtype, x.device)
+    return _rooms.by_dtype.setdefault(x.dtype, Room(x.dtype, x.device))
 
 
 @lru_cache(maxsize=4)

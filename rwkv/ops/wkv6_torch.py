@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv.ops.chunk_layout import ChunkLayout, Part, Room, chunk_layout
+from rwkv.ops.chunk_layout import ChunkLayout, Part, Room, chunk_layout, room_like
 from rwkv.ops.decayed_products import decay_rate, decayed_products
 
 CHUNK = 32
@@ -53,16 +53,16 @@ class _WKV6(torch.autograd.Function):
     def forward(
         ctx: Any, layout: ChunkLayout, state: Tensor, u: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        S, room = layout.sorted(state), Room(state)
-        y, starts = layout.tokens(inputs[0]), layout.empty(S, S.shape[-1])
+        S, room = layout.sorted(state), room_like(state)
+        y, starts = layout.tokens(inputs[0]), layout.empty(S, *S.shape[1:])
         for part in layout.parts:
+            room.clear()
             local = _Local(layout, part, u, inputs, room)
             S_part = starts[part.rows]
             added = torch.bmm(local.v.mT, local.exit, out=room(*S_part.shape))
             _scan(S, part.walk(S_part, local.kept, added))
             y_part = torch.bmm(local.products, local.v, out=room(*local.v.shape))
             y.add(part, y_part.baddbmm_(local.entry, S_part.mT))
-            room.clear()
         ctx.save_for_backward(u, *inputs, starts)
         ctx.layout = layout
         return y.all(), layout.unsorted(S)
@@ -73,9 +73,10 @@ class _WKV6(torch.autograd.Function):
         u, *inputs, starts = ctx.saved_tensors
         layout: ChunkLayout = ctx.layout
         dS = layout.sorted(d_state)
-        room, du = Room(dS), dS.new_zeros(layout.H, dS.shape[-1])
+        room, du = room_like(dS), dS.new_zeros(layout.H, dS.shape[-1])
         grads = [layout.tokens(x) for x in inputs]
         for part in reversed(layout.parts):
+            room.clear()
             local = _Local(layout, part, u, inputs, room)
             S, v = starts[part.rows], local.v
             dy_part = layout.chunks(dy, part, room(*v.shape), blank=True)
@@ -96,7 +97,6 @@ class _WKV6(torch.autograd.Function):
             d_w = d_rate.mul_(local.decayed.rate)
             for grad, value in zip(grads, (d_r, d_w, d_k, d_v), strict=True):
                 grad.add(part, value)
-            room.clear()
         return None, layout.unsorted(dS), du.to(u.dtype), *(grad.all() for grad in grads)
 
 

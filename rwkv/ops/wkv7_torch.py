@@ -9,8 +9,8 @@ Let u_t = S_{t-1} a_t, what token t reads. In a chunk that starts from S and end
 where A are products between the chunk's tokens, a' and r' read from its start, b" and k" are what
 is left at its end (rwkv/ops/decayed_products.py). What does not contain S is computed for many
 chunks at once; the rest goes chunk after chunk, all sequences and heads together. For the backward
-pass the inputs and the states at the chunks' starts are kept, everything else is computed again.
-The work is in float32, or in float64 where the inputs are.
+pass the inputs, the states at the chunks' starts, u and the inverse are kept, everything else is
+computed again. The work is in float32, or in float64 where the inputs are.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv.ops.chunk_layout import ChunkLayout, Part, Room, chunk_layout
+from rwkv.ops.chunk_layout import ChunkLayout, Part, Room, chunk_layout, room_like
 from rwkv.ops.decayed_products import decay_rate, decayed_products
 
-CHUNK = 32  # measured on two cores: 16 and 64 take 1.0 to 1.3 times as long
+CHUNK = 32  # on a CPU 64 takes longer; 16 saves up to a tenth and keeps twice as many states
 SHORTEST = 6  # tokens from which the chunks' fixed cost is less than the steps of the reference
 
 
@@ -55,48 +55,50 @@ class _WKV7(torch.autograd.Function):
     def forward(
         ctx: Any, layout: ChunkLayout, state: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        S, room = layout.sorted(state), Room(state)
+        S, room = layout.sorted(state), room_like(state)
         C, y = layout.C, layout.tokens(inputs[0])
-        starts, us = layout.empty(S, S.shape[-1]), layout.empty(S, C)
+        N = S.shape[-1]
+        starts, us = layout.empty(S, N, N), layout.empty(S, C, N)
+        inverses = layout.empty(S, C, C)  # (1 - A_ab)^-1
         for part in layout.parts:
+            room.clear()
             local = _Local(layout, part, inputs, room)
             entry_a, entry_r = local.entry
             exit_b, exit_k = local.exit
-            S_part, u = starts[part.rows], us[part.rows]
+            S_part, u, inverse = starts[part.rows], us[part.rows], inverses[part.rows]
+            _invert(local.products[:, :C, :C], inverse)
             read = torch.bmm(local.products[:, :C, C:], local.v, out=room(*u.shape))
             added = torch.bmm(local.v.mT, exit_k, out=room(*S_part.shape))
-            steps = part.walk(S_part, local.kept, read, entry_a, local.inverse, u, exit_b, added)
+            steps = part.walk(S_part, local.kept, read, entry_a, inverse, u, exit_b, added)
             _scan(S, steps)
             local.u.copy_(u)
             y_part = torch.bmm(entry_r, S_part.mT, out=read)
             y.add(part, y_part.baddbmm_(local.products[:, C:], local.uv))
-            room.clear()
-        ctx.save_for_backward(*inputs, starts, us)
+        ctx.save_for_backward(*inputs, starts, us, inverses)
         ctx.layout = layout
         return y.all(), layout.unsorted(S)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, starts, us = ctx.saved_tensors
+        *inputs, starts, us, inverses = ctx.saved_tensors
         layout: ChunkLayout = ctx.layout
         dS, C = layout.sorted(d_state), layout.C
-        room = Room(dS)
+        room = room_like(dS)
         grads = [layout.tokens(x) for x in inputs]
         for part in reversed(layout.parts):
+            room.clear()
             local = _Local(layout, part, inputs, room)
             entry_a, entry_r = local.entry
             exit_b, exit_k = local.exit
-            S, u = starts[part.rows], us[part.rows]
+            S, u, inverse = starts[part.rows], us[part.rows], inverses[part.rows]
             local.u.copy_(u)
             # The gradients of what makes u and y: [A_ak v + a' S^T | y], and of S'.
             d_made, dS_part = room(*local.uv.shape), room(*S.shape)
             dy_part = layout.chunks(dy, part, d_made[:, C:], blank=True)
             d_u = torch.bmm(local.products[:, C:, :C].mT, dy_part, out=room(*u.shape))
             d_read, added = room(*u.shape), torch.bmm(dy_part.mT, entry_r, out=room(*S.shape))
-            steps = part.walk(
-                dS_part, local.kept, d_u, exit_b, local.inverse.mT, d_read, entry_a, added
-            )
+            steps = part.walk(dS_part, local.kept, d_u, exit_b, inverse.mT, d_read, entry_a, added)
             _scan(dS, reversed(steps))
             d_made[:, :C] = d_read
             d_v = torch.bmm(exit_k, dS_part.mT, out=d_u)
@@ -110,7 +112,6 @@ class _WKV7(torch.autograd.Function):
             d_w = d_rate.mul_(local.decayed.rate)
             for grad, value in zip(grads, (d_r, d_w, d_k, d_v, d_a, d_b), strict=True):
                 grad.add(part, value)
-            room.clear()
         return None, layout.unsorted(dS), *(grad.all() for grad in grads)
 
 
@@ -127,12 +128,17 @@ def _scan(S: Tensor, steps: Iterable[tuple[Tensor, ...]]) -> None:
         torch.addcmul(added, now, kept, out=now).baddbmm_(u.mT, exit)
 
 
+def _invert(A: Tensor, out: Tensor) -> None:
+    """(1 - A)^-1 of strictly lower triangular A [P, C, C]."""
+    one = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+    torch.linalg.solve_triangular(one - A, one, upper=False, unitriangular=True, out=out)
+
+
 class _Local:
     """What the chunks of a part are without their states.
 
     products, entry, exit, kept: of the readers a and r and the written b and k; the first of
         `entry` and `exit` is that of a and b, [P, C, N].
-    inverse: (1 - A_ab)^-1, [P, C, C].
     uv: u, to be filled in, and v, [P, 2 C, N]; its halves are u and v.
     """
 
@@ -150,10 +156,3 @@ class _Local:
         self.decayed = decayed_products(readers, written, rate, room)
         self.products, self.kept = self.decayed.products, self.decayed.kept.unsqueeze(1)
         self.entry, self.exit = self.decayed.entry.split(C, 1), self.decayed.exit.split(C, 1)
-        one = torch.eye(C, dtype=rate.dtype, device=rate.device).expand(P, C, C)
-        self.inverse = torch.linalg.solve_triangular(
-            torch.sub(one, self.products[:, :C, :C], out=room(P, C, C)),
-            one,
-            upper=False,
-            unitriangular=True,
-        )
