@@ -1,5 +1,7 @@
 """Every wkv7 backend against the reference, and the reference against autograd and itself."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from helpers import (
@@ -200,6 +202,31 @@ def test_no_state_is_a_state_of_zeros():
     x = wkv7_inputs()
     got, want = wkv7(**x), wkv7(**x, state=torch.zeros(2, 2, 16, 16))
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_calls_leave_each_other_alone():
+    """Calls work in memory that the next one has again; no result lies in it."""
+    xs = [wkv7_inputs(T=45, seed=seed) for seed in (3, 4)]
+    first = with_gradients(wkv7, xs[0], random_state(xs[0]), backend="torch")
+    copies = {name: x.clone() for name, x in first.items()}
+    second = with_gradients(wkv7, xs[1], random_state(xs[1]), backend="torch")
+    assert all(torch.equal(first[name], copies[name]) for name in first)
+
+    leaves = {name: x.clone().requires_grad_() for name, x in xs[0].items()}
+    y, _ = wkv7(**leaves, state=random_state(xs[0]), backend="torch")
+    with_gradients(wkv7, xs[1], random_state(xs[1]), backend="torch")
+    late = torch.autograd.grad(y, leaves["k"], torch.ones_like(y))[0]
+    y, _ = wkv7(**leaves, state=random_state(xs[0]), backend="torch")
+    assert torch.equal(late, torch.autograd.grad(y, leaves["k"], torch.ones_like(y))[0])
+
+    with ThreadPoolExecutor(4) as threads:
+        runs = [
+            threads.submit(with_gradients, wkv7, x, random_state(x), backend="torch")
+            for _ in range(8)
+            for x in xs
+        ]
+    for i, run in enumerate(runs):
+        assert_all_close(run.result(), (first, second)[i % 2], 1e-6)
 
 
 def test_inference_first_and_training_after():
