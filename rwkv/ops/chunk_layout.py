@@ -19,7 +19,7 @@ from rwkv.ops.packing import text_lengths
 # About how many chunk-heads are worked on at once. On a CPU larger parts leave the caches (a
 # chunk-head of 32 tokens and 64 channels works in 250 kB), on a GPU smaller ones leave it idle;
 # either way the memory worked in does not grow with T.
-LIMIT_CPU, LIMIT = 96, 1024
+LIMIT_CPU, LIMIT = 48, 1024
 
 
 class Part(NamedTuple):
