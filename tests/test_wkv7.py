@@ -318,6 +318,6 @@ def test_unknown_backend():
 def test_backend_error_gives_the_reason():
     with pytest.raises(
         RuntimeError,
-        match="wkv7: backend 'fla' cannot run this call\n  fla: needs a GPU, the tensors are on",
+        match=r"wkv7: --kernel fla cannot run here \(fla: needs a GPU, the tensors are on cpu",
     ):
         wkv7(**wkv7_inputs(), backend="fla")
