@@ -30,8 +30,9 @@ PROMPTS = ("instruction", "prompt", "question")
 CONTEXTS = ("input", "context")
 ANSWERS = ("completion", "response", "output", "answer", "chosen")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+MEND = "mend the record, or remove it"
 SHAPES = (
-    "'text'; a prompt ('prompt', 'instruction' or 'question') with its answer ('completion', "
+    "needs 'text'; a prompt ('prompt', 'instruction' or 'question') with its answer ('completion', "
     "'response', 'output', 'answer' or 'chosen'); 'messages'; or 'conversations'"
 )
 
@@ -51,7 +52,7 @@ def read_conversations(record: Any, where: str) -> Iterator[str | list[Message]]
         yield _filled(record, where, "the text")
         return
     if not isinstance(record, dict):
-        _stop(where, f"is {_kind(record)}, not an object; needs {SHAPES}")
+        _stop(where, f"is {_kind(record)}, not an object", SHAPES)
     record = {key: value for key, value in record.items() if value is not None}
     if isinstance(record.get("instances"), list):
         rest = {key: value for key, value in record.items() if key != "instances"}
@@ -92,7 +93,7 @@ def _dialogue(record: dict[str, Any], where: str) -> list[Message]:
             messages += _side(record, "chosen", "assistant", where)
     elif prompt_key is None or answer_key is None:
         found = ", ".join(repr(key) for key in record) or "nothing"
-        _stop(where, f"has {found}; needs {SHAPES}")
+        _stop(where, f"has {found}", SHAPES)
     else:
         messages += _history(record, where)
         messages += _side(record, prompt_key, "user", where)
@@ -148,8 +149,10 @@ def _message(turn: Any, where: str) -> Message:
     name = turn.get("role", turn.get("from"))
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        _stop(where, f"its role is {name!r}; known are {', '.join(ROLES)}")
+        _stop(where, f"its role is {name!r}", f"known are {', '.join(ROLES)}")
     content = turn.get("content", turn.get("value"))
+    if role != "assistant" and "content" not in turn and "value" not in turn:
+        _stop(where, "has no content")
     text, thought = _content(content, where)
     thought += next((turn[key] for key in THOUGHTS if isinstance(turn.get(key), str)), "")
     calls = turn.get("tool_calls") or []
@@ -157,8 +160,11 @@ def _message(turn: Any, where: str) -> Message:
         _stop(where, f"'tool_calls' is {_kind(calls)}, not a list")
     text = "\n".join([*([text] if text.strip() else []), *(_call(c, where) for c in calls)])
     if role == "assistant" and not (text or thought):
-        _stop(where, "the assistant says nothing; remove the message or the record")
-    return Message(role, text, thought, scored=turn.get("weight", 1) != 0)
+        _stop(where, "the assistant says nothing", "remove the message or the record")
+    weight = turn.get("weight", 1)
+    if weight not in (0, 1):
+        _stop(where, f"its weight is {weight!r}, neither 1 nor 0")
+    return Message(role, text, thought, scored=weight != 0)
 
 
 def _content(content: Any, where: str) -> tuple[str, str]:
@@ -185,7 +191,7 @@ def _content(content: Any, where: str) -> tuple[str, str]:
             else None
         )
         if value is None or kind not in ("text", "think", *THOUGHTS):
-            _stop(where, f"a part of its content is {kind!r}; only text and thinking can be read")
+            _stop(where, f"a part of its content is {kind!r}", "only text and thinking can be read")
         (text if kind == "text" else thought).append(value)
     return "".join(text), "".join(thought)
 
@@ -209,7 +215,7 @@ def _filled(value: Any, where: str, name: str) -> str:
     if not isinstance(value, str):
         _stop(where, f"{name} is {_kind(value)}, not a string")
     if not value.strip():
-        _stop(where, f"{name} is empty; remove the record")
+        _stop(where, f"{name} is empty", "remove the record")
     return value
 
 
@@ -236,5 +242,5 @@ def _kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__) + shown
 
 
-def _stop(where: str, what: str) -> NoReturn:
-    raise DataError(f"{where}: {what}")
+def _stop(where: str, what: str, mend: str = MEND) -> NoReturn:
+    raise DataError(f"{where}: {what}; {mend}")

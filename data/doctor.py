@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import rwkv.cli
+from rwkv.cli import Parser, run
 from rwkv.errors import InputError
 
 LONGER_SHARE = 0.7  # of pairs with the longer chosen answer, from which length is what is learned
@@ -64,7 +64,7 @@ class Findings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.doctor",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -105,6 +105,8 @@ def examine(path: Path, tokenizer: str = "world") -> Findings:
     if findings.unread:
         shown = "; ".join(findings.unread[:3])
         findings.problems.insert(0, f"{_count(findings.unread)} cannot be read: {shown}")
+    elif not findings.records:
+        findings.problems.append("it has no records")
     if pairs:
         _look_at_lengths(pairs, findings)
         _look_at_ends(pairs, findings)
@@ -273,7 +275,7 @@ def write_fixed(findings: Findings, output: Path) -> int:
     """Write the records that can be trained on; returns how many.
 
     Raises:
-        InputError: the ending of `output` does not suit the file.
+        InputError: the ending of `output` does not suit the file, or there is nothing to write.
     """
     import json
 
@@ -283,8 +285,14 @@ def write_fixed(findings: Findings, output: Path) -> int:
     tokens = findings.kind.endswith("tokens")
     wanted = SAVE_SUFFIX if tokens else ".jsonl"
     if output.suffix.lower() != wanted:
-        raise InputError(f"--fix {output}: needs the ending {wanted} for this kind of file")
+        raise InputError(
+            f"--fix {output}: needs the ending {wanted} for this kind of file; rename it"
+        )
     kept = [record for n, record in enumerate(findings.records) if n not in findings.drop]
+    if not kept:
+        raise InputError(
+            f"--fix {output}: not written, for no record can be trained on; is it the right file?"
+        )
     if tokens:
         bare = {"ref_chosen": NO_REFERENCE, "ref_rejected": NO_REFERENCE}
         write_save(output, [record.source._replace(**bare) for record in kept])
@@ -310,4 +318,4 @@ def _count(some: Sequence[Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(rwkv.cli.run(main))
+    sys.exit(run(main))

@@ -15,8 +15,10 @@ class DataFlags:
         "python -m data.make_sft; several with commas between them",
     )
     val_data_file: str = flag("", "validation data, given as --train_data_file is")
-    val_fraction: float = flag(0.0, "share of the training records held out for validation")
-    ctx_len: int = flag(2048, "tokens a row has room for")
+    val_fraction: float = flag(
+        0.0, "share of the training records held out for validation", within="[0, 1)"
+    )
+    ctx_len: int = flag(2048, "tokens a row has room for", within="[1, inf)")
     overlong: str = flag(
         "auto",
         "records longer than ctx_len: split into pieces, cut at ctx_len, or drop; auto splits "
@@ -39,7 +41,7 @@ class DataFlags:
     random_mode: int = flag(
         1, "1 shuffles the records anew each pass, 0 keeps their order", choices=(0, 1)
     )
-    num_workers: int = flag(1, "processes that prepare batches")
+    num_workers: int = flag(1, "processes that prepare batches", within="[0, inf)")
     cache_dir: str = flag("~/.cache/rwkv-lm-rlhf", "where tokenized files are kept")
 
 
@@ -53,7 +55,9 @@ class PairFlags:
         "folder made by python -m data.make_pairs; --train_data_file does as well",
     )
     rlhf_max_corpus_len: int = flag(
-        0, "leave out pairs whose prompt and longer answer have more tokens; 0: --ctx_len"
+        0,
+        "leave out pairs whose prompt and longer answer have more tokens; 0: --ctx_len",
+        within="[0, inf)",
     )
 
 
@@ -65,6 +69,7 @@ class IterateFlags:
         0,
         "rounds of sampling answers to the prompts of --rlhf_train_file, scoring them and training "
         "on the best and the worst of each prompt",
+        within="[0, inf)",
     )
     reward: str = flag(
         "",
@@ -74,7 +79,7 @@ class IterateFlags:
     judge: str = flag(
         "", "in the place of --reward, a model: its average log-probability of an answer's tokens"
     )
-    iterate_samples: int = flag(4, "answers a prompt in a round")
-    iterate_tokens: int = flag(256, "tokens of an answer at most")
-    iterate_temperature: float = flag(1.0, "of the draws")
-    iterate_top_p: float = flag(1.0, "of the draws")
+    iterate_samples: int = flag(4, "answers a prompt in a round", within="[2, inf)")
+    iterate_tokens: int = flag(256, "tokens of an answer at most", within="[1, inf)")
+    iterate_temperature: float = flag(1.0, "of the draws", within="(0, inf)")
+    iterate_top_p: float = flag(1.0, "of the draws", within="(0, 1]")

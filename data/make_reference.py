@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import rwkv.cli
 from data.make_pairs import add_template_arguments
+from rwkv.cli import Parser, run
 
 if TYPE_CHECKING:
     from data.pair_store import PairStore
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     from rwkv.runner import add_model_arguments, add_storage_arguments, open_model, storage_of
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.make_reference",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -105,12 +105,15 @@ def score_records(model: Any, store: "PairStore", numbers: Any) -> Any:
 
     from data.pair_pieces import make_batch
     from losses.preference import answer_log_probs
+    from rwkv.errors import not_finite
 
     device = model.emb.weight.device
     batch = make_batch([store.pair(int(number)) for number in numbers])
     moved = batch._replace(**{n: t.to(device) for n, t in batch._asdict().items() if t is not None})
     with torch.no_grad():
         found = answer_log_probs(model, moved).float().cpu().numpy()
+    if not np.isfinite(found).all():
+        raise not_finite("scores")
     scores = np.zeros((len(numbers), 2), np.float32)
     prompt_of = batch.prompt_of.numpy()
     for side, index in enumerate((batch.chosen.numpy(), batch.rejected.numpy())):
@@ -119,4 +122,4 @@ def score_records(model: Any, store: "PairStore", numbers: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(rwkv.cli.run(main))
+    sys.exit(run(main))

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import rwkv.cli
+from rwkv.cli import Parser, run
 from rwkv.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     from rwkv.runner import add_model_arguments, open_model
     from rwkv.sampling_flags import add_sampling_arguments, sampling_of
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.make_rejected",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     for name in ("samples", "tokens", "batch_size"):
         if getattr(options, name) < 1:
-            raise InputError(f"--{name} {getattr(options, name)}: needs to be at least 1")
+            raise InputError(f"--{name} {getattr(options, name)}: needs to be at least 1; raise it")
     if options.output.suffix != ".jsonl":
         raise InputError(f"--output {options.output}: is no .jsonl file; give it that ending")
     if options.output.exists():
@@ -79,12 +79,17 @@ def write_rejected(
     """Write the file; returns how many pairs were written, and how many left out and why.
 
     Finished parts are kept beside the output until all are there.
+
+    Raises:
+        InputError: the input has no records, or one that cannot be read.
     """
     from data.pair_records import parse_prompt, read_text_pairs
     from data.progress import Progress
     from rwkv.files import remove, replacing
 
     records = list(read_text_pairs(options.input, parse=parse_prompt))
+    if not records:
+        raise InputError(f"{options.input}: has no records; is it the right file?")
     prompts = [template.encode_prompt(pair.prompt, tokenizer) for _, pair in records]
     folder = options.output.with_name(f".{options.output.name}.parts-{run_key(options)}")
     progress, counts = Progress(f"answering {options.input.name}"), Counter[str]()
@@ -92,23 +97,24 @@ def write_rejected(
         part = folder / f"{first}.jsonl"
         if not part.exists():
             last = min(first + PROMPTS_A_PART, len(records))
-            lines = [
+            answers = [
                 json.dumps(line, ensure_ascii=False) + "\n"
                 for line in answer(
                     options, model, tokenizer, template, sampling, records, prompts, first, last
                 )
             ]
             with replacing(part) as beside:
-                beside.write_text("".join(lines), encoding="utf-8")
+                beside.write_text("".join(answers), encoding="utf-8")
         progress(first + PROMPTS_A_PART, max(len(records), first + PROMPTS_A_PART), first)
     progress.finish()
     with replacing(options.output) as beside, beside.open("w", encoding="utf-8") as output:
         for first in range(0, len(records), PROMPTS_A_PART):
-            for text in (folder / f"{first}.jsonl").read_text(encoding="utf-8").splitlines(True):
-                skipped = json.loads(text).get("left out")
-                counts[skipped or "written"] += 1
-                if not skipped:
-                    output.write(text)
+            with (folder / f"{first}.jsonl").open(encoding="utf-8") as lines:
+                for text in lines:
+                    skipped = json.loads(text).get("left out")
+                    counts[skipped or "written"] += 1
+                    if not skipped:
+                        output.write(text)
     remove(folder)
     return counts
 
@@ -215,4 +221,4 @@ def pair_line(pair: "TextPair", rejected: str, ended: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(rwkv.cli.run(main))
+    sys.exit(run(main))

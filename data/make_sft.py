@@ -22,11 +22,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import rwkv.cli
+from rwkv.cli import Parser, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.make_sft",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -89,4 +89,4 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(rwkv.cli.run(main))
+    sys.exit(run(main))

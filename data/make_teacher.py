@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import rwkv.cli
-from rwkv.errors import InputError
+from rwkv.cli import Parser, run
+from rwkv.errors import InputError, RunError, not_finite
 from rwkv.runner import add_model_arguments
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
     part, parts = _part(options.part)
     if options.top_k < 1 or options.shard_tokens < 1:
-        raise InputError("--top_k and --shard_tokens: must be at least 1")
+        raise InputError("--top_k and --shard_tokens: must be at least 1; raise them")
     teacher, tokenizer, fingerprint = open_teacher_model(options)
     store = open_store(options.data, options, tokenizer)
     k = min(options.top_k, tokenizer.vocab_size)
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.make_teacher",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -120,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
 def _part(text: str) -> tuple[int, int]:
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise InputError(f"--part {text}: must be I/N with I from 0 to N - 1, such as 0/4")
+        raise InputError(
+            f"--part {text}: is no part; write I/N with I from 0 to N - 1, such as 0/4"
+        )
     return int(part), int(parts)
 
 
@@ -208,6 +210,8 @@ def _scores(
     for numbers in groups:
         texts = [store.record(number)[0].tolist() for number in numbers]
         for logits in teacher(texts):
+            if not logits.isfinite().all():
+                raise not_finite("scores")
             yield top_k_scores(logits, k, temperatures)
 
 
@@ -258,8 +262,8 @@ def _hugging_face(options: argparse.Namespace) -> "tuple[Teacher, Tokenizer, str
     """A causal model of the package transformers, one text at a time.
 
     Raises:
-        RuntimeError: the package is missing.
-        InputError: the vocabulary does not suit the tokenizer.
+        RunError: the package is missing.
+        InputError: the folder cannot be read, or the vocabulary does not suit the tokenizer.
     """
     import torch
 
@@ -269,7 +273,7 @@ def _hugging_face(options: argparse.Namespace) -> "tuple[Teacher, Tokenizer, str
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
-        raise RuntimeError(
+        raise RunError(
             f"--load_model {options.load_model}: is a Hugging Face model, which needs the package "
             f"transformers ({error}); pip install transformers"
         ) from None
@@ -277,9 +281,16 @@ def _hugging_face(options: argparse.Namespace) -> "tuple[Teacher, Tokenizer, str
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     name = DTYPES.get(options.dtype, "bfloat16" if device.startswith("cuda") else "float32")
-    model = AutoModelForCausalLM.from_pretrained(
-        options.load_model, torch_dtype=getattr(torch, name)
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            options.load_model, torch_dtype=getattr(torch, name)
+        )
+    except (OSError, ValueError, KeyError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"--load_model {options.load_model}: transformers cannot read it ({why}); is the "
+            "folder whole?"
+        ) from error
     model = model.to(device).eval()
     V = int(model.config.vocab_size)
     tokenizer = load_tokenizer(options.tokenizer or None, V)
@@ -304,4 +315,4 @@ def _hugging_face(options: argparse.Namespace) -> "tuple[Teacher, Tokenizer, str
 
 
 if __name__ == "__main__":
-    sys.exit(rwkv.cli.run(main))
+    sys.exit(run(main))

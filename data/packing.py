@@ -17,6 +17,7 @@ def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
         order: places, numbered by falling size, grouped by row, int64 [pieces].
         bounds: where each row begins and ends in `order`, int64 [rows + 1].
     """
+    capacity = min(capacity, max(int(sizes.sum()), 1))  # a row takes no more than there is
     different, counts = np.unique(sizes, return_counts=True)
     open_rows: dict[int, list[np.ndarray]] = {}  # room left -> rows
     available = 0  # bit r is set where open_rows[r] has rows

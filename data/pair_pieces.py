@@ -76,7 +76,9 @@ def cut_pairs(store: PairStore, ctx_len: int, overlong: str = "auto") -> PairPie
         InputError: `overlong` is another word, or nothing is left to train.
     """
     if ctx_len < 2:
-        raise InputError(f"--ctx_len {ctx_len}: a prompt and an answer need 2 tokens at least")
+        raise InputError(
+            f"--ctx_len {ctx_len}: a prompt and an answer need 2 tokens at least; raise it"
+        )
     if overlong not in ("auto", "drop"):
         raise InputError(
             f"--overlong {overlong}: answers are compared whole; use drop, or raise --ctx_len"

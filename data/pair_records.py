@@ -82,7 +82,7 @@ def parse_pair(record: Any, where: str) -> TextPair:
         DataError: as in read_text_pairs.
     """
     if not isinstance(record, dict):
-        _stop(where, f"is no object; {NEEDS}")
+        _stop(where, "is no object", NEEDS)
     record = {key: value for key, value in record.items() if value is not None}
     system = []
     if record.get("system"):
@@ -115,7 +115,7 @@ def parse_prompt(record: Any, where: str) -> TextPair:
     if isinstance(record, dict):
         key = next((k for k in ("chosen", *ANSWERS) if record.get(k) is not None), None)
     if key is None:
-        _stop(where, "has no good answer; needs prompt and chosen (or completion)")
+        _stop(where, "has no good answer", "needs prompt and chosen (or completion)")
     rest = {k: v for k, v in record.items() if k not in (*REJECTED, *ANSWERS, "label")}
     answer = record[key]
     return replace(parse_pair({**rest, "chosen": answer, "rejected": answer}, where), rejected=[])
@@ -144,7 +144,7 @@ def _prompt(record: dict[str, Any], where: str) -> list[Message]:
 def _labelled(record: dict[str, Any], system: list[Message], where: str) -> TextPair:
     key = next((key for key in ANSWERS if key in record), None)
     if key is None or "label" not in record or not (prompt := _prompt(record, where)):
-        _stop(where, f"has {', '.join(map(repr, record)) or 'nothing'}; {NEEDS}")
+        _stop(where, f"has {', '.join(map(repr, record)) or 'nothing'}", NEEDS)
     label = LABELS.get(str(record["label"]).lower())
     if label is None:
         _stop(where, f"'label' is {record['label']!r}, neither true nor false")
@@ -171,12 +171,12 @@ def _text(value: Any, where: str, name: str) -> str:
     if not isinstance(value, str):
         _stop(where, f"{name!r} is {value!r}, not a string")
     if not value.strip():
-        _stop(where, f"{name!r} is empty; {MEND}")
+        _stop(where, f"{name!r} is empty")
     return value
 
 
-def _stop(where: str, what: str) -> NoReturn:
-    raise DataError(f"{where}: {what}")
+def _stop(where: str, what: str, mend: str = MEND) -> NoReturn:
+    raise DataError(f"{where}: {what}; {mend}")
 
 
 def encode_pair(

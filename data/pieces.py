@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from data.token_store import TokenStore
-from rwkv.batch import TokenBatch
+from rwkv.batch import TokenBatch, scored_places
 from rwkv.errors import InputError
 
 OVERLONG = ("auto", "split", "cut", "drop")
@@ -77,12 +77,14 @@ class Pieces:
         for (tokens, scored), (row, at) in zip(read, rows_at, strict=True):
             place = np.s_[row, at : at + len(tokens) - 1]
             inputs[place], targets[place], mask[place] = tokens[:-1], tokens[1:], scored[1:]
+        where = torch.from_numpy(mask)
         return TokenBatch(
             torch.from_numpy(inputs),
             torch.from_numpy(targets),
-            torch.from_numpy(mask),
+            where,
             seqlens,
             torch.tensor(count),
+            scored_places(where),
         )
 
 
@@ -98,9 +100,9 @@ def cut(store: TokenStore, ctx_len: int, overlong: str = "auto") -> Pieces:
         InputError: `ctx_len` or `overlong` is not allowed, or nothing is left to train.
     """
     if ctx_len < 1:
-        raise InputError(f"--ctx_len {ctx_len}: must be at least 1")
+        raise InputError(f"--ctx_len {ctx_len}: must be at least 1; raise it")
     if overlong not in OVERLONG:
-        raise InputError(f"--overlong {overlong}: is not one of {', '.join(OVERLONG)}")
+        raise InputError(f"--overlong {overlong}: is not one of {', '.join(OVERLONG)}; take one")
     lengths, records = store.lengths, np.arange(len(store))
     fits = lengths - 1 <= ctx_len
     if overlong == "auto":

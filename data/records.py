@@ -4,6 +4,7 @@
 in the first line. Each may be gzipped (`.gz`) and may begin with a byte order mark.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from rwkv import plain_text
 from rwkv.errors import InputError
 
 SUFFIXES = (".jsonl", ".json", ".csv")
@@ -79,7 +81,8 @@ class RecordFile:
                 yield RawRecord(number, line, len(line))
 
     def _json_values(self, stream: BinaryIO) -> Iterator[RawRecord]:
-        text = decode(self.path, stream.read()).removeprefix("\ufeff")
+        with _as_data_error():
+            text = plain_text.decode(self.path, stream.read())
         decoder, line, counted = json.JSONDecoder(), 1, 0
         at = _skip_space(text, 0)
         in_list = text.startswith("[", at)
@@ -90,12 +93,14 @@ class RecordFile:
             try:
                 value, end = decoder.raw_decode(text, at)
             except json.JSONDecodeError as error:
-                raise not_json(self.path, error.lineno, error) from None
+                raise DataError(str(plain_text.not_json(self.path, error.lineno, error))) from None
             yield RawRecord(line, value, end - at)
             at = _skip_space(text, end)
             if in_list and text[at : at + 1] not in (",", "]"):
                 line += text.count("\n", counted, at)
-                raise DataError(f"{self.path}:{line}: not JSON (expected ',' or ']' in the list)")
+                raise DataError(
+                    f"{self.path}:{line}: not JSON (expected ',' or ']'); mend that line"
+                )
             if in_list and text[at] == ",":
                 at = _skip_space(text, at + 1)
         if in_list and at >= len(text):
@@ -110,9 +115,12 @@ class RecordFile:
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                raise DataError(f"{self.path}:{line}: not CSV ({error})") from None
+                raise DataError(
+                    f"{self.path}:{line}: not CSV ({error}); mend that line, or is the file whole?"
+                ) from None
             except UnicodeDecodeError as error:
-                raise _not_utf8(f"{self.path}: after line {line}", error) from None
+                where = f"{self.path}: after line {line}"
+                raise DataError(str(plain_text.not_utf8(where, error))) from None
             if row is None:
                 return
             if header is None:
@@ -140,14 +148,9 @@ def parse_json(path: Path, raw: RawRecord) -> Any:
     """
     if not isinstance(raw.value, bytes):
         return raw.value
-    try:
-        return json.loads(raw.value)
-    except json.JSONDecodeError as error:
-        raise not_json(path, raw.line, error) from None
-    except UnicodeDecodeError as error:
-        raise _not_utf8(f"{path}:{raw.line}", error) from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
-        raise DataError(f"{path}:{raw.line}: not JSON that can be read ({error})") from None
+    with _as_data_error():
+        text = plain_text.decode(path, raw.value, raw.line).rstrip()
+        return plain_text.parse_json(path, text, raw.line)
 
 
 def record_suffix(path: Path) -> str:
@@ -162,29 +165,20 @@ def check_file(path: Path) -> None:
         raise DataError(f"{path}: no such file; check the path")
     if path.is_dir():
         raise DataError(
-            f"{path}: a folder, but not one made by python -m data.make_sft (it has no meta.json)"
+            f"{path}: a folder, but not one made by python -m data.make_sft (it has no meta.json); "
+            "name the files in it, with commas between them"
         )
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
+        raise DataError(f"{path}: the file is empty; write it again, or name another")
 
 
-def decode(path: Path, data: bytes) -> str:
-    """The text of a file in UTF-8."""
+@contextlib.contextmanager
+def _as_data_error() -> Iterator[None]:
+    """What is wrong with a data file's text, as a DataError."""
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise _not_utf8(f"{path}:{line}", error) from None
-
-
-def not_json(path: Path, line: int, error: json.JSONDecodeError) -> DataError:
-    return DataError(f"{path}:{line}: not JSON ({error.msg} at column {error.colno})")
-
-
-def _not_utf8(where: str, error: UnicodeDecodeError) -> DataError:
-    return DataError(
-        f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8"
-    )
+        yield
+    except InputError as error:
+        raise DataError(str(error)) from None
 
 
 def _skip_space(text: str, at: int) -> int:

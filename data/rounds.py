@@ -103,7 +103,7 @@ def make_reward(text: str) -> Reward:
         try:
             form = re.compile(value, re.DOTALL)
         except re.error as error:
-            raise InputError(f"--reward {text}: no regular expression ({error})") from None
+            raise InputError(f"--reward {text}: no regular expression ({error}); mend it") from None
 
         def score(prompt: str, answer: str) -> float:
             return float(form.fullmatch(answer) is not None)
@@ -112,7 +112,8 @@ def make_reward(text: str) -> Reward:
         score = _load_function(text)
     else:
         raise InputError(
-            f"--reward {text}: is none of FILE.py:FUNCTION, length:CHARACTERS and format:REGEX"
+            f"--reward {text}: is no reward; give FILE.py:FUNCTION, length:CHARACTERS or "
+            "format:REGEX"
         )
 
     def reward(asked: Sequence[TextPair], answers: Sequence[Sequence[str]]) -> list[list[float]]:
@@ -131,9 +132,12 @@ def _load_function(text: str) -> Callable[[str, str], float]:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code
+        raise InputError(f"--reward {text}: {path} fails ({error!r}); mend it") from error
     if not callable(getattr(module, name, None)):
-        raise InputError(f"--reward {text}: {path} has no function {name!r}")
+        raise InputError(f"--reward {text}: {path} has no function {name!r}; check the name")
     return getattr(module, name)
 
 

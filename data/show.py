@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import rwkv.cli
 from data.make_sft import add_encoding_arguments
+from rwkv.cli import Parser, run
 from rwkv.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ END_OF_TEXT = "<end of text>"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.show",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -74,10 +74,10 @@ def marked_text(
     """
     text, stream = "", StreamDecoder(tokenizer)
     pairs = zip(tokens.tolist(), mask.tolist(), strict=True)
-    for scored, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+    for scored, some in itertools.groupby(pairs, key=lambda pair: pair[1]):
         part = "".join(
             stream.finish() + END_OF_TEXT if token == tokenizer.end_of_text else stream.push(token)
-            for token, _ in run
+            for token, _ in some
         )
         text += f"{marks[0]}{part}{marks[1]}" if scored else part
     return text + stream.finish()
@@ -111,4 +111,4 @@ def statistics(store: "TokenStore", ctx_len: int | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(rwkv.cli.run(main))
+    sys.exit(run(main))

@@ -79,7 +79,7 @@ def open_store(
     cache = Path(flags.cache_dir).expanduser()
     found = split_paths(paths)
     if not found:
-        raise InputError("--train_data_file: names no file")
+        raise InputError("--train_data_file: names no file; write paths with commas between them")
     folders = [
         path if is_store(path) else _cached(path, cache, recipe, tokenizer, kind) for path in found
     ]

@@ -38,7 +38,7 @@ class TeacherPieces(pieces.Pieces):
                 lse[place] = found[2]
             at += size
         return TeacherBatch(
-            *tokens,
+            **tokens._asdict(),
             ids=torch.from_numpy(ids.view(np.int16)),
             values=torch.from_numpy(values.view(np.int16)),
             lse=torch.from_numpy(lse.view(np.int32)) if self.store.wanted.normalized else None,

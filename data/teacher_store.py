@@ -215,7 +215,9 @@ def write_shard(
                     files[_lse_name(T)].append(numbers)
                 rows += len(ids)
         if rows != whole["tokens"]:
-            raise DataError(f"{folder}: {rows:,} scores for {whole['tokens']:,} tokens")
+            raise DataError(
+                f"{folder}: {rows:,} scores for {whole['tokens']:,} tokens; make it again"
+            )
     return whole
 
 

@@ -160,9 +160,11 @@ def split(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore, To
         InputError: the fraction is outside (0, 1), or there are fewer than two records.
     """
     if not 0 < fraction < 1:
-        raise InputError(f"--val_fraction {fraction}: must be above 0 and below 1")
+        raise InputError(f"--val_fraction {fraction}: must be above 0 and below 1; 0.01 is usual")
     if len(store) < 2:
-        raise InputError(f"--val_fraction {fraction}: there is only {len(store)} record to split")
+        raise InputError(
+            f"--val_fraction {fraction}: there is only {len(store)} record to split; drop the flag"
+        )
     count = min(max(round(len(store) * fraction), 1), len(store) - 1)
     order = np.random.default_rng([seed, 1]).permutation(len(store))
     return store.select(np.sort(order[count:])), store.select(np.sort(order[:count]))
@@ -244,7 +246,7 @@ def write_arrays(
         if not records:
             names = ", ".join(source["path"] for source in meta.get("sources", [])) or str(folder)
             left_out = "".join(f"; {count:,} {what}" for what, count in notes.items())
-            raise DataError(f"{names}: has no records to train on{left_out}")
+            raise DataError(f"{names}: has no records to train on{left_out}; is it the right file?")
         meta = {
             "format": FORMAT,
             "records": records,
@@ -312,7 +314,9 @@ def read_meta(folder: Path, kind: str) -> dict[str, Any]:
             f"{folder}: has format {version}, this program reads {FORMAT}; make the store again"
         )
     if found != kind:
-        raise DataError(f"{folder}: holds {found!r} records, {kind!r} are needed here")
+        raise DataError(
+            f"{folder}: holds {found!r} records, {kind!r} are needed here; name another store"
+        )
     return meta
 
 

@@ -6,6 +6,7 @@ token is scored, and no name of the tokenizer that made them. Distillation files
 says, and the log-sum-exp over the vocabulary is not known.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,7 +55,7 @@ def distillation_k(path: Path) -> int:
     with open_h5(path) as file:
         tokens, ids = _dataset(path, file, "tokens"), _dataset(path, file, "top_k_indices")
         if not len(tokens):
-            raise DataError(f"{path}: has no records")
+            raise DataError(f"{path}: has no records; is it the right file?")
         return _k(path, 0, len(tokens[0]), len(ids[0]))
 
 
@@ -110,17 +111,21 @@ def _k(path: Path, number: int, tokens: int, scores: int) -> int:
     return scores // tokens
 
 
-def open_h5(path: Path) -> Any:
-    """Open an HDF5 file for reading; one that is not whole is a DataError."""
+@contextlib.contextmanager
+def open_h5(path: Path) -> Iterator[Any]:
+    """Open an HDF5 file for reading; one that is not whole is a DataError, here or within."""
     check_file(path)
     try:
         import h5py
     except ImportError:
         raise RunError(f"{path}: .h5 files need the package h5py; pip install h5py") from None
     try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise DataError(f"{path}: not a whole HDF5 file ({error})") from None
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, KeyError, RuntimeError) as error:  # what h5py makes of damaged parts
+        raise DataError(
+            f"{path}: not a whole HDF5 file ({error}); fetch or make it again"
+        ) from None
 
 
 def _dataset(path: Path, file: Any, name: str, kinds: str = "iu") -> Any:
@@ -142,7 +147,7 @@ def _dataset(path: Path, file: Any, name: str, kinds: str = "iu") -> Any:
 
 def _check_ids(where: str, row: np.ndarray, tokenizer: Tokenizer) -> None:
     if not len(row):
-        raise DataError(f"{where}: the record is empty")
+        raise DataError(f"{where}: the record is empty; make the file again without it")
     worst = row.min() if row.min() < 0 else row.max()
     if not 0 <= worst < tokenizer.vocab_size:
         raise DataError(

@@ -51,11 +51,15 @@ def read_save(path: Path, tokenizer: Tokenizer) -> Iterator[TokenPair]:
             "it again from its CSV file"
         ) from None
     if not isinstance(records, list):
-        raise DataError(f"{path}: holds a {type(records).__name__}, not a list of pairs")
+        raise DataError(
+            f"{path}: holds a {type(records).__name__}, not a list of pairs; is it the right file?"
+        )
     for number, record in enumerate(records):
         where = f"{path}: record {number}"
         if not isinstance(record, (tuple, list)) or len(record) < 3:
-            raise DataError(f"{where}: is no tuple of prompt, chosen and rejected tokens")
+            raise DataError(
+                f"{where}: is no tuple of prompt, chosen and rejected tokens; make the file again"
+            )
         parts = [_ids(where, part, tokenizer) for part in record[:3]]
         scores = [float(x) for x in record[3:5]] if len(record) >= 5 else [NO_REFERENCE] * 2
         yield TokenPair(parts[0], parts[1], parts[2], scores[0], scores[1])
@@ -85,8 +89,14 @@ def read_pairs_h5(path: Path, tokenizer: Tokenizer) -> Iterator[TokenPair]:
                 f"{path}: has no array {missing[0]!r}, only {found}; is it a preference file?"
             )
         scores = [file.get(name) for name in ("chosenprob", "rejectprob")]
-        for number, parts in enumerate(zip(*(file[name] for name in names), strict=True)):
-            ids = [_ids(f"{path}: record {number}", part.tolist(), tokenizer) for part in parts]
+        arrays = [file[name] for name in names]
+        lengths = [len(array) for array in (*arrays, *scores) if array is not None]
+        if len(set(lengths)) > 1:
+            raise DataError(
+                f"{path}: its arrays have {', '.join(map(str, lengths))} records; make it again"
+            )
+        for number, parts in enumerate(zip(*arrays, strict=True)):
+            ids = [_ids(f"{path}: record {number}", np.asarray(part), tokenizer) for part in parts]
             given = [NO_REFERENCE if s is None else float(s[number]) for s in scores]
             yield TokenPair(ids[0], ids[1], ids[2], given[0], given[1])
 
@@ -97,7 +107,7 @@ def _ids(where: str, values: Any, tokenizer: Tokenizer) -> list[int]:
     except ValueError:
         ids = np.empty(0, object)
     if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
-        raise DataError(f"{where}: tokens are no list of whole numbers")
+        raise DataError(f"{where}: tokens are no list of whole numbers; make the file again")
     if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
         worst = ids.min() if ids.min() < 0 else ids.max()
         raise DataError(

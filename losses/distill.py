@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losses.logprobs import TokenScores, map_logits, score_logits
+from losses.logprobs import TokenScores, at_places, map_logits, score_logits
 from losses.sft import l2wrap, smoothed_nll
 from rwkv.batch import TeacherBatch, TokenBatch
 from rwkv.chunks import ChunkPlan, walk
@@ -243,8 +243,9 @@ class Distillation:
                 far = self.divergence.of_top_k(logits, ids, values, lse[0] if lse else None)
                 return *score_logits(logits, targets), far
 
-            given = (piece.targets[piece.mask], *teacher_scores(piece))
-            *scores, far = map_logits(model, hidden[piece.mask], given, at)
+            places = piece.scored_places()
+            given = (at_places(piece.targets, places), *teacher_scores(piece, places))
+            *scores, far = map_logits(model, at_places(hidden, places), given, at)
             return sums(TokenScores(*scores), far)
 
         def from_teacher(hidden: tuple[Tensor, Tensor], piece: TokenBatch) -> Tensor:
@@ -253,8 +254,9 @@ class Distillation:
                 far = self.divergence.of_logits(self.teacher.logits(taught).to(logits), logits)
                 return *score_logits(logits, targets), far
 
-            student, taught = (one[piece.mask] for one in hidden)
-            *scores, far = map_logits(model, student, (piece.targets[piece.mask], taught), at)
+            places = piece.scored_places()
+            student, taught, targets = (at_places(x, places) for x in (*hidden, piece.targets))
+            *scores, far = map_logits(model, student, (targets, taught), at)
             return sums(TokenScores(*scores), far)
 
         if isinstance(batch, TeacherBatch):
@@ -263,13 +265,13 @@ class Distillation:
         return walk(Both(model, self.teacher), batch, from_teacher, self.chunks)
 
 
-def teacher_scores(batch: TeacherBatch) -> tuple[Tensor, ...]:
+def teacher_scores(batch: TeacherBatch, places: Tensor) -> tuple[Tensor, ...]:
     """The teacher's scores at the batch's scored tokens: ids, values [n, k] and, if known, lse [n].
 
     The ids are int64, the rest float32.
     """
-    ids = batch.ids[batch.mask].long() & 0xFFFF
-    values = batch.values[batch.mask].view(torch.float16).float()
+    ids = at_places(batch.ids, places).long() & 0xFFFF
+    values = at_places(batch.values, places).view(torch.float16).float()
     if batch.lse is None:
         return ids, values
-    return ids, values, batch.lse[batch.mask].view(torch.float32)
+    return ids, values, at_places(batch.lse, places).view(torch.float32)

@@ -10,8 +10,12 @@ class SFTFlags:
     """Supervised fine-tuning"""
 
     sft: bool = flag(False, "train on texts, instructions or dialogues")
-    smoothing: float = flag(0.0, "label smoothing, 0 to below 1; upstream's scripts use 0.001")
-    l2wrap: float = flag(1e-4, "pull of each token's largest logit towards 0; 0 for none")
+    smoothing: float = flag(
+        0.0, "label smoothing, 0 to below 1; upstream's scripts use 0.001", within="[0, 1)"
+    )
+    l2wrap: float = flag(
+        1e-4, "pull of each token's largest logit towards 0; 0 for none", within="[0, inf)"
+    )
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,16 @@ class DistillationFlags:
         "over the file's tokens alone renormalized (RWKV-LM-RLHF's) or teacher_renormalized",
         choices=("forward", "reverse", "jsd", "renormalized", "teacher_renormalized"),
     )
-    jsd_beta: float = flag(0.5, "weight of the teacher in jsd's mixture, 0 to 1")
-    temperature: float = flag(2.0, "what divides the logits of teacher and student")
-    alpha: float = flag(0.5, "weight of the hard labels; the teacher has the rest, 1 - alpha")
-    top_k: int = flag(100, "most teacher scores a token to use; the file may hold fewer")
+    jsd_beta: float = flag(0.5, "weight of the teacher in jsd's mixture, 0 to 1", within="[0, 1]")
+    temperature: float = flag(
+        2.0, "what divides the logits of teacher and student", within="(0, inf)"
+    )
+    alpha: float = flag(
+        0.5, "weight of the hard labels; the teacher has the rest, 1 - alpha", within="[0, 1]"
+    )
+    top_k: int = flag(
+        100, "most teacher scores a token to use; the file may hold fewer", within="[1, inf)"
+    )
     teacher_model: str = flag(
         "", "a model that runs beside the student; --train_data_file is then as for --sft"
     )
@@ -48,7 +58,7 @@ class ChunkFlags:
     """Long texts"""
 
     infctx: bool = flag(False, "walk long texts in chunks with the state carried")
-    chunk_ctx: int = flag(512, "tokens of a chunk under --infctx")
+    chunk_ctx: int = flag(512, "tokens of a chunk under --infctx", within="[1, inf)")
     chunk_grad: str = flag(
         "exact",
         "exact: the gradient of the whole text; truncated: cut where chunks meet",

@@ -265,10 +265,9 @@ def map_logits(
     return tuple(torch.cat(field) for field in zip(*pieces, strict=True))
 
 
-def scored(hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states [B, T, C] and targets [B, T] where the mask is true, [n, C] and [n].
+def at_places(x: Tensor, places: Tensor) -> Tensor:
+    """Of x [B, T, ...] what lies at `places` [n], indices into B * T, [n, ...].
 
     The gradient of an index list adds rows; that of a mask would sort them first.
     """
-    places = mask.flatten().nonzero().squeeze(1)
-    return hidden.flatten(0, 1).index_select(0, places), targets.flatten()[places]
+    return x.flatten(0, 1).index_select(0, places)

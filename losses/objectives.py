@@ -34,19 +34,12 @@ def make_objective(settings: Settings, teacher: Any = None) -> Callable[..., Any
     Args:
         settings: of the run.
         teacher: the model of --teacher_model.
-
-    Raises:
-        InputError: a value is out of its range.
     """
     from losses.sft import SFT
     from rwkv.chunks import ChunkPlan
 
     chosen = chosen_objective(settings)
     sft, chunks = settings[SFTFlags], settings[ChunkFlags]
-    if not 0 <= sft.smoothing < 1:
-        raise InputError(f"--smoothing {sft.smoothing}: outside 0 to below 1; 0.001 is usual")
-    if chunks.infctx and chunks.chunk_ctx < 1:
-        raise InputError(f"--chunk_ctx {chunks.chunk_ctx}: a chunk needs at least 1 token")
     plan = None
     if chunks.infctx:
         plan = ChunkPlan(
@@ -80,18 +73,11 @@ def make_distillation(
 
 
 def check_distillation(flags: DistillationFlags) -> None:
-    """Stop at values that are wrong by themselves.
+    """Stop at flags that contradict each other.
 
     Raises:
-        InputError: a value is out of its range, or the divergence needs a file of scores.
+        InputError: the divergence needs a file of scores.
     """
-    for name in ("alpha", "jsd_beta"):
-        if not 0 <= getattr(flags, name) <= 1:
-            raise InputError(f"--{name} {getattr(flags, name)}: must be from 0 to 1")
-    if flags.temperature <= 0:
-        raise InputError(f"--temperature {flags.temperature}: must be above 0; 2 is usual")
-    if flags.top_k < 1:
-        raise InputError(f"--top_k {flags.top_k}: must be at least 1")
     if flags.teacher_model and flags.kd_loss.endswith("renormalized"):
         raise InputError(
             f"--kd_loss {flags.kd_loss}: is for a file of top-k scores, --teacher_model knows the "

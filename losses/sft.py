@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses.logprobs import LanguageModel, TokenScores, score_tokens, scored, sum_scores
+from losses.logprobs import LanguageModel, TokenScores, at_places, score_tokens, sum_scores
 from rwkv.batch import TokenBatch
 from rwkv.chunks import ChunkPlan, walk
 
@@ -51,7 +51,8 @@ class SFT:
             return torch.stack([loss, nll, scores.hit.sum()])
 
         def sums(hidden: Tensor, piece: TokenBatch) -> Tensor:
-            some, targets = scored(hidden, piece.targets, piece.mask)
+            places = piece.scored_places()
+            some, targets = at_places(hidden, places), at_places(piece.targets, places)
             return sum_scores(model, some, targets, quantities)
 
         loss, nll, hits = walk(model, batch, sums, self.chunks) / batch.count.clamp_min(1)
@@ -61,8 +62,10 @@ class SFT:
         """(summed nll, correct tokens, scored tokens) of a held-out batch, [3], float64."""
 
         def sums(hidden: Tensor, piece: TokenBatch) -> Tensor:
-            scores = score_tokens(model, *scored(hidden, piece.targets, piece.mask))
-            count = piece.mask.sum().to(scores.log_prob.dtype)
+            places = piece.scored_places()
+            some, targets = at_places(hidden, places), at_places(piece.targets, places)
+            scores = score_tokens(model, some, targets)
+            count = scores.log_prob.new_tensor(len(places))
             return torch.stack([-scores.log_prob.sum(), scores.hit.sum(), count])
 
         with torch.no_grad():

@@ -126,6 +126,8 @@ def read_adapter(
     Raises:
         InputError: it is no adapter file, holds what this project lacks, or alpha is missing.
     """
+    if alpha is not None and not alpha > 0:
+        raise InputError(f"--alpha {alpha:g}: must be above 0; take that of the training")
     tensors, metadata = read_tensors(path), read_metadata(path)
     for name in tensors:
         for fragment, meaning in FOREIGN.items():
@@ -146,12 +148,32 @@ def read_adapter(
                     f"{path}: holds an adapter for {layer} and its whole weight; "
                     "one of them must go"
                 )
-    stated = metadata.get("layers", {})
+    stated = stated_layers(path, metadata)
     kinds = {
         layer: _kind(f"{path}: {layer}", parts, stated.get(layer), alpha)
         for layer, parts in shapes.items()
     }
     return tensors, kinds, metadata
+
+
+def stated_layers(path: Path | str, metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What an adapter's .json says of each layer; empty for a file of RWKV-LM-RLHF.
+
+    Raises:
+        InputError: it is not what this project writes.
+    """
+    layers = metadata.get("layers", {})
+    entries = list(layers.values()) if isinstance(layers, dict) else [None]
+    if not all(isinstance(entry, dict) and _is_whole(entry) for entry in entries):
+        beside = Path(path).with_suffix(".json")
+        raise InputError(f"{beside}: says nothing usable of the layers; restore it or remove it")
+    return layers
+
+
+def _is_whole(entry: dict[str, Any]) -> bool:
+    """Whether the .json says of a layer what `load_adapter` needs."""
+    scaled = entry.get("mode") not in ("bone", "miss")
+    return not scaled or all(isinstance(entry.get(key), (int, float)) for key in ("alpha", "rank"))
 
 
 def _kind(
@@ -175,7 +197,7 @@ def _kind(
     if mode == "dora" and shapes["lora_M"][0] == 1:
         mode = "dora_column"
     rank = shapes["lora_A"][0]
-    if stated is not None:
+    if stated is not None and "alpha" in stated:
         alpha = float(stated["alpha"])
     if alpha is None:
         raise InputError(
@@ -213,7 +235,7 @@ def load_adapter(model: nn.Module, path: Path | str, *, base: str | None = None)
             f"{path}: belongs to the base {metadata['base']}, --load_model is {base}; "
             "load the base it was trained on"
         )
-    for layer, stated in metadata.get("layers", {}).items():
+    for layer, stated in stated_layers(path, metadata).items():
         if layer not in scales:
             continue
         scale = stated["alpha"] / stated["rank"]

@@ -6,6 +6,8 @@ indexes its blocks by the output, this one by the input, so their files do not f
 Source: arXiv:2409.15371.
 """
 
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from peft.adapter import AdapterLinear, check_rank
 from rwkv.errors import InputError
 from rwkv.linear import Linear, unread_output
+from rwkv.ops.fused import uses_kernels
 
 
 class BoneLinear(AdapterLinear):
@@ -79,11 +82,9 @@ class _BlockAffine(torch.autograd.Function):
         ctx.save_for_backward(x, bone)
         if unread:
             return unread_output(x, layer.out_features, residual)
-        rows, G = x.reshape(-1, x.shape[-1]), bone.to(x.dtype)
-        mixed = _add_blocks(rows, G.mT)
+        mixed, total = mix(x.reshape(-1, x.shape[-1]), bone.to(x.dtype))
         out = layer.product(mixed.view(x.shape), residual)
-        total = rows @ G.mT.reshape(-1, G.shape[-1])  # [n, rank]
-        out.view(-1, layer.out_features).unflatten(1, (-1, total.shape[1])).add_(total.unsqueeze(1))
+        add_to_blocks(out.view(-1, layer.out_features), total)
         return out
 
     @staticmethod
@@ -93,18 +94,68 @@ class _BlockAffine(torch.autograd.Function):
         rank = G.shape[-1]
         g = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
         inner = ctx.layer.gradient(g.view(grad.shape)).to(x.dtype).reshape(rows.shape)
-        total = g.unflatten(1, (-1, rank)).sum(dim=1)  # [n, rank]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = _add_blocks(inner, G)
-            dx.addmm_(total, G.transpose(0, 1).reshape(rank, -1))
-            dx = dx.view(x.shape)
-        d_bone = None
-        if ctx.needs_input_grad[2]:
-            shared = (total.T @ rows).unflatten(1, (-1, rank)).transpose(0, 1)
-            d_bone = torch.baddbmm(shared, _blocks(inner, rank).mT, _blocks(rows, rank))
-            d_bone = d_bone.to(bone.dtype)
-        return dx, grad if ctx.needs_input_grad[1] else None, d_bone, None, None
+        total = sum_of_blocks(g, rank)
+        dx, d_bone = unmix(inner, total, rows, G)
+        d_residual = grad if ctx.needs_input_grad[1] else None
+        return dx.view(x.shape), d_residual, d_bone.to(bone.dtype), None, None
+
+
+def mix(rows: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """x + z [n, C] and the sum of z's blocks [n, rank], where z_j = x_j G_j^T.
+
+    Args:
+        rows: x, [n, C].
+        G: [C / rank, rank, rank], of x's dtype.
+    """
+    if _has_kernels(rows, G):
+        return _kernels().mix(rows, G)
+    return _add_blocks(rows, G.mT), rows @ G.mT.reshape(-1, G.shape[-1])
+
+
+def unmix(inner: Tensor, total: Tensor, rows: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x [n, C] and of G; see _BlockAffine.
+
+    Args:
+        inner: e, [n, C].
+        total: s, [n, rank].
+        rows, G: as for `mix`.
+    """
+    if _has_kernels(rows, G):
+        return _kernels().unmix(inner, total, rows, G)
+    rank = G.shape[-1]
+    dx = _add_blocks(inner, G)
+    dx.addmm_(total, G.transpose(0, 1).reshape(rank, -1))
+    shared = (total.T @ rows).unflatten(1, (-1, rank)).transpose(0, 1)
+    return dx, torch.baddbmm(shared, _blocks(inner, rank).mT, _blocks(rows, rank))
+
+
+def add_to_blocks(out: Tensor, total: Tensor) -> None:
+    """out [n, C] += total [n, rank] in every block of `rank` channels, in place."""
+    if uses_kernels(out):
+        from peft import block_sums_triton
+
+        if total.shape[1] in block_sums_triton.RANKS and out.is_contiguous():
+            block_sums_triton.add_to_blocks(out, total.contiguous())
+            return
+    out.unflatten(1, (-1, total.shape[1])).add_(total.unsqueeze(1))
+
+
+def sum_of_blocks(rows: Tensor, rank: int) -> Tensor:
+    """The sum [n, rank] of the blocks of `rank` channels of [n, C]."""
+    if uses_kernels(rows):
+        from peft import block_sums_triton
+
+        if rank in block_sums_triton.RANKS:
+            return block_sums_triton.sum_of_blocks(rows.contiguous(), rank)
+    return rows.unflatten(1, (-1, rank)).sum(dim=1)
+
+
+def _has_kernels(rows: Tensor, G: Tensor) -> bool:
+    return uses_kernels(rows) and _kernels().fits(G)
+
+
+def _kernels() -> ModuleType:
+    return importlib.import_module("peft.bone_triton")
 
 
 def _blocks(rows: Tensor, rank: int) -> Tensor:

@@ -8,15 +8,15 @@ names. LoRA, DoRA and MiSS exist on both sides. Bone does not: HF peft's "bat" s
 an output's slice, this one along an input's, so merge it instead.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from rwkv.cli import Parser, run
 from rwkv.errors import InputError
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m peft.convert", description="Convert adapters to and from HF peft's folders."
     )
     parser.add_argument("--adapter", type=Path, required=True, help="a file, or HF peft's folder")
@@ -56,6 +56,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from rwkv.cli import run
-
     sys.exit(run(main))

@@ -7,7 +7,6 @@ of name fragments: a layer of the block whose name has one of them stays frozen.
 embedding if that trains, else with block 0; ln_out goes with the head.
 """
 
-import argparse
 import csv
 import glob
 import json
@@ -17,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from peft.layer_profile import LIMITS, Rule
+from rwkv.cli import Parser, run
 from rwkv.errors import InputError
 from rwkv.files import replacing
+from rwkv.plain_text import read_text
 
 COLUMNS = (
     *("Layer", "Mode", "Rank", "Alpha", "Dropout"),
@@ -61,10 +62,8 @@ def read_rows(path: Path | str, n_layer: int | None = None) -> list[Row]:
     """
     path = Path(path)
     try:
-        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+        lines = list(csv.reader(read_text(path).splitlines()))
+    except csv.Error as error:
         raise InputError(f"{path}: is no CSV text ({error}); save it as UTF-8 CSV") from None
     header = [cell.strip() for cell in lines[0]] if lines else []
     missing = [name for name in COLUMNS[:-1] if name not in header]
@@ -199,7 +198,7 @@ def _end_rules(rows: list[Row]) -> list[Rule]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m peft.csv_profile", description="Rewrite a CSV layer profile as JSON rules."
     )
     parser.add_argument("input", type=Path, help="a .csv profile of RWKV-LM-RLHF")
@@ -215,6 +214,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from rwkv.cli import run
-
     sys.exit(run(main))

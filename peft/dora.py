@@ -68,6 +68,9 @@ class DoraLinear(LoraLinear):
         out = factor.to(x.dtype) * self.low_rank_output(x)
         return out if residual is None else residual + out
 
+    def activated_output(self, x: Tensor) -> Tensor:
+        return Linear.activated_output(self, x)  # LoRA's knows no lengths
+
     def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         V = super().merged_weight(dtype)
         return self.lora_M.to(dtype) * V / V.norm(dim=1, keepdim=True)

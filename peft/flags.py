@@ -22,9 +22,11 @@ class PeftFlags:
     load_adapter: str = flag("", "go on from this adapter file; the profile must describe it")
     rslora: bool = flag(False, "scale LoRA by alpha / sqrt(rank) instead of alpha / rank")
     lora_plus_ratio: float = flag(
-        1.0, "rate of lora_B over that of lora_A (LoRA+); its paper uses 16"
+        1.0, "rate of lora_B over that of lora_A (LoRA+); its paper uses 16", within="(0, inf)"
     )
-    svd_niter: int = flag(4, "power iterations of PiSSA's SVD; 0 computes the exact one")
+    svd_niter: int = flag(
+        4, "power iterations of PiSSA's SVD; 0 computes the exact one", within="[0, inf)"
+    )
     quant: bool = flag(False, "store frozen weights as --quant_mode")
     quant_mode: str = flag(
         "nf4",
@@ -45,7 +47,7 @@ class StateFlags:
     prefix_tuning: bool = flag(
         False, "train embeddings that are read before every text; the state behind them is saved"
     )
-    prefix_token_len: int = flag(128, "number of these embeddings")
+    prefix_token_len: int = flag(128, "number of these embeddings", within="[1, inf)")
 
     @property
     def changes_start(self) -> bool:

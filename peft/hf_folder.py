@@ -131,7 +131,9 @@ def _config(named: dict[str, AdapterKind], mode: str, base_name: str | None) -> 
     rank = ranks.most_common(1)[0][0]
     if mode == "miss":
         if len(ranks) > 1:
-            raise InputError("miss: HF peft's folder holds one rank, the file has several")
+            raise InputError(
+                "miss: the file has several ranks, HF peft's folder holds one; train with one rank"
+            )
         return config | {"peft_type": "MISS", "r": rank, "init_weights": True}
     alphas = {name: kind.scale * kind.rank for name, kind in named.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]

@@ -11,7 +11,7 @@ embedding (`emb`) and every other parameter by itself (`blocks.0.att.x_k`).
 
 import difflib
 import fnmatch
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 from peft.flags import QUANT_ALIASES, QUANT_MODES
 from rwkv.errors import InputError
+from rwkv.plain_text import parse_json, read_text
 
 ADAPTER_MODES = ("lora", "dora", "dora_column", "bone", "miss", "pissa")
 MODES = ("full", "freeze", *ADAPTER_MODES)
@@ -107,14 +108,7 @@ def read_profile(path: Path | str, layer_names: Sequence[str]) -> dict[str, Laye
 
 def read_rules(path: Path) -> list[Rule]:
     """The rules of a JSON profile, each checked by itself."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is no text; name a .json or .csv profile") from None
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno}); mend the line"
-        ) from None
+    content = parse_json(path, read_text(path))
     rules = content.get("rules") if isinstance(content, dict) else None
     if not isinstance(rules, list) or not rules:
         raise InputError(f'{path}: has no rules; write {{"rules": [{{"match": "blocks.*", ...}}]}}')
@@ -160,6 +154,8 @@ def _value(where: str, key: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         word = "a whole number" if kind is int else "a number"
         raise InputError(f"{where}: {key} is {value!r}; write {word}")
+    if not math.isfinite(value):
+        raise InputError(f"{where}: {key} is {value}; write a finite number")
     if value < lowest or (value == lowest and not allowed):
         bound = f"{lowest} or more" if allowed else f"more than {lowest}"
         hint = "; mode freeze is what keeps a layer from training" if "lr_init" in key else ""

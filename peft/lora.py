@@ -4,6 +4,7 @@ Source: arXiv:2106.09685; the rank-stabilized scale is that of rsLoRA, arXiv:231
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from peft.adapter import AdapterLinear, check_rank
 from rwkv.linear import Linear, unread_output
+from rwkv.ops.activation import squared_relu_gradient
 from rwkv.ops.fused import uses_kernels
 
 
@@ -63,6 +65,12 @@ class LoraLinear(AdapterLinear):
     def adapted_output(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.low_rank_output(x, residual, unread=self.is_unread())
 
+    def activated_output(self, x: Tensor) -> Tensor:
+        if not self.active or (self.dropout.p and self.training):
+            return super().activated_output(x)
+        out: Tensor = _Activated.apply(x, self.lora_A, self.lora_B, self)
+        return out
+
     def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
         return self.dense_weight(dtype) + self.scale * update
@@ -96,30 +104,68 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, A, B = ctx.saved_tensors
-        rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]).to(x.dtype)
-        d_low = _product(g, B.to(g.dtype), ctx.scale)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = ctx.layer.gradient(g.view(grad.shape))
-            add_product(dx.view(rows.shape), d_low.to(dx.dtype), A.to(dx.dtype))
-        d_residual = grad if ctx.needs_input_grad[1] else None
-        dA = (d_low.T @ rows).to(A.dtype) if ctx.needs_input_grad[2] else None
-        dB = (g.T @ low).to(B.dtype) if ctx.needs_input_grad[3] else None
-        return dx, d_residual, dA, dB, None, None
+        dx, dA, dB = _gradients(ctx, ctx.saved_tensors, grad, ctx.needs_input_grad[2:4])
+        return dx, grad if ctx.needs_input_grad[1] else None, dA, dB, None, None
+
+
+class _Activated(torch.autograd.Function):
+    """max(x W^T + scale x A^T B^T, 0)^2, keeping x, x A^T and the result.
+
+    The activation is applied where the update is added, which reads and writes the output anyway.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, layer: LoraLinear) -> Tensor:
+        low = _product(x.reshape(-1, x.shape[-1]), A.to(x.dtype).T, layer.scale)  # [n, rank]
+        y = layer.product(x)
+        flat, factor = y.view(-1, layer.out_features), B.to(y.dtype).T
+        add_product(flat, low.to(y.dtype), factor, activated=True)
+        ctx.layer, ctx.scale = layer, layer.scale
+        ctx.save_for_backward(x, low, A, B, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, y = ctx.saved_tensors
+        grad = squared_relu_gradient(y, grad)
+        return *_gradients(ctx, saved, grad, ctx.needs_input_grad[1:3]), None
+
+
+def _gradients(
+    ctx: Any, saved: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, A and B, from the gradient of the output before any activation.
+
+    wanted: whether A and B have a gradient.
+    """
+    x, low, A, B = saved
+    rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]).to(x.dtype)
+    d_low = _product(g, B.to(g.dtype), ctx.scale)
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = ctx.layer.gradient(g.view(grad.shape))
+        add_product(dx.view(rows.shape), d_low.to(dx.dtype), A.to(dx.dtype))
+    dA = (d_low.T @ rows).to(A.dtype) if wanted[0] else None
+    dB = (g.T @ low).to(B.dtype) if wanted[1] else None
+    return dx, dA, dB
 
 
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     """factor a b, the factor inside the product."""
-    return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=factor)
+    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=factor)  # 0 times it is never read
 
 
-def add_product(out: Tensor, low: Tensor, factor: Tensor) -> None:
-    """out [n, columns] += low [n, rank] factor [rank, columns], in place."""
+def add_product(out: Tensor, low: Tensor, factor: Tensor, *, activated: bool = False) -> None:
+    """out [n, columns] += low [n, rank] factor [rank, columns], in place.
+
+    activated: then out = max(out, 0)^2.
+    """
     if uses_kernels(out):
         from peft import low_rank_triton
 
         if low_rank_triton.fits(out, low.shape[1]):
-            low_rank_triton.add_product(out, low.contiguous(), factor)
+            low_rank_triton.add_product(out, low.contiguous(), factor, activated=activated)
             return
     out.addmm_(low, factor)
+    if activated:
+        out.relu_().square_()

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv.ops.triton_chunks import INTERPRETED
+
 # Tile and warps by bytes of a number and rank: what fits into 99 KiB of shared memory and leaves no
 # register to memory on sm_90. Wider float32 factors find no such tile.
 LAUNCH = {
@@ -34,8 +36,9 @@ def _add_product_kernel(
     R: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ACTIVATED: tl.constexpr,
 ):
-    """A tile of out [T, N] += low [T, R] factor [R, N]."""
+    """A tile of out [T, N] += low [T, R] factor [R, N]; ACTIVATED: then out = max(out, 0)^2."""
     tiles = tl.cdiv(N, COLUMNS)
     t = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
@@ -45,9 +48,14 @@ def _add_product_kernel(
     right = tl.load(
         factor + r[:, None] * along_rank + n[None, :] * along_columns, mask=columns, other=0.0
     )
+    if INTERPRETED:  # which multiplies bfloat16 as integers
+        left, right = left.to(tl.float32), right.to(tl.float32)
     at = out + t[:, None] * N + n[None, :]
     before = tl.load(at, mask=rows & columns, other=0.0)
     total = before.to(tl.float32) + tl.dot(left, right, input_precision="tf32x3")
+    if ACTIVATED:
+        total = tl.where(total < 0.0, 0.0, total)  # a NaN stays one
+        total = total * total
     tl.store(at, total.to(out.dtype.element_ty), mask=rows & columns)
 
 
@@ -56,10 +64,15 @@ def fits(out: Tensor, rank: int) -> bool:
     return (out.dtype.itemsize, rank) in LAUNCH and out.is_contiguous()
 
 
-def add_product(out: Tensor, low: Tensor, factor: Tensor) -> None:
-    """out [T, N] += low [T, R] factor [R, N], all of one dtype; out and low contiguous."""
+def add_product(out: Tensor, low: Tensor, factor: Tensor, *, activated: bool = False) -> None:
+    """out [T, N] += low [T, R] factor [R, N], all of one dtype; out and low contiguous.
+
+    activated: then out = max(out, 0)^2.
+    """
     (T, N), R = out.shape, low.shape[1]
     launch = LAUNCH[out.dtype.itemsize, R]
     grid = (triton.cdiv(T, launch["ROWS"]) * triton.cdiv(N, launch["COLUMNS"]),)
     with torch.cuda.device_of(out):
-        _add_product_kernel[grid](out, low, factor, T, N, *factor.stride(), R=R, **launch)
+        _add_product_kernel[grid](
+            *(out, low, factor, T, N, *factor.stride()), R=R, ACTIVATED=activated, **launch
+        )

@@ -157,8 +157,9 @@ def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
     kept_by_optimizer = optimizer(plan, step)
     (host if step.strategy.endswith("offload") else rest)["optimizer"] = kept_by_optimizer
     if step.stage in (1, 2):
-        bucket = bucket_size(trained_count(plan))
-        rest["buckets of DeepSpeed"] = 2 * bucket * step.dtype.itemsize
+        buckets = 2 if step.world > 1 else 1  # one is filled while the other is reduced
+        size = bucket_size(trained_count(plan)) * step.dtype.itemsize
+        rest["buckets of DeepSpeed"] = buckets * size
     gradient = gradients(plan, step)
     states = states_between_chunks(config, step)
     if step.host_states:
@@ -298,11 +299,13 @@ def kept_by_time_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
 def kept_by_channel_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
     """What one block's channel mix keeps for its backward pass.
 
-    The fused relu keeps its result, which is the input of the layer behind it.
+    The fused relu and LoRA's keep their result, which is the input of the layer behind them.
     """
     small = trains_small(plan)
     counted = CHANNEL_MIX[config.version, step.fused][0 if small else 1] * config.n_embd
-    already = ("value",) if step.fused else ()
+    keys = [plan.plans[f"blocks.{block}.ffn.key"].mode for block in range(config.n_layer)]
+    by_result = step.fused or all(mode in ("lora", "pissa") for mode in keys)
+    already = ("value",) if by_result else ()
     numbers = counted + config.dim_ffn + kept_inputs(config, plan, "ffn", already=already)
     return int(step.tokens * numbers * step.dtype.itemsize)
 

@@ -10,6 +10,7 @@ from peft.plan import Plan, stored_bytes
 from rwkv.config import RWKVConfig
 from rwkv.errors import InputError
 
+LEAST = 2**20
 UNITS = {"": 1, "B": 1, "MB": 10**6, "MIB": 2**20, "GB": 2**30, "GIB": 2**30, "G": 2**30}
 CHUNKS = (2048, 1024, 512, 256)
 STORAGES = ("fp8", "fp6", "fp5", "nf4")  # from the nearest to the weight to the smallest
@@ -32,12 +33,13 @@ def read_size(text: str) -> int:
     """Bytes from words such as 24GB; cards are sold in GiB that are called GB.
 
     Raises:
-        InputError: it is no size.
+        InputError: it is no size, or one below 1 MiB, as of a number without its unit.
     """
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
-    if found is None or found[2].upper() not in UNITS:
+    size = int(float(found[1]) * UNITS.get(found[2].upper(), 0)) if found else 0
+    if size < LEAST:
         raise InputError(f"--memory {text}: is no size; write 24GB, say")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return size
 
 
 def fewer_rows(run: Choice) -> Iterator[Choice]:

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft.flags import QUANT_ALIASES, QUANT_MODES
+from rwkv.cli import Parser, run
 from rwkv.errors import InputError
+from rwkv.runner import named_device
 
 TOLERANCE = 1e-2  # nats; rounding to bfloat16 alone costs the quickstart's base model 1.3e-3
 QUANT_TOLERANCE = 0.3  # nats; nf4 costs the quickstart's base model 0.11 on random tokens
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m peft.merge", description="Write an adapter's changes into its base model."
     )
     parser.add_argument("--base", type=Path, required=True, help="the model it was trained on")
@@ -64,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         help=f"the same as --tolerance, between adapted and quantized model ({QUANT_TOLERANCE:g})",
     )
     options = parser.parse_args(argv)
+    options.device = named_device(options.device)
 
     from peft.adapter_file import project_version
     from peft.merging import compare, merge, open_pair
@@ -129,6 +132,4 @@ def write_start(options: argparse.Namespace, adapter: "TensorFile") -> None:
 
 
 if __name__ == "__main__":
-    from rwkv.cli import run
-
     sys.exit(run(main))

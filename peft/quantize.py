@@ -6,16 +6,17 @@ train.py --load_model takes the file and uses its codes as they are. Merge adapt
 original model, which the file names by its fingerprint.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from peft.flags import QUANT_ALIASES, QUANT_MODES
+from rwkv.cli import Parser, run
 from rwkv.errors import InputError
+from rwkv.runner import named_device
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m peft.quantize",
         description="Write a model with its linear layers in fewer bits.",
     )
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
     parser.add_argument("--device", default="cpu", help="where to quantize: cpu or cuda")
     options = parser.parse_args(argv)
+    device = str(named_device(options.device))
 
     from peft.quantized import linear_layers, quantize_tensors, quantized_metadata
     from rwkv.checkpoint import config_of, fingerprint, read_tensors, write_tensors
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     linear = linear_layers(config_of(tensors), head=options.quant_head)
     kind = QUANT_ALIASES.get(options.quant_mode, options.quant_mode)
-    written, described = quantize_tensors(tensors, linear, kind, options.device)
+    written, described = quantize_tensors(tensors, linear, kind, device)
     write_tensors(options.output, written, quantized_metadata(fingerprint(tensors), described))
     size, before = (
         sum(t.numel() * t.element_size() for t in some.values()) for some in (written, tensors)
@@ -53,6 +55,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from rwkv.cli import run
-
     sys.exit(run(main))

@@ -9,6 +9,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+def scored_places(mask: Tensor) -> Tensor:
+    """Where a mask [B, T] is true, as rising indices into its B * T places, [n], int64.
+
+    Of a mask on a GPU it waits for all work in flight, so batches bring it from the CPU.
+    """
+    return mask.flatten().nonzero().squeeze(1)
+
+
 class TokenBatch(NamedTuple):
     """Rows of tokens with the next token of each, all [B, T].
 
@@ -18,6 +26,7 @@ class TokenBatch(NamedTuple):
     count: scored targets of the whole optimizer step, over all its micro-batches and ranks, an
         int64 scalar (an integer, because trainers cast the floats of a batch). Every loss is a sum
         divided by it, so that no way of cutting a step changes the number.
+    places: see `scored_places`.
     """
 
     inputs: Tensor
@@ -25,6 +34,7 @@ class TokenBatch(NamedTuple):
     mask: Tensor
     cu_seqlens: Tensor | None
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+    places: Tensor | None = None
 
     def tokens(self) -> int:
         """Input tokens that the model reads, padding included."""
@@ -33,7 +43,11 @@ class TokenBatch(NamedTuple):
     def columns(self, start: int, stop: int) -> "TokenBatch":
         """The tokens [start, stop) of every row; cu_seqlens is left as it is."""
         inputs, targets, mask = (field[:, start:stop] for field in self[:3])
-        return self._replace(inputs=inputs, targets=targets, mask=mask)
+        return self._replace(inputs=inputs, targets=targets, mask=mask, places=None)
+
+    def scored_places(self) -> Tensor:
+        """See the function of this name."""
+        return scored_places(self.mask) if self.places is None else self.places
 
 
 class TeacherBatch(NamedTuple):
@@ -47,6 +61,7 @@ class TeacherBatch(NamedTuple):
     lse: log of the sum over the vocabulary of exp(log-probability / temperature), [B, T], at the
         temperature of the run; the bits of a float32 as int32. None where no more than the k
         logits is known.
+    places: see `scored_places`.
     """
 
     inputs: Tensor
@@ -57,6 +72,7 @@ class TeacherBatch(NamedTuple):
     ids: Tensor
     values: Tensor
     lse: Tensor | None
+    places: Tensor | None = None
 
     def tokens(self) -> int:
         """Input tokens that the model reads, padding included."""
@@ -70,8 +86,18 @@ class TeacherBatch(NamedTuple):
         )
         lse = None if self.lse is None else self.lse[:, start:stop]
         return self._replace(
-            inputs=inputs, targets=targets, mask=mask, ids=ids, values=values, lse=lse
+            inputs=inputs,
+            targets=targets,
+            mask=mask,
+            ids=ids,
+            values=values,
+            lse=lse,
+            places=None,
         )
+
+    def scored_places(self) -> Tensor:
+        """See the function of this name."""
+        return scored_places(self.mask) if self.places is None else self.places
 
 
 class PreferenceBatch(NamedTuple):

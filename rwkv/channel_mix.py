@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from rwkv.config import RWKVConfig
 from rwkv.linear import Linear
-from rwkv.ops.activation import gated_sum, squared_relu
+from rwkv.ops.activation import gated_sum
 from rwkv.ops.norm_mix import norm_shift_mix
 
 
@@ -26,7 +26,7 @@ class ChannelMix7(nn.Module):
         Returns the stream and each sequence's shift, [Q, C].
         """
         x, (x_k,), shift = norm_shift_mix(x, norm, shift, [self.x_k], cu_seqlens)
-        return self.value(squared_relu(self.key(x_k)), residual=x), shift
+        return self.value(self.key(x_k, activated=True), residual=x), shift
 
 
 class ChannelMix6(nn.Module):
@@ -49,5 +49,5 @@ class ChannelMix6(nn.Module):
         """
         mixes = (self.time_maa_k, self.time_maa_r)
         x, (x_k, x_r), shift = norm_shift_mix(x, norm, shift, mixes, cu_seqlens)
-        value = self.value(squared_relu(self.key(x_k)))
+        value = self.value(self.key(x_k, activated=True))
         return gated_sum(x, self.receptance(x_r), value), shift

@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rwkv.cli import Parser, run
 from rwkv.errors import InputError
 from rwkv.runner import add_model_arguments, open_model
 from rwkv.sampling_flags import GREEDY, Sampling, add_sampling_arguments, sampling_of
@@ -155,7 +156,7 @@ def converse(chat: Chat, lines: Iterator[str]) -> None:
                 print(HELP)  # noqa: T201
             elif word == "/save":
                 if not rest.strip():
-                    raise InputError("/save: needs the name of a file")
+                    raise InputError("/save: names no file; write one behind it")
                 chat.save(Path(rest.strip()).expanduser())
                 print(f"saved {rest.strip()}", file=sys.stderr)  # noqa: T201
             elif word.startswith("/"):
@@ -192,7 +193,7 @@ def _lines() -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m rwkv.chat",
         description=f"{__doc__}\n{HELP}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -220,6 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_sampling_arguments(parser, top_p=0.5)
     options = parser.parse_args(argv)
+    if options.tokens < 1:
+        raise InputError(f"--tokens {options.tokens}: needs to be at least 1; raise it")
     sampling = sampling_of(options)
 
     from rwkv.templates import load_template
@@ -244,6 +247,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from rwkv.cli import run
-
     sys.exit(run(main))

@@ -291,6 +291,11 @@ def fill(
                 f"{tensors.path}: {name} is {list(tensor.shape)}, the other tensors ask for "
                 f"{list(parameter.shape)}; is it a whole model file?"
             )
+        if not tensor.is_floating_point():
+            raise InputError(
+                f"{tensors.path}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, weights "
+                "are floating-point numbers; is it a whole model file?"
+            )
         set_parameter(model, name, tensor.reshape(parameter.shape).to(device, dtype, copy=True))
         if placed is not None:
             placed(name)

@@ -1,8 +1,12 @@
-"""What every command shares: names checked, errors on one line, exit statuses."""
+"""What every command shares: flags read, names checked, errors on one line, exit statuses."""
 
+import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 from rwkv.errors import InputError, RunError
 from rwkv.names import check_names
@@ -33,3 +37,44 @@ def say(text: str) -> None:
     launched = {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK")}
     if launched == {"0"}:
         print(text, file=sys.stderr)  # noqa: T201
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, with our errors; flags are written out."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Stop with what argparse found wrong, as our messages are written.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(self._in_our_words(message))
+
+    def _in_our_words(self, message: str) -> str:
+        if found := re.fullmatch(r"argument (\S+): invalid (int|float) value: '(.*)'", message):
+            kind = "whole number" if found.group(2) == "int" else "number"
+            return f"{found.group(1)} {found.group(3)}: is no {kind}; write one"
+        if found := re.fullmatch(
+            r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", message
+        ):
+            name, given, words = (part.replace("'", "") for part in found.groups())
+            near = difflib.get_close_matches(given, words.split(", "), n=1)
+            hint = f"did you mean {near[0]}?" if near else "take one of them"
+            return f"{name} {given}: is not one of {words}; {hint}"
+        if found := re.fullmatch(r"argument (\S+): expected .* arguments?", message):
+            return f"{found.group(1)}: has no value; write one behind it"
+        if found := re.fullmatch(r"argument (\S+): not allowed with argument (\S+)", message):
+            return f"{found.group(1)}: contradicts {found.group(2)}; keep one of them"
+        if found := re.fullmatch(r"unrecognized arguments: (\S+).*", message):
+            near = difflib.get_close_matches(found.group(1), self._option_string_actions, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists the known ones"
+            return f"{found.group(1)}: no such flag; {hint}"
+        if found := re.fullmatch(
+            r"(?:the following|one of the) arguments (?:are required: )?(.*)", message
+        ):
+            names = found.group(1).removesuffix(" is required")
+            return f"{names}: is missing; --help says what it is"
+        return f"{message}; --help shows how"

@@ -15,3 +15,11 @@ class RunError(RuntimeError):
 
     Its message is like InputError's; commands print it and leave with status 1.
     """
+
+
+def not_finite(what: str) -> RunError:
+    """The error for a model that gives no numbers; `what` names what it should have given."""
+    return RunError(
+        f"{what} of the model are no finite numbers: its file or the adapter's is damaged, or they "
+        "do not belong together; take other ones, or --dtype fp32"
+    )

@@ -44,7 +44,9 @@ def replacing(path: Path | str) -> Iterator[Path]:
             raise InputError(
                 f"{path}: no space left on the device; free some or choose another folder"
             ) from error
-        if isinstance(error, OSError) and error.errno in REFUSALS:
+        if isinstance(error, OSError) and (
+            error.errno in REFUSALS or not path.parent.is_dir()  # as below /proc
+        ):
             raise InputError(
                 f"{path}: cannot be written ({error.strerror}); choose another folder"
             ) from error

@@ -5,19 +5,28 @@ them. `parse` makes one parser of such classes and returns one object of each, s
 passes a namespace around.
 """
 
+import argparse
 import dataclasses
 import difflib
+import re
 import typing
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 from rwkv.errors import InputError
+from rwkv.plain_text import read_text
 
 T = TypeVar("T")
 
 
 def flag(
-    default: Any, help: str, *, choices: Sequence[Any] | None = None, also: tuple[str, ...] = ()
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    within: str = "",
+    also: tuple[str, ...] = (),
 ) -> Any:
     """A dataclass field that becomes the flag `--<field name>`.
 
@@ -25,37 +34,81 @@ def flag(
         default: its value when the flag is absent.
         help: one sentence for --help.
         choices: the values allowed; None for any of the field's type.
+        within: the interval of a number, such as "[0, 1)" or "[1, inf)"; "" for any.
         also: of a boolean flag, the words that it takes beside 0 and 1.
     """
-    metadata = {"help": help, "choices": choices, "also": also}
+    metadata = {"help": help, "choices": choices, "within": within, "also": also}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-class OnOff:
-    """Reads 1, 0, true, false, yes, no, on or off; the type of boolean flags.
+class Reader:
+    """The type of a flag: reads what stands behind it, or says why that cannot be.
 
     Args:
-        also: words beside these, which are kept as they are and count as on.
+        name, kind, default: of the field.
+        choices, within, also: see `flag`.
     """
 
-    WORDS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
+    ON_OFF = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
         ("0", "false", "no", "off"), False
     )
 
-    def __init__(self, also: tuple[str, ...] = ()):
-        self.also = also
+    def __init__(self, name: str, kind: Any, default: Any, metadata: Mapping[str, Any]):
+        self.name, self.default = name, default
+        self.choices, self.within = metadata["choices"], metadata["within"]
+        self.also = metadata["also"]
+        self.kind = bool if self.also else kind
 
-    def __call__(self, text: object) -> bool | str:
-        if str(text) in self.also:
-            return str(text)
-        value = self.WORDS.get(str(text).lower())
-        if value is None:
-            words = "".join(f" nor {word}" for word in self.also)
-            raise ValueError(f"{text!r} is neither 1 nor 0{words}")
+    def __call__(self, given: object) -> Any:
+        text = str(given)
+        if self.kind is bool:
+            if text in self.also:
+                return text
+            if text.lower() in self.ON_OFF:
+                return self.ON_OFF[text.lower()]
+            self._stop(text, f"is not {' or '.join(('1', '0', *self.also))}; write one")
+        value: Any
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = float("nan")
+        if value != value or value in (float("inf"), -float("inf")):
+            kind = "whole number" if self.kind is int else "number"
+            self._stop(text, f"is no {kind}; write one")
+        if self.choices and value not in self.choices:
+            words = [str(choice) for choice in self.choices if choice != ""]
+            near = difflib.get_close_matches(text, words, n=1)
+            hint = f"did you mean {near[0]}?" if near else "take one of them"
+            self._stop(text, f"is not one of {', '.join(words)}; {hint}")
+        if self.within and not is_within(value, self.within):
+            self._stop(text, f"must be {in_words(self.within)}; it is {self.default} if not given")
         return value
 
+    def _stop(self, text: str, what: str) -> NoReturn:
+        raise argparse.ArgumentTypeError(f"--{self.name} {text}: {what}")
+
     def __repr__(self) -> str:  # shown by --help
-        return " or ".join(("0", "1", *self.also))
+        if self.kind is bool:
+            return " or ".join(("0", "1", *self.also))
+        return str(self.kind.__name__)
+
+
+def is_within(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval such as "[0, 1)"."""
+    low, high = map(float, interval[1:-1].split(","))
+    return (low < value or (low == value and interval[0] == "[")) and (
+        value < high or (value == high and interval[-1] == "]")
+    )
+
+
+def in_words(interval: str) -> str:
+    """An interval as a message has it: "at least 1", "above 0", "from 0 to below 1"."""
+    low, high = (f"{float(end):g}" for end in interval[1:-1].split(","))
+    if high == "inf":
+        return f"at least {low}" if interval[0] == "[" else f"above {low}"
+    if interval[0] == "(":
+        return f"above {low} and {'below' if interval[-1] == ')' else 'at most'} {high}"
+    return f"from {low} to {'below ' if interval[-1] == ')' else ''}{high}"
 
 
 class Settings(dict[type, Any]):
@@ -88,13 +141,16 @@ def parse(
     """
     known = [field.name for group in classes for field in dataclasses.fields(group)]
     _check_names(argv, known)
+    config = _config_file(argv)
     parser = _parser(classes, program, description)
     try:
         values = parser.parse_args(argv)
+    except argparse.ArgumentTypeError as error:  # of a value in the --config file
+        raise InputError(f"{config}: {error}") from None
     except Exception as error:
         if type(error).__name__ != "ArgumentError":
             raise
-        raise InputError(" ".join(str(error).split())) from None
+        raise InputError(_in_one_line(str(error), config, known)) from None
     objects = Settings()
     for group in classes:
         fields = dataclasses.fields(group)
@@ -114,35 +170,20 @@ def _parser(classes: Sequence[type], program: str, description: str) -> Any:
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
             kind, choices = hints[field.name], field.metadata["choices"]
-            also = field.metadata["also"]
+            read = Reader(field.name, kind, field.default, field.metadata)
             text = field.metadata["help"].replace("%", "%%")
-            if kind is bool or also:
-                arguments.add_argument(
-                    f"--{field.name}",
-                    type=OnOff(also),
-                    nargs="?",
-                    const=True,
-                    metavar="|".join(("0", "1", *also)),
-                    default=field.default,
-                    help=text,
-                )
+            options: dict[str, Any] = {"type": read, "default": field.default, "help": text}
+            if read.kind is bool:
+                options |= {
+                    "nargs": "?",
+                    "const": True,
+                    "metavar": "|".join(("0", "1", *read.also)),
+                }
             elif choices:
-                arguments.add_argument(
-                    f"--{field.name}",
-                    type=kind,
-                    choices=list(choices),
-                    default=field.default,
-                    help=text,
-                )
+                options["metavar"] = f"{{{','.join(map(str, choices))}}}"
             else:
-                metavar = "TEXT" if kind is str else getattr(kind, "__name__", str(kind)).upper()
-                arguments.add_argument(
-                    f"--{field.name}",
-                    type=kind,
-                    metavar=metavar if "|" not in metavar else None,
-                    default=field.default,
-                    help=text,
-                )
+                options["metavar"] = "TEXT" if kind is str else kind.__name__.upper()
+            arguments.add_argument(f"--{field.name}", **options)
     return parser
 
 
@@ -152,6 +193,40 @@ def _check_names(argv: Sequence[str], known: list[str]) -> None:
         name = word.removeprefix("--").partition("=")[0]
         if not word.startswith("--") or name in (*known, "help", "config", "print_config"):
             continue
-        near = difflib.get_close_matches(name, [*known, "config", "print_config"], n=1)
-        hint = f"did you mean --{near[0]}?" if near else "--help lists the known ones"
-        raise InputError(f"--{name}: no such flag; {hint}")
+        raise InputError(_no_such_flag(name, known))
+
+
+def _config_file(argv: Sequence[str]) -> str:
+    """The file of --config, or "" without one; one that cannot be read stops here."""
+    path = ""
+    for word, behind in zip(argv, [*argv[1:], ""], strict=True):
+        if word == "--config" or word.startswith("--config="):
+            path = behind if word == "--config" else word.partition("=")[2]
+            read_text(Path(path))
+    return path
+
+
+def _in_one_line(text: str, config: str, known: list[str]) -> str:
+    """What argparse or jsonargparse found wrong, as our messages are written.
+
+    Args:
+        text: their message.
+        config: the file of --config, or "".
+        known: names of the flags.
+    """
+    text = " ".join(text.split())
+    if found := re.search(r"--\w+ .*: (?:is|must be) .*; .*", text):
+        return found.group()
+    if found := re.fullmatch(r"argument (--\w+): expected one argument", text):
+        return f"{found.group(1)}: has no value; write one behind it"
+    if found := re.fullmatch(r"unrecognized arguments: (.*)", text):
+        return f"{found.group(1)!r}: belongs to no flag; --help lists them"
+    if found := re.search(r"Option '(\w+)' is not accepted", text):
+        return f"{config}: {_no_such_flag(found.group(1), known)}"
+    return f"{config or 'flags'}: {text}; --print_config shows how such a file is written"
+
+
+def _no_such_flag(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, [*known, "config", "print_config"], n=1)
+    hint = f"did you mean --{near[0]}?" if near else "--help lists the known ones"
+    return f"--{name}: no such flag; {hint}"

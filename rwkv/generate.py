@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rwkv.errors import InputError
+from rwkv.cli import Parser, run
+from rwkv.errors import InputError, not_finite
+from rwkv.plain_text import parse_json, read_text
 from rwkv.runner import add_model_arguments, open_model
 from rwkv.sampling_flags import GREEDY, Sampling, add_sampling_arguments, sampling_of
 
@@ -119,8 +121,9 @@ def write_all(
             new = [waiting.popleft() for _ in range(min(len(waiting), len(free)))]
             for place, row in zip(free, new, strict=False):
                 places[place] = row
-            read = read_to_the_end(decoder.model, [prompts[row] for row in new])
-            decoder.put(free[: len(new)], new, *read)
+            hidden, state = read_to_the_end(decoder.model, [prompts[row] for row in new])
+            _check_finite(decoder.model, hidden)
+            decoder.put(free[: len(new)], new, hidden, state)
             continue
         if not busy:
             return
@@ -134,6 +137,15 @@ def write_all(
                 for token in tokens:
                     if number is not None and not writings[number].done:
                         writings[number].add(token)
+
+
+def _check_finite(model: "RWKV", hidden: "Tensor") -> None:
+    """Stop where the scores of the next tokens are no numbers: nothing can be drawn from them."""
+    import torch
+
+    with torch.no_grad():
+        if not model.logits(hidden).isfinite().all():
+            raise not_finite("scores")
 
 
 class TextStream:
@@ -176,6 +188,7 @@ class TextStream:
                 self._hidden = read_one(self.model, tokens, self.state)
             elif self._unread:
                 self._hidden, state = read_to_the_end(self.model, [self._unread], self.state)
+                _check_finite(self.model, self._hidden)
                 self.state = owned(state)
         self._unread = []
         if self.state is None:
@@ -301,7 +314,7 @@ def _check_prompts(prompts: Sequence[Sequence[int]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m rwkv.generate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -317,8 +330,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=64, help="prompts at once (64)")
     add_sampling_arguments(parser)
     options = parser.parse_args(argv)
-    if options.batch_size < 1:
-        raise InputError(f"--batch_size {options.batch_size}: needs to be at least 1")
+    for name in ("tokens", "batch_size"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} {getattr(options, name)}: needs to be at least 1; raise it")
     sampling = sampling_of(options)
 
     many = options.prompt_file is not None and options.prompt_file.suffix == ".jsonl"
@@ -352,22 +366,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def read_text(path: Path) -> str:
-    """The text of a file in UTF-8.
-
-    Raises:
-        InputError: it is missing or not UTF-8.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; check the path")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8"
-        ) from None
-
-
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file, each with a string `prompt`.
 
@@ -375,18 +373,17 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         InputError: a line is no such object; the message names it.
     """
     records = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}:{number}: not JSON ({error.msg} at column {error.colno})"
-            ) from None
+        record = parse_json(path, line, number)
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise InputError(f"{path}:{number}: needs an object with a string 'prompt'")
+            raise InputError(
+                f"{path}:{number}: is no prompt; write an object with a string 'prompt'"
+            )
         records.append(record)
+    if not records:
+        raise InputError(f"{path}: has no prompts; write an object with a 'prompt' a line")
     return records
 
 
@@ -402,6 +399,4 @@ def _prompt_tokens(text: str, tokenizer: "Tokenizer") -> list[int]:
 
 
 if __name__ == "__main__":
-    from rwkv.cli import run
-
     sys.exit(run(main))

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rwkv.ops.activation import squared_relu
+
 
 class WeightStore(Protocol):
     """A frozen weight [out, in] kept in fewer bits. Implementations live in peft/.
@@ -111,9 +113,18 @@ class Linear(nn.Module):
         """[..., in] -> [..., out], as the layer is now."""
         return self.base_output(x, residual, unread=self.is_unread())
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[..., in] -> [..., out], added to `residual` [..., out] where one is given."""
-        return self.output(x, residual)
+    def activated_output(self, x: Tensor) -> Tensor:
+        """max(output, 0)^2, [..., in] -> [..., out]."""
+        return squared_relu(self.output(x))
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, *, activated: bool = False
+    ) -> Tensor:
+        """[..., in] -> [..., out], added to `residual` [..., out] where one is given.
+
+        activated: give max(output, 0)^2, without a residual.
+        """
+        return self.activated_output(x) if activated else self.output(x, residual)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"

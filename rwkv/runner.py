@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rwkv.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from rwkv.checkpoint import TensorFile
@@ -86,7 +87,7 @@ def open_model(options: argparse.Namespace, *, merged: bool = False) -> "tuple[R
     if options.kernel not in ("auto", *wkv6.BACKENDS, *wkv7.BACKENDS):
         known = dict.fromkeys(("auto", *wkv7.BACKENDS, *wkv6.BACKENDS))
         raise InputError(f"--kernel {options.kernel}: no such backend; choose {', '.join(known)}")
-    device = _device(options.device)
+    device = named_device(options.device)
     name = DTYPES.get(options.dtype, "float32" if device.type == "cpu" else "bfloat16")
     dtype = getattr(torch, name)
     config = config_of(read_tensors(options.load_model))
@@ -212,7 +213,12 @@ def _start_from(model: "RWKV", state: "Mapping[str, Tensor]") -> None:
         setattr(model.get_submodule(owner), part, torch.nn.Parameter(value, requires_grad=False))
 
 
-def _device(name: str):
+def named_device(name: str) -> "torch.device":
+    """The device of --device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        InputError: there is no such device.
+    """
     import torch
 
     if name == "auto":

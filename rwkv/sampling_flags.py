@@ -1,6 +1,7 @@
 """The flags of drawing tokens, apart from what draws them so that --help needs no torch."""
 
 import argparse
+import math
 from dataclasses import dataclass, fields
 
 from rwkv.errors import InputError
@@ -22,13 +23,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, fine, range_ in (
-            ("temperature", self.temperature >= 0, "at least 0"),
+            ("temperature", 0 <= self.temperature < math.inf, "at least 0"),
             ("top_p", 0 <= self.top_p <= 1, "between 0 and 1"),
             ("top_k", self.top_k >= 0, "at least 0"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a number"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number"),
             ("penalty_decay", 0 <= self.penalty_decay <= 1, "between 0 and 1"),
         ):
             if not fine:
-                raise InputError(f"--{name} {getattr(self, name)}: needs to be {range_}")
+                raise InputError(f"--{name} {getattr(self, name)}: needs to be {range_}; change it")
 
     @property
     def counts(self) -> bool:

@@ -18,7 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rwkv.errors import InputError
+from rwkv.cli import Parser, run
+from rwkv.errors import InputError, not_finite
+from rwkv.plain_text import decode, parse_json
 from rwkv.runner import add_model_arguments, open_model
 
 if TYPE_CHECKING:
@@ -60,10 +62,13 @@ class Score(NamedTuple):
 
         Raises:
             InputError: there is no token to score.
+            RunError: the loss is no finite number.
         """
         if not self.tokens:
             raise InputError("the texts have no token to score; give longer ones")
         mean = self.loss / self.tokens
+        if not math.isfinite(mean):
+            raise not_finite("scores")
         return {
             "tokens": self.tokens,
             "bytes": self.bytes,
@@ -147,32 +152,24 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path}: no such file; check the path")
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = data.decode("utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
-    except UnicodeDecodeError as error:
-        before = error.object.count(b"\n", 0, error.start)
-        raise InputError(f"{path}:{before + 1}: not UTF-8; save the file as UTF-8") from None
+    text = decode(path, data)
+    if not text.strip():
+        raise InputError(f"{path}: holds no text; is it the right file?")
     if kind == ".txt":
         yield str(path), text
         return
     if kind == ".jsonl":
         lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
         for number, line in lines:
-            yield f"{path}:{number}", _parsed(f"{path}:{number}", line)
+            yield f"{path}:{number}", parse_json(path, line, number)
         return
-    records = _parsed(str(path), text)
+    records = parse_json(path, text)
     if not isinstance(records, list):
         raise InputError(f"{path}: is no list of records; write it as .jsonl, a record a line")
     for number, record in enumerate(records, start=1):
         yield f"{path}: record {number}", record
-
-
-def _parsed(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
 
 
 def text_of(record: Any, where: str, tokenizer: "Tokenizer", template: "Template") -> Text:
@@ -201,7 +198,10 @@ def text_of(record: Any, where: str, tokenizer: "Tokenizer", template: "Template
             tokens = tokenizer.encode(record)
             scored = [True] * len(tokens)
         else:
-            raise InputError("needs a string, 'text', 'prompt' and 'completion', or 'messages'")
+            raise InputError(
+                "has nothing to score; needs a string, 'text', 'prompt' and 'completion', or "
+                "'messages'"
+            )
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     if tokenizer.end_of_text is not None:
@@ -217,12 +217,14 @@ def _messages(messages: Any) -> "list[Message]":
         for m in messages
     )
     if not fine:
-        raise InputError("'messages' must be a list of objects with strings 'role' and 'content'")
+        raise InputError(
+            "'messages' is no dialogue; write a list of objects with strings 'role' and 'content'"
+        )
     return [Message(m["role"], m["content"]) for m in messages]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m rwkv.score",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -233,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="score this many records at most")
     options = parser.parse_args(argv)
     if options.limit is not None and options.limit < 1:
-        raise InputError(f"--limit {options.limit}: needs to be at least 1")
+        raise InputError(f"--limit {options.limit}: needs to be at least 1; drop it to score all")
 
     from rwkv.templates import load_template
 
@@ -248,6 +250,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from rwkv.cli import run
-
     sys.exit(run(main))

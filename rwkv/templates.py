@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv.errors import InputError
+from rwkv.plain_text import parse_json, read_text
 from rwkv.tokenizer import CharacterTokenizer, Tokenizer
 
 TURN_ENDS = ("suffix", "eot", "both")
@@ -211,7 +212,9 @@ def load_template(name: str, tokenizer: Tokenizer, turn_end: str | None = None) 
     if turn_end:
         template = replace(template, turn_end=turn_end)
     if template.turn_end not in TURN_ENDS:
-        raise InputError(f"--turn_end {template.turn_end}: is not one of {', '.join(TURN_ENDS)}")
+        raise InputError(
+            f"--turn_end {template.turn_end}: is not one of {', '.join(TURN_ENDS)}; take one"
+        )
     if template.turn_end != "suffix" and tokenizer.end_of_text is None:
         raise InputError(
             f"--turn_end {template.turn_end}: tokenizer {tokenizer.name} has no end of text; use "
@@ -241,12 +244,7 @@ def read_template(path: Path) -> Template:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; --template also takes {', '.join(TEMPLATES)}")
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8; save the file as UTF-8") from None
+    given = parse_json(path, read_text(path))
     if not isinstance(given, dict):
         raise InputError(f"{path}: is not an object; see python -m data.make_sft --help")
     known = (*_ROLES, "think", "fold_blank_lines", "turn_end")
@@ -258,13 +256,15 @@ def read_template(path: Path) -> Template:
     marks = {key: _read_marks(path, key, given[key]) for key in (*_ROLES, "think") if key in given}
     for key in ("user", "assistant"):
         if key not in marks:
-            raise InputError(f"{path}: needs {key!r}, an object with 'prefix' and 'suffix'")
+            raise InputError(f"{path}: lacks {key!r}; write an object with 'prefix' and 'suffix'")
     fold = given.get("fold_blank_lines", True)
     if not isinstance(fold, bool):
-        raise InputError(f"{path}: 'fold_blank_lines' is {fold!r}, not true or false")
+        raise InputError(f"{path}: 'fold_blank_lines' is {fold!r}; write true or false")
     turn_end = given.get("turn_end", "suffix")
     if turn_end not in TURN_ENDS:
-        raise InputError(f"{path}: 'turn_end' is {turn_end!r}, not one of {', '.join(TURN_ENDS)}")
+        raise InputError(
+            f"{path}: 'turn_end' is {turn_end!r}; choose one of {', '.join(TURN_ENDS)}"
+        )
     think = marks.pop("think", None)
     return Template(path.stem, marks, think, fold, turn_end)
 
@@ -274,7 +274,9 @@ def _read_marks(path: Path, key: str, value: object) -> Marks:
         prefix, suffix = value["prefix"], value["suffix"]
         if isinstance(prefix, str) and isinstance(suffix, str):
             return Marks(prefix, suffix)
-    raise InputError(f"{path}: {key!r} must be an object with strings 'prefix' and 'suffix'")
+    raise InputError(
+        f"{path}: {key!r} has no two strings; write an object with 'prefix' and 'suffix'"
+    )
 
 
 def encode_segments(

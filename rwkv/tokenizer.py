@@ -194,7 +194,8 @@ class CharacterTokenizer(Tokenizer):
     def __init__(self, characters: str):
         if not characters or len(set(characters)) != len(characters):
             raise InputError(
-                f"--tokenizer chars:{characters}: needs at least one character, each only once"
+                f"--tokenizer chars:{characters}: has a character twice or none at all; write each "
+                "of the model's characters once"
             )
         self.name = self.fingerprint = f"chars:{characters}"
         self.vocab_size = len(characters)
@@ -206,7 +207,8 @@ class CharacterTokenizer(Tokenizer):
             return [self._ids[character] for character in text]
         except KeyError as error:
             raise InputError(
-                f"the character {error.args[0]!r} is not in --tokenizer {self.name}"
+                f"the character {error.args[0]!r} is not in --tokenizer {self.name}; mend the text "
+                "or name all characters of the model"
             ) from None
 
     def encode_bytes(self, data: bytes) -> list[int]:

@@ -32,29 +32,21 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lengths": "55-72",
         "flags": {"micro_bsz": 64, "epoch_steps": 120, "lr_init": 1e-5, "lr_final": 1e-7},
     },
-    "mixed": {
-        "lengths": "1-44:1,45-60:4,61-72:5",
-        "flags": {"micro_bsz": 64, "epoch_steps": 300, "lr_init": 2e-5, "lr_final": 1e-7},
-    },
     "gentle": {
         "lengths": "1-44:1,45-60:6,61-70:4",
         "flags": {"micro_bsz": 64, "epoch_steps": 300, "lr_init": 1e-5, "lr_final": 1e-7},
-    },
-    "slow": {
-        "lengths": "1-44:1,45-60:5,61-72:4",
-        "flags": {"micro_bsz": 128, "epoch_steps": 400, "lr_init": 1e-5, "lr_final": 1e-7},
     },
     "far": {
         "lengths": "1-44:2,45-60:5,61-72:3",
         "flags": {"micro_bsz": 128, "epoch_steps": 1500, "lr_init": 5e-5, "lr_final": 1e-7},
     },
-    "kept": {
-        "lengths": "1-44:5,45-60:5,61-72:4",
-        "flags": {"micro_bsz": 128, "epoch_steps": 700, "lr_init": 5e-5, "lr_final": 1e-7},
+    "near": {
+        "lengths": "1-50:4,51-60:14,61-66:1",
+        "flags": {"micro_bsz": 512, "epoch_steps": 600, "lr_init": 3e-5, "lr_final": 1e-7},
     },
-    "fast": {
-        "lengths": "1-44:2,45-60:4,61-72:4",
-        "flags": {"micro_bsz": 128, "epoch_steps": 700, "lr_init": 5e-5, "lr_final": 1e-7},
+    "kept": {
+        "lengths": "1-50:8,51-56:6,57-60:8,61-72:1",
+        "flags": {"micro_bsz": 512, "epoch_steps": 600, "lr_init": 3e-5, "lr_final": 1e-7},
     },
 }
 

@@ -6,8 +6,8 @@
 
 A step is what train.py does for one optimizer step, without Lightning, data and clipping: the SFT
 objective on random tokens (every token scored, vocabulary 65,536, 4,096 tokens a row), its
-gradient with --grad_cp 1, and fused AdamW with float32 masters. The model is bfloat16 with random
-weights.
+gradient with --grad_cp 1 (rows that end in -kept: 0), and fused AdamW with float32 masters. The
+model is bfloat16 with random weights.
 
 Columns: tokens a second (median step); milliseconds of forward, backward, optimizer; TFLOP/s of
 the model and its share of 989 TFLOP/s (an H100's dense bfloat16); peak GiB; the loss, which shows
@@ -63,6 +63,7 @@ class Row:
 
     mode: full, or an adapter on every linear layer of the blocks.
     small: norms and small vectors train beside the adapters, as without --limited_lora.
+    grad_cp: as --grad_cp.
     offload: --grad_cp_offload.
     """
 
@@ -74,6 +75,7 @@ class Row:
     small: bool = True
     tokens: int = 4096
     vocabulary: int = 65536
+    grad_cp: bool = True
     offload: bool = False
 
     def config(self) -> RWKVConfig:
@@ -96,6 +98,7 @@ ROWS = {
     "lora-1.5B-8": Row("lora", *SMALLER, rows=8),
     "lora-only-1.5B-8": Row("lora", *SMALLER, rows=8, small=False),
     "lora-1.5B-1": Row("lora", *SMALLER, rows=1),
+    "lora-1.5B-1-kept": Row("lora", *SMALLER, rows=1, grad_cp=False),
     "lora-1.5B-8-host": Row("lora", *SMALLER, rows=8, offload=True),
     "lora-2.9B-4": Row("lora", *LARGER, rows=4),
     "lora-only-2.9B-4": Row("lora", *LARGER, rows=4, small=False),
@@ -212,7 +215,7 @@ class Training:
         self.row, self.device = row, device
         self.model = random_model(row, device, dtype)
         plan = adapt(self.model, row)
-        self.model.grad_cp, self.model.grad_cp_offload = True, row.offload
+        self.model.grad_cp, self.model.grad_cp_offload = row.grad_cp, row.offload
         self.model.train()
         flags = OptimizerFlags()
         groups = [
@@ -222,13 +225,19 @@ class Training:
         on_gpu = device.startswith("cuda")
         self.optimizer = make_optimizer(groups, flags, strategy="auto", on_gpu=on_gpu)
         self.objective = SFT()
+        self.batch = self.random_batch(row, device)
+
+    @staticmethod
+    def random_batch(row: Row, device: str) -> TokenBatch:
+        """Rows of random tokens, all of them scored."""
         tokens = torch.randint(row.vocabulary, (row.rows, row.tokens + 1), device=device)
-        self.batch = TokenBatch(
+        return TokenBatch(
             tokens[:, :-1],
             tokens[:, 1:],
             torch.ones(row.rows, row.tokens, dtype=torch.bool, device=device),
             None,
             torch.tensor(row.rows * row.tokens, device=device),
+            torch.arange(row.rows * row.tokens, device=device),
         )
 
     def step(self) -> tuple[Clock, torch.Tensor]:
@@ -304,7 +313,7 @@ def groups_of_kernels() -> dict[str, str]:
             continue
         short = module.name.removeprefix("rwkv.ops.")
         group = "wkv" if short.startswith(("wkv7_triton", "wkv6_triton")) else "fused"
-        group = "head" if short.startswith("scores") else group
+        group = "head" if short.startswith("logit_scores") else group
         for name, value in vars(import_module(module.name)).items():
             if isinstance(value, KernelInterface):
                 groups[name] = group

@@ -41,6 +41,20 @@ def emulated(tmp_path_factory) -> Callable[..., emulate.Library]:
     return partial(emulate.load, folder=tmp_path_factory.getbasetemp() / "emulated")
 
 
+@pytest.fixture
+def one_configuration(monkeypatch) -> None:
+    """Triton's autotuner takes one configuration of 4 warps unseen: to compile all of fla's takes
+    minutes."""
+    autotuner = pytest.importorskip("triton.runtime.autotuner").Autotuner
+    prune = autotuner.prune_configs
+
+    def first(self, options):
+        fitting = sorted(prune(self, options), key=lambda c: (abs(c.num_warps - 4), c.num_stages))
+        return fitting[:1]
+
+    monkeypatch.setattr(autotuner, "prune_configs", first)
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -46,7 +46,7 @@ def allow_cpu() -> None:
         lambda self: torch.device("cpu", 0)
     )
     make, config = strategy.make_strategy, strategy.deepspeed_config
-    strategy.make_strategy = lambda flags, dtype, _, trained: make(flags, dtype, "cuda", trained)
+    strategy.make_strategy = lambda flags, dtype, device, n: make(flags, dtype, "cuda", n)
 
     def scatter_all(flags, dtype, trained):
         """By itself ZeRO-3 keeps small parameters, and those that are needed again soon."""

@@ -3,9 +3,13 @@ names what differs."""
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from rwkv.errors import RunError
+from rwkv.ops.backends import choose_backend
 
 
 def wkv7_inputs(
@@ -69,6 +73,16 @@ def with_gradients(
     torch.autograd.backward(outputs, flows)
     gradients = {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
     return {"y": outputs[0].detach(), "last state": outputs[1].detach()} | gradients
+
+
+def skip_unless_able(
+    op: str, table: dict[str, str], backend: str, sample: Tensor, *, packed: bool = False
+) -> None:
+    """Skip the test, with the backend's own reason, where it cannot run such a call of `op`."""
+    try:
+        choose_backend(op, table, backend, sample, packed)
+    except RunError as error:
+        pytest.skip(str(error))
 
 
 def assert_close(name: str, got: Tensor, want: Tensor, ratio: float) -> None:

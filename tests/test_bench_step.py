@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests import bench_step
+from tests import bench_step, bench_through
 from tests.bench_step import Row, flops_of_token, group_of, line, measure
 
 
@@ -47,3 +47,22 @@ def test_flops_of_a_token_are_those_of_the_peers_table(name, want):
 )
 def test_kernels_fall_into_groups(kernel, group):
     assert group_of(kernel, {"some_kernel": "fused"}) == group
+
+
+def test_train_py_is_set_beside_the_bare_step(tmp_path, capsys):
+    """Three lines with numbers; the profile names the host's functions."""
+    row = Row("lora", 1, 128, rows=2, tokens=32, vocabulary=256)
+    steps = bench_through.SKIPPED + 1
+    bench_through.prepare(row, tmp_path, "cpu", 2 * steps + 4)
+    bench_through.compare(row, tmp_path, "cpu", steps, ["full", "packed", "auto"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
+    assert [line.split()[0] for line in lines] == ["full", "packed", "auto"]
+    assert lines[-1].count(" of ") == 2
+    bench_through.profile(row, tmp_path, "cpu", "auto")
+    assert "run_backward" in capsys.readouterr().out
+
+
+def test_pauses_are_what_no_kernel_covers():
+    """0..4 and 2..3 overlap, 6..7 comes after a gap of 2, 7..10 after none: 2 of 10."""
+    spans = [(6.0, 7.0, "c"), (0.0, 4.0, "a"), (2.0, 3.0, "b"), (7.0, 10.0, "d")]
+    assert bench_through.pauses(spans) == (0.2, [(2.0, "a", "c")])

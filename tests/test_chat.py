@@ -159,7 +159,7 @@ def test_commands(model, tmp_path, capsys, scripted):
     assert out.splitlines()[0] == "Hi" and out.splitlines()[-1] == "Bye"
     assert "/reset       forget the dialogue" in out
     assert "error: /hepl: no such command; /help lists them" in error
-    assert "error: /save: needs the name of a file" in error
+    assert "error: /save: names no file; write one behind it" in error
     assert json.loads(path.read_text()) == {
         "messages": [
             {"role": "user", "content": "Hello"},

@@ -68,6 +68,23 @@ def test_rows_without_packing_are_padded_at_the_right(tmp_path):
 
 
 @pytest.mark.parametrize("packing", [True, False])
+def test_a_batch_brings_the_places_of_what_is_scored(tmp_path, packing):
+    """In rows of 5: the second row begins at 5. A part of the batch has to find its own."""
+    masks = [[0, 0, 1, 1, 0, 1], [0, 1, 0, 1, 0, 0]]
+    plan = BatchPlan(
+        make_store(tmp_path / "s", [6, 6], masks=masks),
+        ctx_len=5,
+        micro_bsz=2,
+        shuffle=False,
+        packing=packing,
+    )
+    batch = plan.micro_batch(0, 0)
+    assert batch.places.tolist() == [1, 2, 4, 5, 7]
+    assert batch.scored_places() is batch.places
+    assert batch.columns(1, 4).scored_places().tolist() == ([0, 1] if packing else [0, 1, 4])
+
+
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_record_once_a_pass(store, world, accumulate, packing):

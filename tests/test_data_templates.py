@@ -191,10 +191,10 @@ def test_fingerprints_tell_templates_apart(tmp_path):
         ("{", r"mine\.json:1: not JSON"),
         ("[]", r"mine\.json: is not an object"),
         ({"usr": {}}, r"mine\.json: unknown key 'usr'; did you mean 'user'\?"),
-        ({"user": MINE["user"]}, r"mine\.json: needs 'assistant', an object with 'prefix'"),
-        ({**MINE, "user": "x"}, r"mine\.json: 'user' must be an object with strings 'prefix'"),
-        ({**MINE, "fold_blank_lines": 1}, r"mine\.json: 'fold_blank_lines' is 1, not true or"),
-        ({**MINE, "turn_end": "x"}, r"mine\.json: 'turn_end' is 'x', not one of suffix, eot"),
+        ({"user": MINE["user"]}, r"mine\.json: lacks 'assistant'; write an object with 'prefix'"),
+        ({**MINE, "user": "x"}, r"mine\.json: 'user' has no two strings; write an object with"),
+        ({**MINE, "fold_blank_lines": 1}, r"mine\.json: 'fold_blank_lines' is 1; write true or"),
+        ({**MINE, "turn_end": "x"}, r"mine\.json: 'turn_end' is 'x'; choose one of suffix, eot"),
     ],
 )
 def test_mistakes_in_templates_are_named(tmp_path, content, message):

@@ -190,7 +190,7 @@ def test_a_teacher_beside_equals_its_scores_of_the_whole_vocabulary():
     from rwkv.batch import TeacherBatch
 
     scored = TeacherBatch(
-        *batch,
+        **batch._asdict(),
         ids=ids.to(torch.int16),
         values=values.half().view(torch.int16),
         lse=torch.logsumexp(log_probs / 2, dim=-1).view(torch.int32),

@@ -95,6 +95,7 @@ def test_batches_bring_the_scores_of_their_inputs(folder):
         plan = BatchPlan(store, ctx_len=64, micro_bsz=3, packing=packing, shuffle=False)
         batch = plan.micro_batch(0, 0)
         assert batch.ids.shape == (*batch.inputs.shape, 8)
+        assert torch.equal(batch.places, batch.mask.flatten().nonzero().squeeze(1))
         rows = plan.rows(0)
         number = int(plan.pieces.record[rows[0][0]])
         n = int(plan.pieces.sizes[rows[0][0]])
@@ -253,7 +254,7 @@ def test_training(folder, tmp_path, more):
     "name, value, message",
     [
         ("alpha", 1.5, "--alpha 1.5: must be from 0 to 1"),
-        ("temperature", 0, "--temperature 0.0: must be above 0"),
+        ("temperature", 0, "--temperature 0: must be above 0"),
         ("top_k", 0, "--top_k 0: must be at least 1"),
     ],
 )

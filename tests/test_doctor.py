@@ -107,6 +107,15 @@ def test_upstreams_sample(assets, tmp_path):
     assert {pair.ref_chosen for pair in kept} == {NO_REFERENCE}
 
 
+@pytest.mark.parametrize("text", ["not a record\n", "\n"], ids=["none that can be read", "none"])
+def test_a_file_without_a_good_record_is_not_mended(tmp_path, text):
+    (tmp_path / "a.jsonl").write_text(text)
+    assert doctor.main([str(tmp_path / "a.jsonl")]) == 1
+    with pytest.raises(InputError, match="good.jsonl: not written, for no record can be trained"):
+        doctor.main([str(tmp_path / "a.jsonl"), "--fix", str(tmp_path / "good.jsonl")])
+    assert not (tmp_path / "good.jsonl").exists()
+
+
 def test_the_ending_of_a_fixed_file_is_checked(tmp_path):
     path = write(tmp_path / "a.jsonl", [good(1)])
     with pytest.raises(InputError, match=r"--fix .*a\.save: needs the ending \.jsonl"):

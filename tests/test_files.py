@@ -74,6 +74,12 @@ def test_a_file_in_the_way_of_a_folder(tmp_path):
             pass
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux")
+def test_a_folder_that_cannot_be_made():
+    with pytest.raises(InputError, match="cannot be written"), replacing("/proc/no/b.txt"):
+        pass
+
+
 def test_a_folder_without_rights(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")

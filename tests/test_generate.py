@@ -17,8 +17,8 @@ from peft.apply import load_with_profile
 from peft.flags import PeftFlags
 from rwkv import runner
 from rwkv.checkpoint import fingerprint, load_model, read_tensors, write_tensors
-from rwkv.errors import InputError
-from rwkv.generate import GREEDY, TextStream, Writing, generate, main
+from rwkv.errors import InputError, RunError
+from rwkv.generate import GREEDY, TextStream, Writing, generate, main, read_prompts
 from rwkv.model import RWKV
 from rwkv.names import ROOT
 from rwkv.reading import read_texts, read_to_the_end
@@ -404,11 +404,32 @@ def test_mistakes_on_the_command_line_are_named(model_file, tmp_path):
     assert "no.jsonl: no such file; check" in error("--prompt_file", str(tmp_path / "no.jsonl"))
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     path = str(tmp_path / "p.jsonl")
-    assert "p.jsonl:2: needs an object with a string 'prompt'" in error("--prompt_file", path)
+    wanted = "p.jsonl:2: is no prompt; write an object with a string 'prompt'"
+    assert wanted in error("--prompt_file", path)
     assert "--temperature -1.0: needs" in error("--prompt", "a", "--temperature", "-1")
-    assert "--batch_size 0: needs to be at least 1" in error("--prompt", "a", "--batch_size", "0")
+    (tmp_path / "p.jsonl").write_text("\n")
+    assert "p.jsonl: has no prompts; write" in error("--prompt_file", path)
+    for name in ("batch_size", "tokens"):
+        assert f"--{name} 0: needs to be at least 1" in error("--prompt", "a", f"--{name}", "0")
+    assert "--presence_penalty nan: needs" in error("--prompt", "a", "--presence_penalty", "nan")
     assert "--device gpu: no such device" in error("--prompt", "a", "--device", "gpu")
     assert "--kernel x: no such backend; choose auto," in error("--prompt", "a", "--kernel", "x")
+
+
+def test_a_file_may_have_unicode_line_ends_in_its_prompts(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\r\n{"prompt": "c"}\r\n')
+    assert [record["prompt"] for record in read_prompts(tmp_path / "p.jsonl")] == ["a\u2028b", "c"]
+
+
+def test_a_model_whose_scores_are_no_numbers_writes_nothing(model_file, tmp_path):
+    path = model_file()
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(path).items()}
+    tensors["head.weight"].fill_(torch.nan)
+    write_tensors(tmp_path / "nan.pth", tensors)
+    flags = ["--load_model", str(tmp_path / "nan.pth"), "--tokenizer", "chars:ab"]
+    for more in ([], ["--temperature", "0"]):
+        with pytest.raises(RunError, match="scores of the model are no finite numbers"):
+            main([*flags, "--prompt", "a", *more])
 
 
 def test_help_needs_no_heavy_package():

@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,8 @@ import torch
 from test_sft import V, packed, padded, small_model, texts
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train
 from losses.distill import Distillation, Divergence
@@ -22,7 +22,7 @@ from peft.tuned_state import add_tuned_state
 from rwkv.batch import TeacherBatch, TokenBatch
 from rwkv.checkpoint import write_tensors
 from rwkv.chunks import ChunkPlan, walk
-from rwkv.config import default_ranks
+from rwkv.config import RWKVConfig, default_ranks
 from rwkv.init import initialize
 from rwkv.model import RWKV
 from rwkv.training.step_log import read_log
@@ -41,7 +41,7 @@ def with_teacher(batch: TokenBatch, k: int = 4) -> TeacherBatch:
     values, ids = torch.log_softmax(logits, dim=-1).topk(k)
     lse = torch.logsumexp(torch.log_softmax(logits, dim=-1) / 2, dim=-1)
     return TeacherBatch(
-        *batch,
+        **batch._asdict(),
         ids=ids.to(torch.int16),
         values=values.half().view(torch.int16),
         lse=lse.float().view(torch.int32),
@@ -231,8 +231,15 @@ def test_states_in_host_memory_leave_the_device(grad_cp):
 @pytest.mark.parametrize("grad_cp", [False, True])
 def test_memory_of_a_gpu_does_not_grow(grad_cp):
     """48 chunks more, and less than the state of one of them more; the gradients are the same."""
-    config = replace(small_model(7).config, n_embd=256, dim_ffn=1024, head_size=64)
-    config = replace(config, ranks=default_ranks(7, 256))
+    config = RWKVConfig(
+        version=7,
+        n_layer=2,
+        n_embd=256,
+        dim_ffn=1024,
+        vocab_size=V,
+        head_size=64,
+        ranks=default_ranks(7, 256),
+    )
     model = RWKV(config)
     initialize(model, 0)
     model.to("cuda", torch.bfloat16).grad_cp = grad_cp
@@ -268,20 +275,33 @@ def test_activations_of_one_chunk_at_a_time():
     assert most_alive(256) == most_alive(32)
 
 
-@pytest.mark.slow
-def test_time_is_linear():
-    """Four times the length takes four times as long, give or take the noise of a shared CPU."""
-    seconds = {}
-    model = small_model(7)
-    for T in (2048, 8192):
+class Work(TorchDispatchMode):
+    """Counts the operations run under it, and the numbers that they write."""
+
+    operations = numbers = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        out = operation(*arguments, **(options or {}))
+        self.operations += 1
+        if not operation.is_view:
+            self.numbers += sum(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize("grad_cp", [False, True])
+@pytest.mark.parametrize("version", [6, 7])
+def test_work_is_linear(version, grad_cp):
+    """Each chunk more is the same work more, wherever in the text it stands."""
+    model, found = small_model(version), []
+    model.grad_cp = grad_cp
+    for chunks in (2, 8, 12, 16):
+        T = 16 * chunks
         batch = padded(texts([T]), T)
-        best = float("inf")
-        for _ in range(2):
-            start = time.perf_counter()
-            SFT(chunks=ChunkPlan(256))(model, batch)[0].backward()
-            best = min(best, time.perf_counter() - start)
-        seconds[T] = best
-    assert seconds[8192] < 6 * seconds[2048]
+        with Work() as work:
+            SFT(chunks=ChunkPlan(16))(model, batch._replace(mask=batch.mask | True))[0].backward()
+        found.append((work.operations, work.numbers))
+    (_, a, b, c) = found  # the first step makes what later ones find
+    assert (c[0] - b[0], c[1] - b[1]) == (b[0] - a[0], b[1] - a[1])
 
 
 def test_walk_without_gradient_keeps_no_graph():
@@ -322,8 +342,6 @@ def test_from_the_command_line(tmp_path, version, grad):
 
 def byte_model(version: int):
     """As small_model, with a vocabulary of bytes."""
-    from rwkv.config import RWKVConfig
-
     config = RWKVConfig(
         version=version,
         n_layer=2,

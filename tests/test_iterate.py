@@ -71,7 +71,7 @@ def test_rewards(tmp_path):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("shape:3", "is none of FILE.py:FUNCTION, length:CHARACTERS and format:REGEX"),
+        ("shape:3", "is no reward; give FILE.py:FUNCTION, length:CHARACTERS or format:REGEX"),
         ("format:(", "no regular expression"),
         ("none.py:score", "no such file none.py"),
     ],
@@ -84,8 +84,8 @@ def test_wrong_rewards_are_named(reward, message):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"reward": ""}, "--iterate: needs --reward or --judge, and not both"),
-        ({"judge": BASE}, "--iterate: needs --reward or --judge, and not both"),
+        ({"reward": ""}, "give --reward or --judge, and not both"),
+        ({"judge": BASE}, "give --reward or --judge, and not both"),
     ],
 )
 def test_one_judge_is_needed(tmp_path, more, message):

@@ -89,6 +89,26 @@ def test_help_needs_no_heavy_package():
     assert "--train_data_file" in done.stdout
 
 
+def test_every_error_of_a_user_says_what_to_do():
+    """`WHERE: WHAT; WHAT to do`, in each message that is written out where it is raised."""
+    checked = 0
+    for path in (path for folder in OURS for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(getattr(node, "func", None), "id", "")
+            if name not in ("InputError", "DataError", "RunError"):
+                continue
+            text = "".join(
+                str(part.value) for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)
+            )
+            words = re.findall(r"[a-z]{3,}", text)
+            if len(words) < 3:  # made of another message
+                continue
+            checked += 1
+            where = f"{path.relative_to(ROOT)}:{node.lineno}: {text}"
+            assert re.search(r"; |\?|needs? to be |is missing", text), where
+    assert checked > 200
+
+
 def test_no_place_of_one_machine_is_named():
     files = subprocess.run(
         ["git", "ls-files", "*.py", "*.md", "*.sh", "*.json", "*.toml", "*.cu", "*.cuh", "*.txt"],

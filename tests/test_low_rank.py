@@ -1,4 +1,4 @@
-"""Adding a product of low rank in one pass against torch: on a GPU, and in Triton's interpreter."""
+"""Adapters' kernels of one pass against torch: on a GPU, and in Triton's interpreter."""
 
 import os
 import subprocess
@@ -32,12 +32,11 @@ def test_in_the_interpreter():
 @kernels
 @pytest.mark.parametrize("T, N, R", [(1, 16, 16), (130, 200, 64), (256, 128, 32), (3, 384, 128)])
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("activated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_product_is_added_in_place(T, N, R, transposed, dtype):
+def test_a_product_is_added_in_place(T, N, R, transposed, activated, dtype):
     from peft.lora import add_product
 
-    if INTERPRETED and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter multiplies bfloat16 as integers")
     g = torch.Generator().manual_seed(0)
     device = "cuda" if ON_GPU else "cpu"
 
@@ -47,5 +46,76 @@ def test_a_product_is_added_in_place(T, N, R, transposed, dtype):
     out, low = draw(T, N), draw(T, R)
     factor = draw(N, R).T if transposed else draw(R, N)
     want = out.double() + low.double() @ factor.double()
-    add_product(out, low, factor)
+    want = want.relu().square() if activated else want
+    add_product(out, low, factor, activated=activated)
     assert_close("out", out, want, 1e-6 if dtype == torch.float32 else 4e-3)
+
+
+BLOCKS = [(1, 32, 8), (13, 192, 64), (9, 1088, 64), (8, 640, 128), (17, 768, 256), (5, 144, 48)]
+blocks = pytest.mark.parametrize("n, C, R", BLOCKS)
+pairs = pytest.mark.parametrize(
+    "wide, narrow",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+    ],
+    ids=str,
+)
+
+
+def channels(n: int, C: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(n, C, generator=torch.Generator().manual_seed(seed))
+    return x.to("cuda" if ON_GPU else "cpu", dtype)
+
+
+@kernels
+@blocks
+@pairs
+def test_a_sum_is_added_to_every_block_as_torch_adds_it(n, C, R, wide, narrow):
+    """One addition in float32 and one rounding, so every bit; 48 is no power of two."""
+    from peft.bone import add_to_blocks
+
+    out, total = channels(n, C, wide), channels(n, R, narrow, 1)
+    want = out + total.repeat(1, C // R)
+    add_to_blocks(out, total)
+    torch.testing.assert_close(out, want, rtol=0, atol=0)
+
+
+@kernels
+@blocks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_blocks_are_summed_in_float32(n, C, R, dtype):
+    from peft.bone import sum_of_blocks
+
+    x = channels(n, C, dtype)
+    want = x.double().unflatten(1, (-1, R)).sum(dim=1)
+    got = sum_of_blocks(x, R)
+    assert got.dtype == dtype and got.shape == (n, R)
+    assert_close("sum", got, want, 1e-6 if dtype == torch.float32 else 4e-3)
+
+
+@kernels
+def test_rows_that_are_not_contiguous_are_summed_and_added_to():
+    from peft.bone import add_to_blocks, sum_of_blocks
+
+    x, total = channels(7, 128, torch.float32)[:, ::2], channels(7, 16, torch.float32, 1)
+    want = x.unflatten(1, (-1, 16)).sum(dim=1)
+    torch.testing.assert_close(sum_of_blocks(x, 16), want, rtol=1e-6, atol=1e-6)
+    want = x + total.repeat(1, 4)
+    add_to_blocks(x, total)
+    torch.testing.assert_close(x, want, rtol=0, atol=0)
+
+
+@kernels
+@pytest.mark.skipif(not ON_GPU, reason="needs 10 GiB of a GPU")
+def test_more_than_two_to_the_31_numbers():
+    """An index of 32 bits would leave the last rows as they were or end elsewhere."""
+    from peft.bone import add_to_blocks, sum_of_blocks
+
+    n, C, R = 2**31 // 8192 + 8, 8192, 64
+    out = torch.zeros(n, C, dtype=torch.bfloat16, device="cuda")
+    total = torch.arange(R, device="cuda").expand(n, R).to(torch.bfloat16).contiguous()
+    add_to_blocks(out, total)
+    assert all(torch.equal(out[i].view(-1, R), total[:1].expand(C // R, R)) for i in (0, -9, -1))
+    assert torch.equal(sum_of_blocks(out, R), total * (C // R))

@@ -3,6 +3,7 @@
 Each case runs train.py in this process up to the error, which comes before Lightning is imported.
 """
 
+import dataclasses
 import errno
 import json
 import os
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 import train
-from rwkv import cli
+from rwkv import chat, cli
 from rwkv.checkpoint import read_tensors, write_tensors
 from rwkv.config import RWKVConfig, default_ranks
+from rwkv.flags import is_within
 from rwkv.init import initialize
 from rwkv.model import RWKV
 from rwkv.upstream_flags import ABSENT
@@ -111,6 +113,27 @@ DATA = {
         b"PAR1",
         ["data.parquet: unknown kind of file; give .jsonl"],
     ),
+    "UTF-16": (
+        "wide.jsonl",
+        '{"text": "a"}\n'.encode("utf-16"),
+        ["wide.jsonl:1: not UTF-8"],
+    ),
+    "binary": ("photo.jsonl", b"\x89PNG\r\n\x1a\n", ["photo.jsonl:1: not UTF-8 (byte 0x89)"]),
+    "no content": (
+        "silent.jsonl",
+        b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}\n',
+        ["silent.jsonl:1: message 1: has no content; mend the record"],
+    ),
+    "odd weight": (
+        "heavy.jsonl",
+        b'{"messages": [{"role": "assistant", "content": "a", "weight": "no"}]}\n',
+        ["message 1: its weight is 'no', neither 1 nor 0; mend"],
+    ),
+    "CSV of other columns": (
+        "c.csv",
+        b"title,body\na,b\n",
+        ["c.csv:2: has 'title', 'body'"],
+    ),
     "CSV of uneven rows": ("odd.csv", b"text,more\na,b\nc\n", ["odd.csv:3: has 1 fields"]),
     "not HDF5": ("odd.h5", b"not hdf5", ["odd.h5: not a whole HDF5 file"]),
 }
@@ -177,6 +200,10 @@ def transformer(path: Path, base: Path) -> None:
     torch.save({"model.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}, path)
 
 
+def whole_numbers(path: Path, base: Path) -> None:
+    torch.save({name: tensor.int() for name, tensor in read_tensors(base).items()}, path)
+
+
 def rwkv_5(path: Path, base: Path) -> None:
     torch.save({"blocks.0.att.key.weight": torch.zeros(2, 2)}, path)
 
@@ -202,6 +229,7 @@ MODELS = {
     "pickled code": (pickled_code, "holds pickled code, which is never run here"),
     "pickled code, zipped": (pickled_code_in_an_archive, "holds pickled code"),
     "another model": (transformer, "is no RWKV model (its tensors are model.layers.0"),
+    "whole numbers": (whole_numbers, "holds int32, weights are floating-point numbers"),
     "older RWKV": (rwkv_5, "is an older RWKV"),
     "an adapter": (adapter, "is an adapter or state file; name the base model's file"),
 }
@@ -257,6 +285,7 @@ PROFILES = {
     "matches nothing": ({"match": "block.*", "mode": "freeze"}, "'block.*' matches no layer"),
     "adapter on emb": ({"match": "emb", "mode": "lora", "rank": 4}, "emb can be full or freeze"),
     "rate of zero": ({"mode": "full", "lr_init": 0}, "write more than 0"),
+    "infinite rate": ({"mode": "full", "lr_init": float("inf")}, "write a finite number"),
     "unknown storage": ({"mode": "freeze", "quant": "nf5"}, "did you mean 'nf4'?"),
 }
 
@@ -292,15 +321,43 @@ def test_a_profile_that_is_no_profile(fails, tmp_path):
         (["--micro_bsz", "0"], "--micro_bsz 0: must be at least 1"),
         (["--epoch_count", "0"], "--epoch_count 0: must be at least 1"),
         (["--devices", "0"], "--devices 0: must be at least 1"),
-        (["--smoothing", "1.5"], "--smoothing 1.5: outside 0 to below 1"),
-        (["--infctx", "1", "--chunk_ctx", "0"], "--chunk_ctx 0: a chunk needs at least 1 token"),
+        (["--smoothing", "1.5"], "--smoothing 1.5: must be from 0 to below 1; it is 0.0 if"),
+        (
+            ["--infctx", "1", "--chunk_ctx", "0"],
+            "--chunk_ctx 0: must be at least 1; it is 512 if not",
+        ),
+        (["--epoch_steps", "-5"], "--epoch_steps -5: must be at least 0"),
+        (["--beta1", "1"], "--beta1 1: must be from 0 to below 1; it is 0.9 if not given"),
+        (["--adam_eps", "0"], "--adam_eps 0: must be above 0"),
+        (["--log_every", "0"], "--log_every 0: must be at least 1"),
+        (["--num_workers", "-1"], "--num_workers -1: must be at least 0"),
+        (["--random_seed", "-1"], "--random_seed -1: must be at least 0"),
+        (["--lora_plus_ratio", "0"], "--lora_plus_ratio 0: must be above 0"),
+        (["--ctx_len", "1.5"], "--ctx_len 1.5: is no whole number; write one"),
+        (["--lr_init", "nan"], "--lr_init nan: is no number; write one"),
+        (["--packing", "perhaps"], "--packing perhaps: is not 1 or 0; write one"),
+        (["--lr_schedule", "cosin"], "constant; did you mean cosine?"),
+        (["--ctx_len"], "--ctx_len: has no value; write one behind it"),
+        (["there"], "'there': belongs to no flag; --help lists them"),
+        (["--proj_dir", ""], "--proj_dir: names no folder; give one"),
+        (["--memory", "24GB"], "--memory 24GB: is for --dry_run 1; add it"),
+        (["--memory", "24", "--dry_run"], "--memory 24: is no size; write 24GB, say"),
+        (
+            ["--val_data_file", "v", "--val_fraction", "0.1"],
+            "contradicts --val_data_file",
+        ),
+        (["--reward", "length:9"], "--reward: is for rounds of sampling; add --iterate N"),
+        (
+            ["--num_nodes", "2"],
+            "--num_nodes 2: the other machines are not known; start",
+        ),
         (
             ["--grad_cp", "0", "--grad_cp_offload", "1"],
             "moves what --grad_cp keeps, and --grad_cp is",
         ),
         (["--infctx", "1", "--grad_cp_offload", "1"], "--infctx 1 recomputes blocks of one chunk"),
         (["--lr_final", "0"], "an exponential schedule cannot go from 0.0001 to 0"),
-        (["--lr_init", "-1"], "learning rates -1 to 1e-05; use positive ones"),
+        (["--lr_init", "-1"], "--lr_init -1: must be at least 0"),
         (["--val_fraction", "1.5"], "--val_fraction 1.5"),
         (["--template", "chatml"], "--template chatml: no such template; choose auto, world"),
         (["--turn_end", "full-stop"], "--turn_end full-stop: is not one of suffix, eot, both"),
@@ -315,6 +372,51 @@ def test_a_profile_that_is_no_profile(fails, tmp_path):
 )
 def test_a_bad_flag_is_named_with_its_mend(fails, words, wanted):
     assert wanted in fails(*words)
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"ctx_len: long\n", "run.yaml: --ctx_len long: is no whole number; write one"),
+        (b"ctxlen: 3\n", "run.yaml: --ctxlen: no such flag; did you mean --ctx_len?"),
+        (b"ctx_len: [3\n", "run.yaml: Problems parsing config"),
+        (b"- 3\n", "run.yaml: Unexpected config"),
+        (b"\xff\xfe3", "run.yaml:1: not UTF-8"),
+    ],
+    ids=["value", "name", "cut", "list", "binary"],
+)
+def test_a_bad_config_file_is_named(fails, tmp_path, content, wanted):
+    (tmp_path / "run.yaml").write_bytes(content)
+    assert wanted in fails("--config", str(tmp_path / "run.yaml"))
+
+
+def test_every_number_among_the_flags_has_its_range():
+    for group in train.FLAGS:
+        for field in dataclasses.fields(group):
+            if field.type in (int, float, "int", "float"):
+                known = field.metadata["choices"] or field.metadata["within"]
+                assert known, f"--{field.name}"
+                if field.metadata["within"]:
+                    assert is_within(field.default, field.metadata["within"]), f"--{field.name}"
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("--load_model a --tokens x", "--tokens x: is no whole number; write one"),
+        ("--load_model a --alpha x", "--alpha x: is no number; write one"),
+        (
+            "--load_model a --dtype fp8",
+            "--dtype fp8: is not one of auto, fp32, bf16,",
+        ),
+        ("--load_model a --token 3", "--token: no such flag; did you mean --tokens?"),
+        ("--load_model", "--load_model: has no value; write one behind it"),
+        ("", "--load_model: is missing; --help says what it is"),
+    ],
+)
+def test_other_commands_speak_alike(capsys, words, wanted):
+    assert cli.run(lambda: chat.main(words.split())) == 2
+    assert capsys.readouterr().err.startswith(f"error: {wanted}")
 
 
 def test_no_objective_lists_the_objectives(fails):
@@ -342,7 +444,7 @@ def test_two_objectives_are_both_named(fails):
             {"strategy": "deepspeed_stage_2_offload", "optim": "lion"},
             "--optim lion: --strategy deepspeed_stage_2_offload steps AdamW in the host's memory;",
         ),
-        ({"gpu_memory": -1}, "--gpu_memory -1.0: must be above 0"),
+        ({"gpu_memory": -1}, "--gpu_memory -1: must be at least 0"),
     ],
 )
 def test_strategy_and_optimizer_that_do_not_go_together(fails, flags, start):

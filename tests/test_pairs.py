@@ -529,9 +529,9 @@ def test_kto_needs_its_own_reference(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("dpo_beta", 0, "--dpo_beta 0.0: must be above 0"),
-        ("dpo_label_smoothing", 0.5, "--dpo_label_smoothing 0.5: outside 0 to below 0.5"),
-        ("orpo_alpha", -1, "--orpo_alpha -1.0: must be at least 0"),
+        ("dpo_beta", 0, "--dpo_beta 0: must be above 0"),
+        ("dpo_label_smoothing", 0.5, "--dpo_label_smoothing 0.5: must be from 0 to below 0.5"),
+        ("orpo_alpha", -1, "--orpo_alpha -1: must be at least 0"),
     ],
 )
 def test_values_out_of_range_are_named(folder, tmp_path, name, value, message):

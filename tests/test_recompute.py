@@ -4,11 +4,12 @@ DeepSpeed itself is tried in test_deepspeed.py; here its mark on the parameters 
 """
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from test_sft import small_model
-from torch import nn
+from torch import Tensor, nn
 
 from peft.apply import random_with_profile
 from peft.flags import PeftFlags
@@ -16,6 +17,7 @@ from peft.registry import make_adapter
 from rwkv.config import LowRanks, RWKVConfig
 from rwkv.linear import Linear
 from rwkv.offload import HostPlace
+from rwkv.ops.kept import register_gradient
 from rwkv.recompute import recomputed
 from rwkv.state import LayerState
 
@@ -222,3 +224,38 @@ def test_results_keep_their_structure():
     assert out.requires_grad and not state.ffn_shift.requires_grad
     (out.sum() + state.wkv.sum()).backward()
     torch.testing.assert_close(layer.weight.grad, torch.full((3, 3), 4.0))
+
+
+def test_a_recomputed_operator_gets_the_borders_themselves():
+    """What `packing.known` has of cu_seqlens it has of one object, all through a step."""
+    seen = []
+
+    @torch.library.custom_op("test::kept_borders", mutates_args=())
+    def forward(
+        r: Tensor,
+        w: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        state: Tensor,
+        cu_seqlens: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(cu_seqlens)
+        return r + w, state.clone(), r.clone()
+
+    def backward(*given: Any) -> tuple[Tensor, ...]:
+        seen.append(given[6])
+        return *(torch.ones_like(given[0]) for _ in range(6)), torch.ones_like(given[8])
+
+    register_gradient(forward, backward)
+    borders, x = torch.tensor([0, 3, 5]), torch.ones(5, requires_grad=True)
+
+    def run(x: Tensor, borders: Tensor) -> Tensor:
+        return forward(x, x, x, x, x, x, x, borders, True)[0]
+
+    recomputed(run, x, borders, model=nn.Linear(1, 1)).sum().backward()
+    assert len(seen) == 3  # the first run, the second one, the gradient
+    assert all(one is borders for one in seen)
+    assert x.grad is not None and x.grad.tolist() == [7.0] * 5

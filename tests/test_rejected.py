@@ -97,6 +97,22 @@ def test_wrong_flags_are_named(tmp_path, more, message):
         make_rejected.main(words(tmp_path, **{"output": "a.jsonl"} | more))
 
 
+def test_a_file_without_records_is_named(tmp_path):
+    arguments = words(tmp_path, "a.jsonl")
+    (tmp_path / "prompts.jsonl").write_text("\n")
+    with pytest.raises(InputError, match=r"prompts\.jsonl: has no records"):
+        make_rejected.main(arguments)
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_answers_may_hold_unicode_line_ends(tmp_path):
+    arguments = words(tmp_path, "a.jsonl")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "q", "chosen": "one\u2028two"}\n')
+    make_rejected.main(arguments)
+    with (tmp_path / "a.jsonl").open() as file:
+        assert {json.loads(line)["chosen"] for line in file} == {"one\u2028two"}
+
+
 def test_a_record_without_a_good_answer_is_named(tmp_path):
     arguments = words(tmp_path, "a.jsonl")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "q"}\n')

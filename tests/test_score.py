@@ -103,10 +103,10 @@ def test_without_an_end_of_text_the_first_token_is_given():
 @pytest.mark.parametrize(
     "record, message",
     [
-        (3, "f:1: needs a string, 'text', 'prompt' and 'completion', or 'messages'"),
-        ({"prompt": "q"}, "f:1: needs a string, 'text'"),
-        ({"messages": [{"role": "user"}]}, "f:1: 'messages' must be a list of objects with"),
-        ({"prompt": 1, "completion": "a"}, "f:1: 'messages' must be a list of objects with"),
+        (3, "f:1: has nothing to score; needs a string, 'text', 'prompt' and 'completion', or"),
+        ({"prompt": "q"}, "f:1: has nothing to score; needs a string"),
+        ({"messages": [{"role": "user"}]}, "f:1: 'messages' is no dialogue; write a list of"),
+        ({"prompt": 1, "completion": "a"}, "f:1: 'messages' is no dialogue; write a list of"),
         ("x", "f:1: the character 'x' is not in --tokenizer chars:0123456789,#"),
     ],
 )
@@ -134,7 +134,7 @@ def test_files(tmp_path):
         ("a.csv", b"x", "a.csv: unknown kind of file; give .txt, .jsonl or .json"),
         ("a.jsonl", b'"one"\n{', r"a.jsonl:2: not JSON \(Expecting property name"),
         ("a.json", b'{"text": "x"}', "a.json: is no list of records; write it as .jsonl"),
-        ("a.txt", b"one\n\xff", "a.txt:2: not UTF-8; save the file as UTF-8"),
+        ("a.txt", b"one\n\xff", r"a.txt:2: not UTF-8 \(byte 0xff\); save the file as UTF-8"),
         ("a.txt.gz", b"nothing", "a.txt.gz: not a whole gzip file"),
         ("b.txt", None, "b.txt: no such file; check the path"),
     ],

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from helpers import assert_all_close, assert_close, random_state, with_gradients, wkv6_inputs
+from helpers import (
+    assert_all_close,
+    assert_close,
+    random_state,
+    skip_unless_able,
+    with_gradients,
+    wkv6_inputs,
+)
 
 from rwkv.ops import chunk_layout
 from rwkv.ops.wkv6 import BACKENDS, wkv6
@@ -10,7 +17,7 @@ from rwkv.ops.wkv6 import BACKENDS, wkv6
 # Largest relative error against the reference. float32: the chunked form was measured at 1e-6 or
 # less. bfloat16: rounding the results alone gives 1.7e-3, tensor-core kernels up to 7.8e-3.
 ALLOWED = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
-KERNELS = [name for name in BACKENDS if name not in ("torch", "reference")]
+OURS = [name for name in BACKENDS if name not in ("fla", "torch", "reference")]  # kernels
 anywhere = pytest.mark.parametrize("backend", ["torch", "reference"])
 
 
@@ -202,20 +209,27 @@ def test_inference_first_and_training_after():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("T", [1, 15, 64, 200])
-@pytest.mark.parametrize("N", [64, 128])
-@pytest.mark.parametrize("backend", KERNELS)
-def test_kernels_are_the_reference(backend, N, T):
-    x = wkv6_inputs(T=T, N=N, dtype=torch.bfloat16, device="cuda")
-    skip_unless_able(backend, x, packed=False)
+@pytest.mark.parametrize("backend", OURS)
+def test_kernels_are_the_reference(backend, T):
+    x = wkv6_inputs(T=T, N=64, dtype=torch.bfloat16, device="cuda")
+    skip_unless_able("wkv6", BACKENDS, backend, x["v"])
     check(x, random_state(x), backend)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", KERNELS)
-def test_kernels_pack(backend):
+@pytest.mark.slow
+def test_fla_is_the_reference(one_configuration):
+    x = wkv6_inputs(T=200, N=128, dtype=torch.bfloat16, device="cuda")
+    skip_unless_able("wkv6", BACKENDS, "fla", x["v"])
+    check(x, random_state(x), "fla")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [*OURS, pytest.param("fla", marks=pytest.mark.slow)])
+def test_kernels_pack(backend, one_configuration):
     lengths = [50, 1, 128, 77]
     x = wkv6_inputs(B=1, T=sum(lengths), N=64, dtype=torch.bfloat16, device="cuda")
-    skip_unless_able(backend, x, packed=True)
+    skip_unless_able("wkv6", BACKENDS, backend, x["v"], packed=True)
     ends = torch.tensor([0, *lengths], device="cuda").cumsum(0)
     check(x, random_state(x, Q=len(lengths)), backend, cu_seqlens=ends)
 
@@ -225,19 +239,6 @@ def test_kernels_pack(backend):
 def test_torch_on_a_gpu(dtype):
     x = wkv6_inputs(T=100, N=64, dtype=dtype, device="cuda")
     check(x, random_state(x), "torch")
-
-
-def skip_unless_able(backend, inputs, packed):
-    try:
-        wkv6(
-            **inputs,
-            cu_seqlens=torch.tensor([0, inputs["v"].shape[1]], device="cuda") if packed else None,
-            backend=backend,
-        )
-    except RuntimeError as error:
-        if "cannot run this call" not in str(error):
-            raise
-        pytest.skip(str(error))
 
 
 def test_shape_error_names_the_tensor():

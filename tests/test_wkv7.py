@@ -1,8 +1,17 @@
 """Every wkv7 backend against the reference, and the reference against autograd and itself."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
-from helpers import assert_all_close, assert_close, random_state, with_gradients, wkv7_inputs
+from helpers import (
+    assert_all_close,
+    assert_close,
+    random_state,
+    skip_unless_able,
+    with_gradients,
+    wkv7_inputs,
+)
 
 from rwkv.ops import chunk_layout
 from rwkv.ops.wkv7 import BACKENDS, wkv7
@@ -10,7 +19,7 @@ from rwkv.ops.wkv7 import BACKENDS, wkv7
 # Largest relative error against the reference. float32: the chunked form was measured at 1e-6 or
 # less. bfloat16: rounding the results alone gives 1.7e-3, tensor-core kernels up to 7.8e-3.
 ALLOWED = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
-KERNELS = [name for name in BACKENDS if name not in ("torch", "reference")]
+OURS = [name for name in BACKENDS if name not in ("fla", "torch", "reference")]  # kernels
 anywhere = pytest.mark.parametrize("backend", ["torch", "reference"])
 
 
@@ -195,6 +204,31 @@ def test_no_state_is_a_state_of_zeros():
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
+def test_calls_leave_each_other_alone():
+    """Calls work in memory that the next one has again; no result lies in it."""
+    xs = [wkv7_inputs(T=45, seed=seed) for seed in (3, 4)]
+    first = with_gradients(wkv7, xs[0], random_state(xs[0]), backend="torch")
+    copies = {name: x.clone() for name, x in first.items()}
+    second = with_gradients(wkv7, xs[1], random_state(xs[1]), backend="torch")
+    assert all(torch.equal(first[name], copies[name]) for name in first)
+
+    leaves = {name: x.clone().requires_grad_() for name, x in xs[0].items()}
+    y, _ = wkv7(**leaves, state=random_state(xs[0]), backend="torch")
+    with_gradients(wkv7, xs[1], random_state(xs[1]), backend="torch")
+    late = torch.autograd.grad(y, leaves["k"], torch.ones_like(y))[0]
+    y, _ = wkv7(**leaves, state=random_state(xs[0]), backend="torch")
+    assert torch.equal(late, torch.autograd.grad(y, leaves["k"], torch.ones_like(y))[0])
+
+    with ThreadPoolExecutor(4) as threads:
+        runs = [
+            threads.submit(with_gradients, wkv7, x, random_state(x), backend="torch")
+            for _ in range(8)
+            for x in xs
+        ]
+    for i, run in enumerate(runs):
+        assert_all_close(run.result(), (first, second)[i % 2], 1e-6)
+
+
 def test_inference_first_and_training_after():
     """What is kept between calls is made without inference mode's mark."""
     x = wkv7_inputs(T=45, seed=3)
@@ -205,20 +239,27 @@ def test_inference_first_and_training_after():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("T", [1, 15, 64, 200])
-@pytest.mark.parametrize("N", [64, 128])
-@pytest.mark.parametrize("backend", KERNELS)
-def test_kernels_are_the_reference(backend, N, T):
-    x = wkv7_inputs(T=T, N=N, dtype=torch.bfloat16, device="cuda")
-    skip_unless_able(backend, x, packed=False)
+@pytest.mark.parametrize("backend", OURS)
+def test_kernels_are_the_reference(backend, T):
+    x = wkv7_inputs(T=T, N=64, dtype=torch.bfloat16, device="cuda")
+    skip_unless_able("wkv7", BACKENDS, backend, x["v"])
     check(x, random_state(x), backend)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", KERNELS)
-def test_kernels_pack(backend):
+@pytest.mark.slow
+def test_fla_is_the_reference(one_configuration):
+    x = wkv7_inputs(T=200, N=128, dtype=torch.bfloat16, device="cuda")
+    skip_unless_able("wkv7", BACKENDS, "fla", x["v"])
+    check(x, random_state(x), "fla")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [*OURS, pytest.param("fla", marks=pytest.mark.slow)])
+def test_kernels_pack(backend, one_configuration):
     lengths = [50, 1, 128, 77]
     x = wkv7_inputs(B=1, T=sum(lengths), N=64, dtype=torch.bfloat16, device="cuda")
-    skip_unless_able(backend, x, packed=True)
+    skip_unless_able("wkv7", BACKENDS, backend, x["v"], packed=True)
     ends = torch.tensor([0, *lengths], device="cuda").cumsum(0)
     check(x, random_state(x, Q=len(lengths)), backend, cu_seqlens=ends)
 
@@ -228,19 +269,6 @@ def test_kernels_pack(backend):
 def test_torch_on_a_gpu(dtype):
     x = wkv7_inputs(T=100, N=64, dtype=dtype, device="cuda")
     check(x, random_state(x), "torch")
-
-
-def skip_unless_able(backend, inputs, packed):
-    try:
-        wkv7(
-            **inputs,
-            cu_seqlens=torch.tensor([0, inputs["v"].shape[1]], device="cuda") if packed else None,
-            backend=backend,
-        )
-    except RuntimeError as error:
-        if "cannot run this call" not in str(error):
-            raise
-        pytest.skip(str(error))
 
 
 def test_shape_error_names_the_tensor():

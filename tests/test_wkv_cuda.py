@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_all_close, random_state, with_gradients, wkv7_inputs
 
-from rwkv.ops import cuda_build, wkv7_cuda, wkv7_reference
+from rwkv.ops import cuda_build, wkv7_cuda, wkv7_reference, wkv7_torch
 from rwkv.ops.wkv7 import wkv7
 
 # Rounding the results to bfloat16 alone gives 1.7e-3; measured here: 3.0e-3 (y) to 4.6e-3 (da).
@@ -121,8 +121,13 @@ def test_nothing_overflows(device):
 
 @pytest.mark.gpu
 def test_long_rows_keep_their_accuracy():
+    """Against chunks in float64, which tests/test_wkv7.py holds to the reference."""
     x = draw("cuda", B=1, T=65536, H=1)
-    check(x, random_state(x))
+    state = random_state(x)
+    double = {name: tensor.double() for name, tensor in x.items()}
+    chunks = functools.partial(wkv7_torch.run, cu_seqlens=None)
+    want = with_gradients(chunks, double, state.double())
+    assert_all_close(with_gradients(run, x, state), want, ALLOWED)
 
 
 def test_it_is_a_well_behaved_operator(device, monkeypatch):

@@ -15,6 +15,15 @@ def squared_relu(x: Tensor) -> Tensor:
     return torch.relu(x).square()
 
 
+def squared_relu_gradient(y: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of x, given y = max(x, 0)^2 and its gradient; without history."""
+    if fused.uses_kernels(y):
+        from rwkv.ops.activation_triton import squared_relu_gradient as run
+
+        return run(y, grad)
+    return 2 * y.sqrt() * grad
+
+
 def gated_sum(x: Tensor, gate: Tensor, value: Tensor) -> Tensor:
     """x + sigmoid(gate) value, all of one shape; the kernel keeps gate and value."""
     if fused.uses_kernels(x):

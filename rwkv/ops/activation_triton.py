@@ -17,6 +17,12 @@ def squared_relu(x: Tensor) -> Tensor:
     return _SquaredRelu.apply(x.contiguous())
 
 
+def squared_relu_gradient(y: Tensor, grad: Tensor) -> Tensor:
+    grad_x = torch.empty_like(y)
+    _launch(_squared_relu_backward_kernel, y, grad.contiguous(), grad_x)
+    return grad_x
+
+
 def gated_sum(x: Tensor, gate: Tensor, value: Tensor) -> Tensor:
     return _GatedSum.apply(x.contiguous(), gate.contiguous(), value.contiguous())
 
@@ -39,9 +45,7 @@ class _SquaredRelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         (y,) = ctx.saved_tensors
-        grad_x = torch.empty_like(y)
-        _launch(_squared_relu_backward_kernel, y, grad.contiguous(), grad_x)
-        return grad_x
+        return squared_relu_gradient(y, grad)
 
 
 class _GatedSum(torch.autograd.Function):

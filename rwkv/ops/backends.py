@@ -68,8 +68,8 @@ def choose_backend(
         refusals[name] = reason
     if slow is not None:
         return slow
-    reasons = "".join(f"\n  {name}: {reason}" for name, reason in refusals.items())
-    raise RunError(f"{op}: backend {wanted!r} cannot run this call{reasons}")
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+    raise RunError(f"{op}: --kernel {wanted} cannot run here ({reasons}); use --kernel auto")
 
 
 def describe_choice(

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rwkv.cli import Parser, run
 from rwkv.errors import InputError, RunError
 from rwkv.files import replacing
 
@@ -439,7 +440,7 @@ def _three(sizes: int | Sequence[int]) -> tuple[int, ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what each kernel of the named sources takes; all sources of cuda/ if none is named."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m rwkv.ops.cuda_build",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -462,6 +463,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from rwkv.cli import run
-
     sys.exit(run(main))

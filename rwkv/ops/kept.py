@@ -22,15 +22,16 @@ def register_gradient(forward: Any, backward: Callable[..., tuple[Tensor, ...]])
         *_, cu_seqlens, keep = inputs
         _, _, *kept = output
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:7], cu_seqlens, *(kept if keep else ()))
+        ctx.save_for_backward(*inputs[:7], *(kept if keep else ()))
         ctx.keep = keep
+        ctx.cu_seqlens = cu_seqlens  # itself: what is known of it is known by object
 
     def differentiate(
         ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # asked for once: checkpointing recomputes them at each asking
-        *tensors, state, cu_seqlens = saved[:8]
-        kept = saved[8:]
+        *tensors, state = saved[:7]
+        kept, cu_seqlens = saved[7:], ctx.cu_seqlens
         if not ctx.keep:
             _, _, *kept = forward(*tensors, state, cu_seqlens, True)
         grad_y = torch.zeros_like(tensors[0]) if grad_y is None else grad_y.contiguous()

@@ -1,13 +1,31 @@
 """Texts packed end to end into one row: where each lies."""
 
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# On a GPU reading cu_seqlens waits for all work in flight, and every layer of a model asks for the
-# same tensor: the answer is kept, with the tensor's version, as long as the tensor lives.
+# Every layer of a model asks the same of one cu_seqlens, and on a GPU reading it waits for all work
+# in flight: answers are kept, with the tensor's version, as long as the tensor lives.
 _known = WeakTensorKeyDictionary()
-_known_starts = WeakTensorKeyDictionary()
+
+
+def known(cu_seqlens: Tensor, question: Hashable, answer: Callable[[], Any]) -> Any:
+    """What `answer` returns, asked once for each question and value of cu_seqlens."""
+    if cu_seqlens.is_inference():  # it has no version
+        return answer()
+    version, answers = _known.get(cu_seqlens, (None, {}))
+    if version != cu_seqlens._version:
+        answers = {}
+        _known[cu_seqlens] = cu_seqlens._version, answers
+    if question in answers:
+        return answers[question]
+    found = answer()
+    if not (isinstance(found, Tensor) and found.is_inference()):  # training could not use it
+        answers[question] = found
+    return found
 
 
 def text_lengths(cu_seqlens: Tensor) -> list[int]:
@@ -16,13 +34,18 @@ def text_lengths(cu_seqlens: Tensor) -> list[int]:
     Args:
         cu_seqlens: where each text starts, and the end of the last, [Q + 1].
     """
-    if not cu_seqlens.is_cuda or cu_seqlens.is_inference():
-        return cu_seqlens.diff().tolist()
-    version, lengths = _known.get(cu_seqlens, (None, []))
-    if version != cu_seqlens._version:
-        lengths = cu_seqlens.diff().tolist()
-        _known[cu_seqlens] = (cu_seqlens._version, lengths)
-    return lengths
+
+    return known(cu_seqlens, "lengths", lambda: cu_seqlens.diff().tolist())
+
+
+def remember_lengths(cu_seqlens: Tensor, lengths: Sequence[int]) -> None:
+    """Spare text_lengths the reading.
+
+    Args:
+        cu_seqlens: as on the device.
+        lengths: what it gives, read before it went there.
+    """
+    known(cu_seqlens, "lengths", lambda: list(lengths))
 
 
 def text_starts(cu_seqlens: Tensor, rows: int, device: torch.device) -> Tensor:
@@ -36,18 +59,14 @@ def text_starts(cu_seqlens: Tensor, rows: int, device: torch.device) -> Tensor:
     Returns:
         [rows + 1], int32, made without waiting for the device.
     """
-    known = not cu_seqlens.is_inference()
-    if known:
-        key = (cu_seqlens._version, rows, device)
-        found, starts = _known_starts.get(cu_seqlens, (None, None))
-        if found == key:
-            return starts
-    starts = torch.full((rows + 1,), -1, dtype=torch.int32, device=device)
-    texts = torch.arange(cu_seqlens.shape[0], dtype=torch.int32, device=device)
-    starts[cu_seqlens.to(device, torch.int64, non_blocking=True)] = texts
-    if known and not starts.is_inference():
-        _known_starts[cu_seqlens] = (key, starts)
-    return starts
+
+    def make() -> Tensor:
+        starts = torch.full((rows + 1,), -1, dtype=torch.int32, device=device)
+        texts = torch.arange(cu_seqlens.shape[0], dtype=torch.int32, device=device)
+        starts[cu_seqlens.to(device, torch.int64, non_blocking=True)] = texts
+        return starts
+
+    return known(cu_seqlens, ("starts", rows, device), make)
 
 
 def check_packing(op: str, cu_seqlens: Tensor, B: int, T: int) -> None:

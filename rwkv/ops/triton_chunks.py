@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv.ops.packing import known
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -20,9 +22,13 @@ def slot_owners(cu_seqlens: Tensor | None, slots: int, C: int) -> Tensor | None:
     """The text of every slot, [slots], int32, made on the device; None unless packed."""
     if cu_seqlens is None:
         return None
-    owners = torch.empty(slots, dtype=torch.int32, device=cu_seqlens.device)
-    _slot_owners_kernel[(cu_seqlens.shape[0] - 1,)](cu_seqlens, owners, C=C, BLOCK=128)
-    return owners
+
+    def make() -> Tensor:
+        owners = torch.empty(slots, dtype=torch.int32, device=cu_seqlens.device)
+        _slot_owners_kernel[(cu_seqlens.shape[0] - 1,)](cu_seqlens, owners, C=C, BLOCK=128)
+        return owners
+
+    return known(cu_seqlens, ("owners", slots, C), make)
 
 
 @triton.jit

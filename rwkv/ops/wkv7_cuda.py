@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rwkv.ops import cuda_build
 from rwkv.ops.kept import register_gradient
-from rwkv.ops.packing import count_slots
+from rwkv.ops.packing import count_slots, known
 
 C = N = 64  # tokens of a chunk, channels of a head: cuda/tiles.cuh
 BLOCKS, SCALARS, STAGES = 10 * 512, 68, 3  # cuda/wkv7.cu
@@ -100,10 +100,14 @@ def slot_owners(cu_seqlens: Tensor | None, slots: int) -> Tensor | None:
     """The text of every slot, [slots], int32, made on the device; None unless packed."""
     if cu_seqlens is None:
         return None
-    texts = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
-    starts = cu_seqlens[:-1] // C + texts
-    slot = torch.arange(slots, device=cu_seqlens.device)
-    return torch.searchsorted(starts, slot, right=True, out_int32=True) - 1
+
+    def make() -> Tensor:
+        texts = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
+        starts = cu_seqlens[:-1] // C + texts
+        slot = torch.arange(slots, device=cu_seqlens.device)
+        return torch.searchsorted(starts, slot, right=True, out_int32=True) - 1
+
+    return known(cu_seqlens, ("owners of slots", slots), make)
 
 
 def _warps(sequences: int, H: int) -> int:

@@ -112,7 +112,8 @@ def run(
 
 
 def _launch(r: Tensor) -> dict[str, Any]:
-    return LAUNCH[r.dtype, max(r.shape[-1], 64)]
+    N = int(r.shape[-1])  # a number also where torch traces with symbols for sizes
+    return LAUNCH[r.dtype, max(N, 64)]
 
 
 def _fine(r: Tensor) -> torch.dtype:

@@ -23,6 +23,7 @@ from rwkv.errors import InputError
 from rwkv.flags import Settings
 from rwkv.generate import generate
 from rwkv.model import RWKV
+from rwkv.plain_text import read_text
 from rwkv.run.models import build, building_place, load_teacher
 from rwkv.run.overview import Run, Steps
 from rwkv.sampling_flags import Sampling
@@ -104,6 +105,7 @@ def fit_ranks(run: Run, strategy: Any, point: Path | None) -> int:
         every=evaluation.log_every,
         step_tokens=plan.rows_per_step * plan.pieces.room,
         loggers=loggers,
+        behind=int(device.kind == "cuda"),
     )
     saving = Saving(
         folder,
@@ -200,7 +202,7 @@ def make_sampler(settings: Settings, tokenizer: Tokenizer) -> Callable[[RWKV], l
     flags = settings[EvaluationFlags]
     if not flags.val_prompts:
         return None
-    lines = Path(flags.val_prompts).read_text(encoding="utf-8").splitlines()
+    lines = read_text(Path(flags.val_prompts)).splitlines()
     prompts = [line for line in lines if line.strip()]
     tokens = [prompt_tokens(line, settings[DataFlags], tokenizer) for line in prompts]
 

@@ -40,7 +40,9 @@ def iterate(settings: Settings, train: Callable[[Settings], int]) -> int:
     if chosen_objective(settings) not in ("dpo", "orpo", "simpo"):
         raise InputError("--iterate: makes pairs; add --dpo 1, --orpo 1 or --simpo 1")
     if bool(flags.reward) == bool(flags.judge):
-        raise InputError("--iterate: needs --reward or --judge, and not both")
+        raise InputError(
+            "--iterate: needs something that scores answers; give --reward or --judge, and not both"
+        )
     adapter = settings[PeftFlags].load_adapter
     for number in range(flags.iterate):
         folder = Path(trainer.proj_dir) / f"round-{number}"
@@ -62,7 +64,7 @@ def make_round(settings: Settings, now: Settings, number: int) -> None:
     """Write the pairs of a round, and for DPO their scores, by the model that it starts from."""
     flags, data = settings[IterateFlags], settings[DataFlags]
     if not settings[ModelFlags].load_model:
-        raise InputError("--iterate: needs --load_model, a model that can answer")
+        raise InputError("--iterate: needs a model that can answer; give --load_model")
     device, adapter = choose_device(settings), now[PeftFlags].load_adapter
     config = read_config(settings[ModelFlags])
     tokenizer = load_tokenizer(data.tokenizer or None, config.vocab_size)

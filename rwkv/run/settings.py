@@ -36,12 +36,20 @@ def check(settings: Settings) -> None:
     """
     if chosen_objective(settings) == "distillation":
         check_distillation(settings[DistillationFlags])
-    trainer, model = settings[TrainerFlags], settings[ModelFlags]
-    for name in ("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "epoch_count"):
-        if getattr(trainer, name) < 1:
-            raise InputError(f"--{name} {getattr(trainer, name)}: must be at least 1")
+    trainer, model, data = settings[TrainerFlags], settings[ModelFlags], settings[DataFlags]
     if model.load_model and not Path(model.load_model).exists():
         raise InputError(f"--load_model {model.load_model}: no such file; check the path")
+    if not trainer.proj_dir.strip():
+        raise InputError("--proj_dir: names no folder; give one, such as out/run")
+    if trainer.memory and not trainer.dry_run:
+        raise InputError(f"--memory {trainer.memory}: is for --dry_run 1; add it, or drop --memory")
+    if data.val_data_file and data.val_fraction:
+        raise InputError(
+            f"--val_fraction {data.val_fraction}: contradicts --val_data_file; keep one of them"
+        )
+    for name in ("reward", "judge"):
+        if getattr(settings[IterateFlags], name) and not settings[IterateFlags].iterate:
+            raise InputError(f"--{name}: is for rounds of sampling; add --iterate N, or drop it")
     if trainer.grad_cp_offload and not trainer.grad_cp:
         raise InputError(
             "--grad_cp_offload 1: moves what --grad_cp keeps, and --grad_cp is 0; drop one of them"
@@ -51,8 +59,6 @@ def check(settings: Settings) -> None:
             "--grad_cp_offload 1: --infctx 1 recomputes blocks of one chunk only; drop one of "
             "them, or use --chunk_offload 1 for the states between chunks"
         )
-    if trainer.gpu_memory < 0:
-        raise InputError(f"--gpu_memory {trainer.gpu_memory}: must be above 0, or 0 for no limit")
     optim = settings[OptimizerFlags].optim
     if trainer.strategy.startswith("deepspeed") and "8bit" in optim:
         raise InputError(
@@ -67,9 +73,5 @@ def check(settings: Settings) -> None:
     prompts = settings[EvaluationFlags].val_prompts
     if prompts and not Path(prompts).is_file():
         raise InputError(f"--val_prompts {prompts}: no such file; it has one prompt a line")
-    if settings[StateFlags].prefix_token_len < 1:
-        raise InputError(
-            f"--prefix_token_len {settings[StateFlags].prefix_token_len}: must be at least 1"
-        )
     if model.fla and model.kernel not in ("auto", "fla"):
         raise InputError(f"--fla 1: contradicts --kernel {model.kernel}; keep one of them")

@@ -49,6 +49,7 @@ class Evaluation(pl.Callback):
     def evaluate(self, trainer: pl.Trainer, lit: LitModel) -> dict[str, float]:
         """Run the held-out batches and the samples; returns the numbers that were logged."""
         self._done = lit.steps_done
+        self.step_log.catch_up(trainer)
         training = lit.training
         lit.eval()
         with torch.no_grad(), torch.random.fork_rng():

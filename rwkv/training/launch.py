@@ -50,6 +50,7 @@ def all_ranks(devices: int, num_nodes: int, folder: Path) -> Iterator[None]:
         folder: of the run, whose resume points the message names.
 
     Raises:
+        InputError: there are more machines, and no launcher says where.
         RunError: another process died; the message says which and how to go on.
     """
     if devices * num_nodes == 1:
@@ -63,8 +64,14 @@ def all_ranks(devices: int, num_nodes: int, folder: Path) -> Iterator[None]:
         except BaseException:
             _leave_soon()
             raise
+        _leave_group()
         return
     before = dict(os.environ)
+    if num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= before.keys():
+        raise InputError(
+            f"--num_nodes {num_nodes}: the other machines are not known; start it by torchrun on "
+            "each of them, as README.md shows"
+        )
     os.environ |= {
         "MASTER_ADDR": before.get("MASTER_ADDR", "127.0.0.1"),
         "MASTER_PORT": before.get("MASTER_PORT", str(_free_port())),
@@ -75,6 +82,7 @@ def all_ranks(devices: int, num_nodes: int, folder: Path) -> Iterator[None]:
     children = _Children(devices, folder)
     try:
         yield
+        _leave_group()
         children.wait()
     except (InputError, RunError, KeyboardInterrupt):
         _leave_soon()
@@ -87,8 +95,7 @@ def all_ranks(devices: int, num_nodes: int, folder: Path) -> Iterator[None]:
         raise
     finally:
         children.kill()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _leave_group()
         os.environ.clear()
         os.environ |= before
 
@@ -193,6 +200,12 @@ def _leave_with_parent() -> None:
     """End this process when the one that started it is gone, even by kill -9."""
     os.read(0, 1)  # nothing is ever written: it returns when the pipe's other end is closed
     os._exit(1)
+
+
+def _leave_group() -> None:
+    """Take leave of the other ranks, which NCCL waits for: all do it before any waits otherwise."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _leave_soon() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rwkv.errors import InputError
+from rwkv.ops.packing import remember_lengths, text_lengths
 from rwkv.training.flags import OptimizerFlags
 from rwkv.training.optimizer import make_optimizer
 from rwkv.training.strategy import scatter
@@ -72,6 +73,8 @@ class LitModel(pl.LightningModule):
 
     Attributes:
         step_sums: loss and metrics of the step so far on this rank; a callback reads and clears.
+        gradient_norm: of all gradients before they are clipped, a float32 scalar, where a callback
+            has measured it; it is cleared there too.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class LitModel(pl.LightningModule):
         self.groups, self.flags, self.strategy = groups, flags, strategy
         self.loader, self.first_step = loader, first_step
         self.step_sums: dict[str, Tensor] = {}
+        self.gradient_norm: Tensor | None = None
 
     @property
     def steps_done(self) -> int:
@@ -111,6 +115,17 @@ class LitModel(pl.LightningModule):
     def train_dataloader(self) -> Iterable[Any]:
         return self.loader(self.trainer.global_rank)
 
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Lightning's move, without waiting for the device; how long packed texts are goes along,
+        for reading it back would wait."""
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        for name, borders in batch._asdict().items():
+            if name.endswith("seqlens") and borders is not None and not borders.is_cuda:
+                remember_lengths(getattr(moved, name), text_lengths(borders))
+        return moved
+
     def training_step(self, batch: Any, index: int) -> Tensor:
         loss, metrics = self.objective(self.model, batch)
         for name, value in {"loss": loss.detach(), **metrics}.items():
@@ -124,6 +139,32 @@ class LitModel(pl.LightningModule):
         if self.strategy.startswith("deepspeed"):  # both Lightning and DeepSpeed divide
             accumulate *= accumulate
         return accumulate * self.trainer.world_size
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip to a norm; one that is known is not measured again."""
+        if gradient_clip_val is None or self.gradient_norm is None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.gradient_norm)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step and let go of the gradients, which Lightning keeps until the next forward pass is
+        over."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if not self.strategy.startswith("deepspeed"):
+            optimizer.zero_grad()
 
     def configure_optimizers(self) -> Optimizer:
         groups = [

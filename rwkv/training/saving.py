@@ -29,7 +29,7 @@ class Saving(pl.Callback):
         tensors: what a saved model holds; called on every rank.
         metadata: what the file is; goes beside it.
         run: settings that a resumed run must share.
-        step_log: is told when a signal asks to stop.
+        step_log: is told when a signal asks to stop; catches up before anything is saved.
     """
 
     def __init__(
@@ -67,12 +67,15 @@ class Saving(pl.Callback):
         if done == self._saved_step or done == lit.first_step:
             return
         epoch = self.epochs.get(done)
+        due = self.every and done % self.every == 0
+        if epoch is None and not due and not trainer.should_stop:
+            return
+        self.step_log.catch_up(trainer)  # a model whose loss is not finite is not saved
         if epoch is not None:
             self.save_model(trainer, lit, f"rwkv-{epoch}.pth", epoch)
-        if epoch is not None or trainer.should_stop or (self.every and done % self.every == 0):
-            resume.save(trainer, lit, self.folder, self.run)
-            self._saved_step = done
-            self.step_log.restart_clock()
+        resume.save(trainer, lit, self.folder, self.run)
+        self._saved_step = done
+        self.step_log.restart_clock()
 
     def save_model(self, trainer: pl.Trainer, lit: LitModel, name: str, epoch: int) -> None:
         """Write the trained tensors under `name`, once, from rank 0.

@@ -6,10 +6,11 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
 from rwkv.errors import RunError
 from rwkv.files import replacing
@@ -60,8 +61,50 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+class Moment(NamedTuple):
+    """A point in time: by the host's clock, and in the device's queue where there is one."""
+
+    host: float
+    device: torch.cuda.Event | None
+
+    @classmethod
+    def now(cls, device: torch.device | None) -> "Moment":
+        if device is None or device.type != "cuda":
+            return cls(time.perf_counter(), None)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return cls(time.perf_counter(), event)
+
+    def seconds_until(self, later: "Moment") -> float:
+        """By the device's clock where both have one; `later` is over."""
+        if self.device is None or later.device is None:
+            return later.host - self.host
+        return self.device.elapsed_time(later.device) / 1e3
+
+
+class Unread(NamedTuple):
+    """The numbers of a step on their way from the device.
+
+    step: counted from 1.
+    rates: learning rates of the parameter groups.
+    names: of the numbers.
+    numbers: float64 in host memory, [len(names)].
+    arrived: when they are there.
+    """
+
+    step: int
+    rates: list[float]
+    names: list[str]
+    numbers: Tensor
+    arrived: Moment
+
+
 class StepLog(pl.Callback):
     """Sets the learning rates, adds up a step's numbers and reports them.
+
+    A GPU works through a queue, and reading a number waits until the queue is empty; the GPU then
+    waits for the host in turn. So a step's numbers are read `behind` steps later, or as soon as
+    `catch_up` is called.
 
     Args:
         run_log: where lines go.
@@ -69,6 +112,7 @@ class StepLog(pl.Callback):
         every: steps between lines.
         step_tokens: tokens of a step whose rows are all full; the display shows how full they are.
         loggers: Lightning loggers that get the numbers too.
+        behind: steps that the report stays behind the work.
 
     Attributes:
         stop_requested: read once a step; true on any rank stops all of them after it.
@@ -82,21 +126,24 @@ class StepLog(pl.Callback):
         every: int,
         step_tokens: int,
         loggers: list[Any],
+        behind: int = 0,
     ):
         self.run_log, self.schedule, self.every = run_log, schedule, every
         self.step_tokens, self.loggers = step_tokens, loggers
-        self.stop_requested = False
+        self.behind, self.stop_requested = behind, False
         self._tokens = 0
         self._ends_step = False
-        self._since = time.perf_counter()
+        self._device: torch.device | None = None
+        self._since = Moment.now(None)
         self._bar: Any = None
-        self._summed: dict[str, float] = {}
+        self._unread: list[Unread] = []
 
     def setup(self, trainer: pl.Trainer, lit: LitModel, stage: str) -> None:  # type: ignore[override]
         self.run_log.open(lit.first_step, trainer.is_global_zero)
 
     def on_train_start(self, trainer: pl.Trainer, lit: LitModel) -> None:  # type: ignore[override]
-        self._since = time.perf_counter()
+        self._device = torch.device(trainer.strategy.root_device)
+        self.restart_clock()
         if trainer.is_global_zero:
             from tqdm import tqdm
 
@@ -121,47 +168,69 @@ class StepLog(pl.Callback):
     def on_before_optimizer_step(  # type: ignore[override]
         self, trainer: pl.Trainer, lit: LitModel, optimizer: Any
     ) -> None:
-        """Add the step's numbers up over ranks and stop at a loss that is not finite."""
-        if not self._ends_step:  # DeepSpeed calls this for every micro-batch
-            return
-        names = sorted(lit.step_sums)
-        values = [lit.step_sums[name].double() for name in names]
-        extra = [float(self._tokens), float(self.stop_requested)]
-        device = values[0].device
-        total = sum_over_ranks(
-            torch.stack([*values, *torch.tensor(extra, dtype=torch.float64, device=device)])
-        ).tolist()
-        lit.step_sums = {}
-        self._tokens = 0
-        self._summed = dict(zip([*names, "tokens", "stop"], total, strict=True))
-        if not math.isfinite(self._summed["loss"]):
-            raise RunError(
-                f"step {lit.steps_done + 1}: the loss is {self._summed['loss']}; lower --lr_init, "
-                f"or look at the data; models saved so far are in {self.run_log.path.parent}"
-            )
-        if lit.strategy.startswith("deepspeed"):
-            return
-        params = (p for group in optimizer.param_groups for p in group["params"])
-        self._summed["grad_norm"] = float(gradient_norm(params))
+        """Measure the gradients before they are clipped; DeepSpeed does it by itself."""
+        if not lit.strategy.startswith("deepspeed"):
+            params = (p for group in optimizer.param_groups for p in group["params"])
+            lit.gradient_norm = gradient_norm(params)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: pl.Trainer, lit: LitModel, outputs: Any, batch: Any, index: int
     ) -> None:
-        if not self._summed:
+        """Add the step's numbers up over ranks, and report what was to be reported by now."""
+        if not self._ends_step:
             return
-        done = lit.steps_done
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
-        summed, self._summed = self._summed, {}
+        if self.stop_requested and trainer.world_size == 1:  # else all ranks stop together
+            trainer.should_stop = True
+        self._unread.append(self._send(trainer, lit))
+        while len(self._unread) > self.behind:
+            self._report(trainer)
+
+    def _send(self, trainer: pl.Trainer, lit: LitModel) -> Unread:
+        """Begin to bring the step's numbers to the host."""
+        names = sorted(lit.step_sums)
+        values = [lit.step_sums[name].double() for name in names]
+        for name, number in (("tokens", self._tokens), ("stop", self.stop_requested)):
+            names.append(name)
+            values.append(torch.full_like(values[0], number))
+        lit.step_sums, self._tokens = {}, 0
+        total = sum_over_ranks(torch.stack(values))
+        norm: Any = lit.gradient_norm
+        if lit.strategy.startswith("deepspeed"):
+            norm = trainer.model.get_global_grad_norm()  # type: ignore[union-attr,operator]
+        if norm is not None:
+            names.append("grad_norm")
+            last = norm.to(total) if isinstance(norm, Tensor) else torch.full_like(total[0], norm)
+            total = torch.cat([total, last.view(1)])
+        lit.gradient_norm = None
+        numbers = total.to("cpu", non_blocking=True)
+        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        return Unread(lit.steps_done, rates, names, numbers, Moment.now(self._device))
+
+    def catch_up(self, trainer: pl.Trainer) -> None:
+        """Report all steps that are done.
+
+        Raises:
+            RunError: the loss of one of them is not finite.
+        """
+        while self._unread:
+            self._report(trainer)
+
+    def _report(self, trainer: pl.Trainer) -> None:
+        """Log the oldest step that was not, and stop at a loss that is not finite."""
+        step, rates, names, numbers, arrived = self._unread.pop(0)
+        if arrived.device is not None:
+            arrived.device.synchronize()
+        summed = dict(zip(names, numbers.tolist(), strict=True))
+        if not math.isfinite(summed["loss"]):
+            raise RunError(
+                f"step {step}: the loss is {summed['loss']}; lower --lr_init, "
+                f"or look at the data; models saved so far are in {self.run_log.path.parent}"
+            )
+        seconds, self._since = self._since.seconds_until(arrived), arrived
         if summed.pop("stop"):
             trainer.should_stop = True
-        if "grad_norm" not in summed:
-            engine: Any = trainer.model  # DeepSpeed's
-            norm = engine.get_global_grad_norm()
-            summed["grad_norm"] = float(norm) if norm is not None else 0.0
         tokens = int(summed.pop("tokens"))
-        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
-        line = {"step": done, **summed, "lr": max(rates)}
+        line = {"step": step, **summed, "lr": max(rates)}
         if len(set(rates)) > 1:
             line["lr_groups"] = rates
         line |= {
@@ -172,12 +241,15 @@ class StepLog(pl.Callback):
         }
         if torch.cuda.is_available():
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        if done % self.every == 0 or done == self.schedule.steps:
+        if step % self.every == 0 or step == self.schedule.steps:
             self.run_log.add(line)
             for logger in self.loggers:
-                numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
-                logger.log_metrics(numbers, step=done)
+                shown = {k: v for k, v in line.items() if isinstance(v, int | float)}
+                logger.log_metrics(shown, step=step)
         self._show(line)
+
+    def on_train_end(self, trainer: pl.Trainer, lit: LitModel) -> None:  # type: ignore[override]
+        self.catch_up(trainer)
 
     def _show(self, line: dict[str, Any]) -> None:
         if self._bar is None:
@@ -198,7 +270,7 @@ class StepLog(pl.Callback):
 
     def restart_clock(self) -> None:
         """Leave what happened since the last step (an evaluation, a save) out of the rate."""
-        self._since = time.perf_counter()
+        self._since = Moment.now(self._device)
 
     def on_exception(self, trainer: pl.Trainer, lit: Any, exception: BaseException) -> None:  # type: ignore[override]
         self.teardown(trainer, lit, "fit")

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rwkv.errors import InputError, RunError
 from rwkv.model import Block
@@ -31,7 +31,7 @@ def chosen_device(flags: TrainerFlags) -> str:
             )
         return "cpu"
     if flags.devices > count:
-        raise RunError(f"--devices {flags.devices}: this machine has {count} GPU(s)")
+        raise RunError(f"--devices {flags.devices}: this machine has {count} GPU(s); lower it")
     return "cuda"
 
 
@@ -72,11 +72,17 @@ def grow_segments() -> None:
 
 
 def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str, trained: int) -> Any:
-    """Lightning's strategy object or name; `trained`: how many numbers train.
+    """Lightning's strategy object or name.
 
     Our model already has the dtype it trains in, so Lightning runs at "32-true" throughout and
     casts nothing; DeepSpeed is told of bfloat16 in its own configuration and keeps float32
     masters.
+
+    Args:
+        flags: of the trainer.
+        dtype: of the weights.
+        device: `cuda` or `cpu`.
+        trained: how many numbers train.
 
     Raises:
         InputError: DeepSpeed on a CPU.
@@ -101,6 +107,7 @@ def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str, trained:
         ) from None
     _name_plain_architecture()
     _scatter_after_recomputation()
+    _measure_gradients_at_once()
     config = deepspeed_config(flags, dtype, trained)
     return DeepSpeedStrategy(config=config, exclude_frozen_parameters=True)
 
@@ -136,13 +143,20 @@ def bucket_size(trained: int) -> int:
 
 
 def deepspeed_config(flags: TrainerFlags, dtype: torch.dtype, trained: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a strategy name such as deepspeed_stage_2_offload."""
+    """DeepSpeed's configuration for a strategy name such as deepspeed_stage_2_offload.
+
+    Args:
+        flags: of the trainer.
+        dtype: of the weights.
+        trained: how many numbers train.
+    """
     stage = int(flags.strategy.split("_")[2])
     offload = flags.strategy.endswith("offload")
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
-        "overlap_comm": True,
+        # it ends every backward pass by waiting for the GPU, for nothing where one rank is alone
+        "overlap_comm": stage == 3 or flags.devices * flags.num_nodes > 1,
         "reduce_bucket_size": bucket_size(trained),
         "allgather_bucket_size": bucket_size(trained),
     }
@@ -150,11 +164,17 @@ def deepspeed_config(flags: TrainerFlags, dtype: torch.dtype, trained: int) -> d
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         if stage == 3:
             zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    bf16: dict[str, Any] = {"enabled": dtype == torch.bfloat16}
+    if stage < 3 and not offload:
+        # Some kernels for each gradient, and the host waits for them; a gradient that is not finite
+        # ends the run by the next step's loss, as it does without DeepSpeed.
+        bf16["check_grad_overflow"] = False
     return {
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": bf16,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": flags.micro_bsz,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a micro-batch
     }
 
 
@@ -179,3 +199,43 @@ def _scatter_after_recomputation() -> None:
     from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 
     coordinator.update_recompute_parameters = lambda module, parameter: None
+
+
+def _measure_gradients_at_once() -> None:
+    """Let ZeRO-1 and 2 measure and clip gradients in a few kernels, without waiting for the GPU.
+
+    DeepSpeed 0.19 starts several kernels for each parameter, of which adapters have hundreds, and
+    reads the norm back once for each group of parameters.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Zero
+
+    if Zero.get_grad_norm_direct is not _gradient_norm:
+        Zero._clip_offloaded = Zero.unscale_and_clip_grads
+        Zero.get_grad_norm_direct, Zero.unscale_and_clip_grads = _gradient_norm, _clip
+
+
+def _gradient_norm(zero: Any, gradients: Any, params: Any, norm_type: float = 2) -> Tensor:
+    """The norm of a group of gradients over all ranks, a float32 scalar."""
+    assert norm_type == 2
+    some = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+    total = torch.zeros((), device=zero.device)
+    if some:
+        norms = torch._foreach_norm(some, 2, dtype=torch.float32)
+        total = torch.stack(norms).square().sum()
+    torch.distributed.all_reduce(total, group=zero.dp_process_group)
+    return total.sqrt()
+
+
+def _clip(zero: Any, gradients: list[Tensor], norm: Any) -> None:
+    """Divide by the scale of the loss and, where the norm is above the limit, shorten to it."""
+    if zero.cpu_offload:
+        zero._clip_offloaded(gradients, norm)
+        return
+    scale = zero.loss_scale
+    if zero.clip_grad > 0:
+        excess = (norm / scale + 1e-6) / zero.clip_grad
+        scale = excess.clamp(min=1.0) * scale
+    elif scale == 1:
+        return
+    for gradient in gradients:
+        gradient.div_(scale)
