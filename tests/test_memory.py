@@ -1,6 +1,7 @@
 """The memory planner: by hand, against every allocation of a small model, and on a GPU."""
 
 import json
+import subprocess
 import sys
 import types
 import weakref
@@ -26,6 +27,7 @@ from rwkv.model import RWKV
 from rwkv.ops import wkv6, wkv7
 from rwkv.run.memory import compared
 from rwkv.training.measure import Measured
+from rwkv.training.strategy import grow_segments
 
 C, V = 128, 64
 
@@ -350,3 +352,29 @@ def test_predictions_are_within_a_tenth(number):
 def test_two_steps_are_measured_by_a_dry_run(tmp_path, capsys):
     assert train.main(dry(tmp_path, dry_run="verify")) == 0
     assert "measured" in capsys.readouterr().err
+
+
+def test_what_the_user_says_of_the_allocator_stays(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", said.append, raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    grow_segments()
+    assert said == []
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    grow_segments()
+    assert said == ["expandable_segments:True"]
+
+
+@pytest.mark.gpu
+def test_segments_grow():
+    """In a process of its own: the setting is for good."""
+    code = (
+        "import torch\n"
+        "from rwkv.training.strategy import grow_segments\n"
+        "grow_segments()\n"
+        "x = torch.zeros(2**22, device='cuda')\n"
+        "assert all(s['is_expandable'] for s in torch.cuda.memory_snapshot())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
