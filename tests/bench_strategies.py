@@ -45,7 +45,7 @@ MODES: dict[str, dict[str, Any]] = {
     "SFT full": {"sft": 1, "lr_init": 5e-5},
     "SFT LoRA over nf4": {"sft": 1, "layer_profile": "lora-nf4.json", "lr_init": 5e-4},
     "DPO LoRA over nf4": {"dpo": 1, "layer_profile": "only-nf4.json", "lr_init": 2e-4},
-    "DPO full": {"dpo": 1, "lr_init": 5e-6, "micro_bsz": 128},
+    "DPO full": {"dpo": 1, "lr_init": 5e-6, "micro_bsz": 96},
     "SFT full in chunks": {"sft": 1, "infctx": 1, "lr_init": 5e-5},
     "SFT LoRA over nf4 in chunks": {
         "sft": 1,
@@ -229,7 +229,7 @@ def prepare(bench: Bench, sizes: list[str], ops: bool) -> None:
         make_shape(work / "base.pth", 7, 2, 64, 256, "cpu", head_size=32)
     else:
         (work / "base.pth").symlink_to(ROOT / "example" / "Quickstart" / "base.pth")
-    make_texts(work, 600 if bench.cpu else 24000)
+    make_texts(work, 600 if bench.cpu else 15000)
     scores = (
         "rm -rf pairs.tok && PY -m data.make_pairs --input pairs.jsonl --tokenizer bytes "
         "--output pairs.tok && PY -m data.make_reference --data pairs.tok --load_model base.pth"
