@@ -28,8 +28,8 @@ __device__ __forceinline__ int place(int row, int piece) {
 // row that is a multiple of 16 added and an even piece exclusively or'ed, every address follows from
 // one of these, which costs fewer registers than the addresses themselves.
 //
-// HALVES warps share 16 rows: 1, or 2 with 32 columns each. A warp's numbers in lanes are then those
-// of its own columns; left operands always have all 64.
+// Four warps, a group, have the 64 rows of a tile. HALVES groups share a tile: 1, or 2 with 32 columns
+// each; a warp's numbers in lanes are then those of its own columns.
 template <int HALVES>
 struct LaneOf {
     static constexpr int J = 8 / HALVES;  // groups of 8 columns
@@ -46,8 +46,8 @@ struct LaneOf {
           lane(threadIdx.x & 31),
           g(lane >> 2),
           q(lane & 3),
-          strip(warp / HALVES),
-          piece(HALVES == 1 ? 0 : 4 * (warp & 1)),
+          strip(warp & 3),
+          piece(HALVES == 1 ? 0 : 4 * (warp >> 2)),
           pairs(place(g, 0) + q * 4),
           own_pairs(pairs ^ (piece << 4)),
           matrices(place((lane >> 4) * 8 + (lane & 7), (lane >> 3) & 1)),
@@ -68,6 +68,18 @@ struct F16 {
     static __device__ __forceinline__ void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
         mma_f16(c, a, b);
     }
+#ifdef GROUP_PRODUCTS
+    template <bool COLUMNS>
+    static __device__ __forceinline__ void multiply(Numbers& c, const void* left, const void* right) {
+        if constexpr (COLUMNS)
+            group_by_columns_f16(c, left, right);
+        else
+            group_by_rows_f16(c, left, right);
+    }
+    static __device__ __forceinline__ void add(Numbers& c, const Operand& a, const void* right) {
+        group_add_f16(c, a, right);
+    }
+#endif
 };
 
 struct BF16 {
@@ -78,6 +90,18 @@ struct BF16 {
     static __device__ __forceinline__ void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
         mma_bf16(c, a, b);
     }
+#ifdef GROUP_PRODUCTS
+    template <bool COLUMNS>
+    static __device__ __forceinline__ void multiply(Numbers& c, const void* left, const void* right) {
+        if constexpr (COLUMNS)
+            group_by_columns_bf16(c, left, right);
+        else
+            group_by_rows_bf16(c, left, right);
+    }
+    static __device__ __forceinline__ void add(Numbers& c, const Operand& a, const void* right) {
+        group_add_bf16(c, a, right);
+    }
+#endif
 };
 
 template <int J>
@@ -178,6 +202,33 @@ __device__ __forceinline__ void store_rows(void* to, int64_t stride, unsigned ch
     write_rows<Type>(tile, x, row, me);
     __syncwarp();
     put_rows(to, stride, tile, row, rows, me);
+}
+
+// The same by way of 1,024 bytes of the warp's own, 32 columns at a time.
+template <class Type>
+__device__ __forceinline__ void store_by_halves(void* to, int64_t stride, unsigned char* stage,
+                                                const Numbers& x, int row, int rows,
+                                                const Lane& me) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int below = 0; below < 2; ++below)
+                *reinterpret_cast<uint32_t*>(stage + (me.g + 8 * below) * 64 +
+                                             ((j ^ (me.g >> 1 & 3)) << 4) + me.q * 4) =
+                    Type::pack(x[4 * half + j][2 * below], x[4 * half + j][2 * below + 1]);
+        __syncwarp();
+#pragma unroll
+        for (int below = 0; below < 2; ++below) {
+            const int r = me.g + 8 * below;
+            if (row + r < rows)
+                *reinterpret_cast<uint4*>(static_cast<unsigned char*>(to) + (row + r) * stride +
+                                          half * 64 + me.q * 16) =
+                    *reinterpret_cast<const uint4*>(stage + r * 64 + ((me.q ^ (me.g >> 1 & 3)) << 4));
+        }
+    }
 }
 
 // ---- right operands ----
@@ -330,15 +381,23 @@ __device__ __forceinline__ void add_triangle(Numbers& c, const Triangle& a, unsi
     add_step<Type>(c, a.diagonal, tile, 16 * me.strip, me);
 }
 
-// ---- the same by two warps that share rows, with left operands in shared memory too ----
+// ---- products by the four warps of a group, all of which take part ----
 //
-// Rolled loops: what a warp runs once for each chunk is bound by the fetching of instructions where
-// its code is longer than the caches for them.
+// What they read was written before group_fence() and a barrier. Little code: what a warp runs once
+// for each chunk is bound by the fetching of instructions where it is longer than their caches.
 
-// c += left tile^T or, with COLUMNS, left tile
+#ifndef GROUP_PRODUCTS
+__device__ __forceinline__ void group_fence() {}
+#endif
+
+// c = left tile^T or, with COLUMNS, left tile
 template <class Type, bool COLUMNS>
-__device__ __forceinline__ void add_product(NumbersOf<LaneOf<2>>& c, unsigned char* left,
-                                            unsigned char* tile, const LaneOf<2>& me) {
+__device__ __forceinline__ void multiply(Numbers& c, unsigned char* left, unsigned char* tile,
+                                         const Lane& me) {
+#ifdef GROUP_PRODUCTS
+    Type::template multiply<COLUMNS>(c, left, tile);
+#else
+    clear(c);
 #pragma unroll 1
     for (int k = 0; k < 4; ++k) {
         uint32_t a[4];
@@ -347,62 +406,52 @@ __device__ __forceinline__ void add_product(NumbersOf<LaneOf<2>>& c, unsigned ch
             add_step<Type>(c, a, tile, 16 * k, me);
         } else {
 #pragma unroll
-            for (int p = 0; p < 2; ++p) {
+            for (int p = 0; p < 4; ++p) {
                 uint32_t b[4];
-                right_rows(b, tile, 8 * me.piece + 16 * p, k, me);
+                right_rows(b, tile, 16 * p, k, me);
                 Type::mma(c[2 * p], a, b);
                 Type::mma(c[2 * p + 1], a, b + 2);
             }
         }
     }
+#endif
 }
 
-// The triangle of left tile^T, up to the diagonal or with UPPER from it on, in the warps' rows of
-// `out`. Each warp makes every other block, and then they wait for each other; the next triangle
-// must go elsewhere.
-template <class In, class Out, bool UPPER>
-__device__ __forceinline__ void make_triangle(unsigned char* out, unsigned char* left,
-                                              unsigned char* tile, bool equal, float scale,
-                                              const LaneOf<2>& me) {
-    const int row = 16 * me.strip, first = UPPER ? me.strip : 0, last = UPPER ? 3 : me.strip;
-    const int mine = me.piece >> 2;
-#pragma unroll 1
-    for (int i = first + ((first ^ mine) & 1); i <= last; i += 2) {
-        float c[2][4] = {};
-#pragma unroll 1
-        for (int k = 0; k < 4; ++k) {
-            uint32_t a[4], b[4];
-            left_rows(a, left, row, k, me);
-            right_rows(b, tile, 16 * i, k, me);
-            In::mma(c[0], a, b);
-            In::mma(c[1], a, b + 2);
-        }
-        const Side<UPPER> side{equal};
-        const bool whole = i != me.strip;
+// c += a tile
+template <class Type>
+__device__ __forceinline__ void add_product(Numbers& c, const Operand& a, unsigned char* tile,
+                                            const Lane& me) {
+#ifdef GROUP_PRODUCTS
+    Type::add(c, a, tile);
+#else
+    add_by_columns<Type>(c, a, tile, me);
+#endif
+}
+
+// The warp's rows t of left tile^T, times `scale`, as a left operand: columns s up to t or, if
+// `upper`, from t on; without `equal` not s = t.
+template <class In, class Out>
+__device__ __forceinline__ void multiply_to_triangle(Operand& out, unsigned char* left,
+                                                     unsigned char* tile, bool upper, bool equal,
+                                                     float scale, const Lane& me) {
+    Numbers c;
+    multiply<In, false>(c, left, tile, me);
+    // Of a block of 8 x 8 on the diagonal, which of a pair's halves belong to the triangle
+    const int first = upper ? 2 * me.q - me.g : me.g - 2 * me.q, second = upper ? first + 1 : first - 1;
+    const int least = equal ? 0 : 1;
+    const uint32_t diagonal = (first >= least ? 0xffffu : 0u) | (second >= least ? 0xffff0000u : 0u);
+    uint32_t mask[9];  // of blocks by columns / 8 - rows % 16 / 8, and 1
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
-            const int t = me.g + 8 * (n & 1), column = 8 * (n >> 1) + 2 * me.q;
-            const float* const pair = c[n >> 1] + 2 * (n & 1);
-            *reinterpret_cast<uint32_t*>(out + (row + 8 * (n & 1)) * 128 +
-                                         (me.pairs ^ ((2 * i + (n >> 1)) << 4))) =
-                Out::pack(whole || side(t, column) ? pair[0] * scale : 0.0f,
-                          whole || side(t, column + 1) ? pair[1] * scale : 0.0f);
-        }
+    for (int i = 0; i < 9; ++i) {
+        const int column = i - 1 - 2 * me.strip;
+        mask[i] = column == 0 ? diagonal : (column > 0) == upper ? ALL : 0u;
     }
-    named_barrier_sync(1 + me.strip, 64);
-}
-
-// c += triangle tile
-template <class Type, bool UPPER>
-__device__ __forceinline__ void add_triangle(NumbersOf<LaneOf<2>>& c, unsigned char* triangle,
-                                             unsigned char* tile, const LaneOf<2>& me) {
-    const int first = UPPER ? me.strip : 0, last = UPPER ? 3 : me.strip;
-#pragma unroll 1
-    for (int i = first; i <= last; ++i) {
-        uint32_t a[4];
-        left_rows(a, triangle, 16 * me.strip, i, me);
-        add_step<Type>(c, a, tile, 16 * i, me);
-    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int below = 0; below < 2; ++below)
+            out[j >> 1][(j & 1) * 2 + below] =
+                Out::pack(c[j][2 * below] * scale, c[j][2 * below + 1] * scale) & mask[j - below + 1];
 }
 
 // ---- powers of two ----
