@@ -704,10 +704,9 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     write_state(grad_initial + unit * SIDE * SIDE + row * SIDE, dS, me);
 }
 
-// l in units of log2 of token row + g, columns 8 j + 2 q, from global memory; 0 behind the end.
-template <class Me>
+// l in units of log2 of token row + g, own columns 8 j + 2 q, from global memory; 0 behind the end.
 __device__ __forceinline__ float2 log2_step(const uint16_t* w, int64_t stride, int row, int j,
-                                            int left, const Me& me) {
+                                            int left, const LaneOf<2>& me) {
     const int t = row + me.g;
     if (t >= left) return make_float2(0.0f, 0.0f);
     const float2 x = unpack_bf16(*reinterpret_cast<const uint32_t*>(w + t * stride + 8 * (me.piece + j) + 2 * me.q));
@@ -755,21 +754,22 @@ extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
     unsigned char *const k_in = memory, *const b_in = memory + TILE, *const r_in = memory + 2 * TILE,
                          *const a_in = memory + 3 * TILE, *const values = memory + 4 * TILE,
                          *const dy = memory + 5 * TILE, *const S = memory + 6 * TILE,
-                         *const dS = memory + 7 * TILE, *const z = memory + 8 * TILE,
-                         *const u = memory + 9 * TILE, *const dz = memory + 10 * TILE,
+                         *const dS = memory + 7 * TILE, *const u = memory + 8 * TILE,
+                         *const dz = memory + 9 * TILE, *const k_end = memory + 10 * TILE,
                          *const blocks = memory + 13 * TILE;
     float2* const logs = reinterpret_cast<float2*>(memory + 11 * TILE);  // L, by log_at
     // Read before others' tiles go there
-    unsigned char *const w_raw = z, *const a_start = z, *const b_end = dz, *const k_end = u;
+    unsigned char *const w_raw = u, *const a_start = u, *const b_end = dz;
     float* const totals = reinterpret_cast<float*>(blocks + BLOCKS);  // [12][64]
     float* const sums = totals;                                       // [4][64], before
     float* const scales = totals + 12 * SIDE;  // of columns: to the chunk's start, to its end
-    float* const maxima = scales + 2 * SIDE;
-    // Two groups of four warps: the first makes z, u, da and dk, the second dz, dv, dr and db. Of
+    float* const middles = scales + 2 * SIDE;  // of columns: L of the chunk's middle from its start
+    float* const maxima = middles + SIDE;
+    // Two groups of four warps: the first makes u, da and dk, the second dz, dv, dr and db. Of
     // what they do for all (`own`) each has 32 columns.
     const Lane me;
     const LaneOf<2> own;
-    const bool second = me.warp >= 4;
+    const bool second = __shfl_sync(ALL, me.warp, 0) >= 4;  // the compiler sees it is the warp's
     const int slot = blockIdx.x / H, h = blockIdx.x % H, row = 16 * me.strip;
     const Chunk chunk = find_chunk(slot, owners, cu_seqlens, T);
     if (chunk.left <= 0) return;
@@ -831,6 +831,7 @@ extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
             float* const at = scales + 8 * (own.piece + j) + 2 * me.q;
             *reinterpret_cast<float2*>(at) = make_float2(in[0], in[1]);
             *reinterpret_cast<float2*>(at + SIDE) = make_float2(out[0], out[1]);
+            *reinterpret_cast<float2*>(at + 2 * SIDE) = make_float2(l.middle[0], l.middle[1]);
         }
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
@@ -874,13 +875,9 @@ extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
     group_fence();
     __syncthreads();
 
-    // What the chunk reads, z, and the gradient of what it writes, dz before X^T
-    Numbers x, grad_v;
+    // What the chunk reads, z = A_ak v + a^ S^T, and the gradient of what it writes
+    Numbers x;
     Operand part;
-    if (second) {
-        multiply<F16, false>(grad_v, k_end, dS, me);
-        named_barrier_arrive(3, 256);
-    }
     unsigned char* const first_tile = second ? b_end : a_start;
     multiply<F16, false>(x, first_tile, second ? dS : S, me);
     multiply_to_triangle<BF16, F16>(part, second ? b_in : a_in, second ? r_in : k_in, second, second,
@@ -890,22 +887,22 @@ extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
     write_rows<F16>(first_tile, x, row, me);
     named_barrier_sync(1 + second, 128);
 
-    // u = X z, dz = X^T (that gradient)
+    // u = X z, dz = X^T (that gradient), each in its place
     clear(x);
-    if (second) {
+    if (second)
         add_inverse<true>(x, blocks, dz, me);
-        named_barrier_sync(2, 128);
-        write_rows<F16>(dz, x, row, me);
-    } else {
-        add_inverse<false>(x, blocks, z, me);
-        named_barrier_sync(3, 256);
-        write_rows<F16>(u, x, row, me);
-    }
+    else
+        add_inverse<false>(x, blocks, u, me);
+    named_barrier_sync(1 + second, 128);
+    write_rows<F16>(first_tile, x, row, me);
     group_fence();
     __syncthreads();
 
-    unsigned char* const stage = z + 1024 * me.warp;
+    unsigned char* const stage = k_end + 1024 * me.warp;
     if (second) {
+        Numbers grad_v;
+        multiply<F16, false>(grad_v, k_end, dS, me);
+        named_barrier_arrive(3, 256);
         multiply_to_triangle<BF16, F16>(part, k_in, r_in, true, true, facts[1], me);  // A_rk^T
         add_product<F16>(grad_v, part, dy, me);
         multiply_to_triangle<BF16, F16>(part, k_in, a_in, true, false, 1.0f, me);  // A_ak^T
@@ -915,6 +912,7 @@ extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
         for (int j = 0; j < 8; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) grad_v[j][e] *= v_scale;
+        named_barrier_sync(2, 128);
         store_by_halves<BF16>(dv + first, stride, stage, grad_v, row, chunk.left, me);
     }
 
@@ -935,22 +933,39 @@ extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
         add_product<BF16>(x, part, k_in, me);
         multiply_to_triangle<F16, BF16>(part, left, u, false, second, share, me);
         add_product<BF16>(x, part, b_in, me);
-        const float er = facts[2], log2_unit = facts[5];
+        // r is read behind its token's decay, a before it: with L of the row above, which for the
+        // first row of all lies where X was
+        const float2* seen[2] = {log_at(logs, 0, 0, me), log_at(logs, 0, 1, me)};
+        if (!second) {
+            if (me.g == 0) {
+                seen[1] = seen[0] + 28;
+                float2* const start = reinterpret_cast<float2*>(blocks) + me.q;
+                if (me.strip == 0)
+#pragma unroll
+                    for (int j = 0; j < 8; ++j) {
+                        const float2 middle =
+                            *reinterpret_cast<const float2*>(middles + 8 * j + 2 * me.q);
+                        start[64 * j] = make_float2(-middle.x, -middle.y);
+                    }
+                seen[0] = me.strip == 0 ? start : seen[0] - 15 * 32 + 28;
+            } else {
+                seen[0] -= 4, seen[1] -= 4;
+            }
+        }
+        const float grow = facts[5] - (second ? facts[2] : 0.0f);
 #pragma unroll
         for (int j = 0; j < 8; ++j)
 #pragma unroll
             for (int below = 0; below < 2; ++below) {
                 const int e = 2 * below;
                 const float2 factor = unpack_bf16(*pair_at(reader, row + 8 * below, j, me));
-                const float2 L = *log_at(logs, j, below, me);
-                const float2 step =
-                    second ? make_float2(er, er)
-                           : log2_step(w + first, stride / 2, row + 8 * below, j, chunk.left, me);
+                const float2 L = seen[below][64 * j];
                 dL[j][e] = factor.x * x[j][e];
                 dL[j][e + 1] = factor.y * x[j][e + 1];
-                x[j][e] *= exp2_approx(L.x - step.x + log2_unit);
-                x[j][e + 1] *= exp2_approx(L.y - step.y + log2_unit);
+                x[j][e] *= exp2_approx(L.x + grow);
+                x[j][e + 1] *= exp2_approx(L.y + grow);
             }
+        if (!second) named_barrier_sync(3, 256);
         store_by_halves<BF16>((second ? dr : da) + first, stride, stage, x, row, chunk.left, me);
     }
     if (!second) {
@@ -1075,5 +1090,5 @@ extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
             mine[j][e + 1] = (mine[j][e + 1] + after.y) * step.y * scale;
         }
     }
-    store_rows<BF16>(dw + first, stride, z, mine, row, chunk.left, own);
+    store_rows<BF16>(dw + first, stride, k_end, mine, row, chunk.left, own);
 }
