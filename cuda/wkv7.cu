@@ -20,11 +20,12 @@ constexpr int BLOCKS = 10 * BLOCK;   // of X
 constexpr int SCALARS = 68;          // of a chunk: log2 of what it keeps of 64 columns; exponents of r, k, v
 constexpr int STAGES = 3;            // chunks of a scan under way
 
-// Blocks of wkv7_gradient that share a multiprocessor: 113 KiB of shared memory each.
+// Blocks of wkv7_prepare and wkv7_gradient that share a multiprocessor: 103 and 113 KiB of shared
+// memory each.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define GRADIENT_BLOCKS 1
+#define CHUNK_BLOCKS 1
 #else
-#define GRADIENT_BLOCKS 2
+#define CHUNK_BLOCKS 2
 #endif
 
 // ---- which tokens a chunk holds: as in rwkv/ops/triton_chunks.py ----
@@ -201,211 +202,202 @@ __device__ __forceinline__ void invert(unsigned char* block, const float* A, con
                 float_to_f16(x[i]);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 3)
+extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
     wkv7_prepare(const uint16_t* r, const uint16_t* w, const uint16_t* k, const uint16_t* v,
                  const uint16_t* a, const uint16_t* b, uint16_t* y, uint16_t* transition,
                  uint16_t* drive, uint16_t* readout, unsigned char* inverse, float* scalars,
                  const int* owners, const int64_t* cu_seqlens, int T, int H) {
     DYNAMIC_SHARED(memory);
-    unsigned char *const k_in = memory, *const b_in = memory + TILE, *const values = memory + 2 * TILE,
-                         *const a_start = memory + 3 * TILE, *const b_end = memory + 4 * TILE,
-                         *const k_end = memory + 5 * TILE, *const A_ab = memory + 6 * TILE,
-                         *const u_first = memory + 7 * TILE, *const blocks = memory + 8 * TILE;
-    unsigned char *const w_raw = b_end, *const r_raw = k_end, *const Xa = A_ab, *const u = b_in;
+    unsigned char *const k_in = memory, *const b_in = memory + TILE, *const r_in = memory + 2 * TILE,
+                         *const a_in = memory + 3 * TILE, *const values = memory + 4 * TILE,
+                         *const a_start = memory + 5 * TILE, *const r_start = memory + 6 * TILE,
+                         *const b_end = memory + 7 * TILE, *const k_end = memory + 8 * TILE,
+                         *const A_ab = memory + 9 * TILE, *const u = memory + 10 * TILE,
+                         *const staged = memory + 11 * TILE, *const blocks = memory + 12 * TILE;
+    unsigned char *const w_raw = A_ab, *const Xa = a_start;
     float* const sums = reinterpret_cast<float*>(blocks + BLOCKS);
-    float* const maxima = sums + 4 * SIDE;  // [3][4]
+    float* const maxima = sums + 4 * SIDE;  // [3][8]
+    // Two groups of four warps: the first makes X, X a^, M and c, the second u, R and y0. Of what
+    // they do for all (`own`) each has 32 columns.
     const Lane me;
+    const LaneOf<2> own;
+    const bool second = __shfl_sync(ALL, me.warp, 0) >= 4;  // the compiler sees it is the warp's
     const int slot = blockIdx.x / H, h = blockIdx.x % H, row = 16 * me.strip;
     const Chunk chunk = find_chunk(slot, owners, cu_seqlens, T);
     if (chunk.left <= 0) return;
     const int64_t unit = blockIdx.x, first = (chunk.first * H + h) * SIDE;
     const int64_t stride = static_cast<int64_t>(H) * SIDE * 2;
-    fetch_rows(w_raw, w + first, stride, row, chunk.left, me);
-    fetch_rows(r_raw, r + first, stride, row, chunk.left, me);
-    fetch_rows(k_in, k + first, stride, row, chunk.left, me);
-    fetch_rows(values, v + first, stride, row, chunk.left, me);
-    fetch_rows(a_start, a + first, stride, row, chunk.left, me);
-    fetch_rows(b_in, b + first, stride, row, chunk.left, me);
+    fetch_rows(w_raw, w + first, stride, row, chunk.left, own);
+    fetch_rows(r_in, r + first, stride, row, chunk.left, own);
+    fetch_rows(k_in, k + first, stride, row, chunk.left, own);
+    fetch_rows(values, v + first, stride, row, chunk.left, own);
+    fetch_rows(a_in, a + first, stride, row, chunk.left, own);
+    fetch_rows(b_in, b + first, stride, row, chunk.left, own);
     cp_async_commit();
     cp_async_wait<0>();
     __syncwarp();
 
-    Numbers step, L;
+    NumbersOf<LaneOf<2>> step, L;
     float most[3];
-    unsigned char* const sized[3] = {r_raw, k_in, values};
+    unsigned char* const sized[3] = {r_in, k_in, values};
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
-        read_rows<BF16>(L, sized[i], row, me);
+        read_rows<BF16>(L, sized[i], row, own);
         most[i] = largest_of_warp(largest(L));
     }
-    read_rows<BF16>(step, w_raw, row, me);
-    log2_steps(step, row, chunk.left, me);
+    read_rows<BF16>(step, w_raw, row, own);
+    log2_steps(step, row, chunk.left, own);
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
+    for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) L[j][e] = step[j][e];
-    accumulate(L, me);
+    accumulate(L, own);
     if (me.g == 7)
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-            *reinterpret_cast<float2*>(sums + me.strip * SIDE + 8 * j + 2 * me.q) =
+        for (int j = 0; j < 4; ++j)
+            *reinterpret_cast<float2*>(sums + me.strip * SIDE + 8 * (own.piece + j) + 2 * me.q) =
                 make_float2(L[j][2], L[j][3]);
-    if (me.lane < 3) maxima[me.lane * 4 + me.strip] = me.lane == 0 ? most[0] : me.lane == 1 ? most[1] : most[2];
+    if (me.lane < 3)
+        maxima[me.lane * 8 + me.warp] = me.lane == 0 ? most[0] : me.lane == 1 ? most[1] : most[2];
     __syncthreads();
 
     float exponent[3];
 #pragma unroll
     for (int i = 0; i < 3; ++i)
-        exponent[i] = exponent_below(fmaxf(fmaxf(maxima[4 * i], maxima[4 * i + 1]),
-                                           fmaxf(maxima[4 * i + 2], maxima[4 * i + 3])));
-    const float v_scale = power_of(-exponent[2]);
-    Operand a_in, r_in, r_start;
+        exponent[i] = exponent_below(largest_of_warp(maxima[8 * i + (me.lane & 7)]));
+    const float k_scale = power_of(-exponent[1]), v_scale = power_of(-exponent[2]);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        const Halves l(sums, j, me);
+    for (int j = 0; j < 4; ++j) {
+        const Halves l(sums, j, own);
         const float in[2] = {exp2_approx(l.middle[0]), exp2_approx(l.middle[1])};
         const float out[2] = {exp2_approx(l.rest[0]), exp2_approx(l.rest[1])};
         if (me.strip == 0 && me.g == 0)
-            *reinterpret_cast<float2*>(scalars + unit * SCALARS + 8 * j + 2 * me.q) =
+            *reinterpret_cast<float2*>(scalars + unit * SCALARS + 8 * (own.piece + j) + 2 * me.q) =
                 make_float2(l.middle[0] + l.rest[0], l.middle[1] + l.rest[1]);
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
-            const int at = (j & 1) * 2 + below;
+            const int t = row + 8 * below;
             const float L0 = L[j][2 * below] + (l.before[0] - l.middle[0]);
             const float L1 = L[j][2 * below + 1] + (l.before[1] - l.middle[1]);
-            uint32_t* const a_at = pair_at(a_start, row + 8 * below, j, me);
-            uint32_t* const b_at = pair_at(b_in, row + 8 * below, j, me);
-            uint32_t* const k_at = pair_at(k_in, row + 8 * below, j, me);
-            uint32_t* const v_at = pair_at(values, row + 8 * below, j, me);
-            uint32_t* const r_at = pair_at(r_raw, row + 8 * below, j, me);
-            uint32_t* const b_end_at = pair_at(b_end, row + 8 * below, j, me);
+            float2 pair = unpack_bf16(*pair_at(a_in, t, j, own));
+            pair.x *= exp2_approx(L0 - step[j][2 * below]);
+            pair.y *= exp2_approx(L1 - step[j][2 * below + 1]);
+            *pair_at(a_in, t, j, own) = pack_bf16(pair.x, pair.y);
+            *pair_at(a_start, t, j, own) = pack_f16(pair.x * in[0], pair.y * in[1]);
 
-            float2 x = unpack_bf16(*a_at);
-            x.x *= exp2_approx(L0 - step[j][2 * below]);
-            x.y *= exp2_approx(L1 - step[j][2 * below + 1]);
-            a_in[j >> 1][at] = pack_bf16(x.x, x.y);
-            *a_at = pack_f16(x.x * in[0], x.y * in[1]);
-
-            x = unpack_bf16(*r_at);
-            x.x *= exp2_approx(L0 - exponent[0]);
-            x.y *= exp2_approx(L1 - exponent[0]);
-            r_in[j >> 1][at] = pack_bf16(x.x, x.y);
-            r_start[j >> 1][at] = pack_f16(x.x * in[0], x.y * in[1]);
+            pair = unpack_bf16(*pair_at(r_in, t, j, own));
+            pair.x *= exp2_approx(L0 - exponent[0]);
+            pair.y *= exp2_approx(L1 - exponent[0]);
+            *pair_at(r_in, t, j, own) = pack_bf16(pair.x, pair.y);
+            *pair_at(r_start, t, j, own) = pack_f16(pair.x * in[0], pair.y * in[1]);
 
             const float grow0 = exp2_approx(-L0), grow1 = exp2_approx(-L1);
-            x = unpack_bf16(*b_at);
-            x.x *= grow0, x.y *= grow1;
-            *b_at = pack_bf16(x.x, x.y);
-            *b_end_at = pack_f16(x.x * out[0], x.y * out[1]);
+            pair = unpack_bf16(*pair_at(b_in, t, j, own));
+            pair.x *= grow0, pair.y *= grow1;
+            *pair_at(b_in, t, j, own) = pack_bf16(pair.x, pair.y);
+            *pair_at(b_end, t, j, own) = pack_f16(pair.x * out[0], pair.y * out[1]);
 
-            x = unpack_bf16(*k_at);
-            const float k_scale = power_of(-exponent[1]);
-            x.x *= grow0 * k_scale, x.y *= grow1 * k_scale;
-            *k_at = pack_bf16(x.x, x.y);
-            *r_at = pack_f16(x.x * out[0], x.y * out[1]);  // k_end
+            pair = unpack_bf16(*pair_at(k_in, t, j, own));
+            pair.x *= grow0 * k_scale, pair.y *= grow1 * k_scale;
+            *pair_at(k_in, t, j, own) = pack_bf16(pair.x, pair.y);
+            *pair_at(k_end, t, j, own) = pack_f16(pair.x * out[0], pair.y * out[1]);
 
-            x = unpack_bf16(*v_at);
-            *v_at = pack_f16(x.x * v_scale, x.y * v_scale);
+            pair = unpack_bf16(*pair_at(values, t, j, own));
+            scale_pair(pair, v_scale);
+            *pair_at(values, t, j, own) = pack_f16(pair.x, pair.y);
         }
     }
+    group_fence();
     __syncthreads();
-
-    // A_ab: blocks below the diagonal for the products, the one on it for its inverse
-    float c[2][4];
-#pragma unroll
-    for (int i = 0; i < 3; ++i)
-        if (i < me.strip) {
-            uint32_t pairs[4];
-            block<BF16, F16>(pairs, a_in, b_in, 16 * i, 1.0f, me, Whole{});
-#pragma unroll
-            for (int n = 0; n < 4; ++n)
-                *pair_at(A_ab, row + 8 * (n & 1), 2 * i + (n >> 1), me) = pairs[n];
-        }
-    block_product<BF16>(c, a_in, b_in, row, me);
-    float* const A = reinterpret_cast<float*>(u_first) + me.strip * 16 * 20;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-            A[(me.g + 8 * (e >> 1)) * 20 + 8 * half + 2 * me.q + (e & 1)] = c[half][e];
-    __syncwarp();
-    invert(block_of(blocks, me.strip, me.strip), A, me);
-    __syncthreads();
-
-    // Column `warp` of X's blocks: X_ij = X_ii (sum over m from j to i - 1 of A_im X_mj)
-    for (int i = me.strip + 1; i < 4; ++i) {
-        uint32_t left[4], right[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
-        for (int m = me.strip; m < i; ++m) {
-            left_rows(left, A_ab, 16 * i, m, me);
-            right_block(right, block_of(blocks, m, me.strip), me);
-            mma_f16(c[0], left, right);
-            mma_f16(c[1], left, right + 2);
-        }
-        unsigned char* const mine = block_of(blocks, i, me.strip);
-        write_block(mine, c, me);
-        left_block(left, block_of(blocks, i, i), me);
-        right_block(right, mine, me);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
-        mma_f16(c[0], left, right);
-        mma_f16(c[1], left, right + 2);
-        write_block(mine, c, me);
-    }
 
     Numbers x;
-    Triangle A_rb, A_rk;
-    triangle<BF16, F16, false>(A_rk, a_in, k_in, false, 1.0f, me);  // A_ak
-    clear(x);
-    add_triangle<F16, false>(x, A_rk, values, me);
-    write_rows<F16>(u_first, x, row, me);
-    triangle<BF16, F16, false>(A_rk, r_in, k_in, true, 1.0f, me);
-    triangle<BF16, F16, false>(A_rb, r_in, b_in, true, 1.0f, me);
-    __syncthreads();
-
-    clear(x);
-    add_inverse<false>(x, blocks, a_start, me);
-    write_rows<F16>(Xa, x, row, me);
-    clear(x);
-    add_inverse<false>(x, blocks, u_first, me);
-    write_rows<F16>(u, x, row, me);
-    if (inverse != nullptr)
-        for (int i = threadIdx.x; i < BLOCKS / 16; i += 128)
-            reinterpret_cast<uint4*>(inverse + unit * BLOCKS)[i] = reinterpret_cast<uint4*>(blocks)[i];
-    if (me.strip == 0 && me.lane < 4)
-        scalars[unit * SCALARS + SIDE + me.lane] =
-            me.lane == 0 ? exponent[0] : me.lane == 1 ? exponent[1] : me.lane == 2 ? exponent[2] : 0.0f;
-    __syncthreads();
-
-    unsigned char* const staged = k_in;
+    Operand A_rk, A_rb;
+    if (second) {
+        multiply_to_triangle<BF16, F16>(A_rk, a_in, k_in, false, false, 1.0f, me);  // A_ak
+        clear(x);
+        add_product<F16>(x, A_rk, values, me);
+        write_rows<F16>(u, x, row, me);
+        multiply_to_triangle<BF16, F16>(A_rk, r_in, k_in, false, true, 1.0f, me);
+        multiply_to_triangle<BF16, F16>(A_rb, r_in, b_in, false, true, 1.0f, me);
+        if (me.warp == 4 && me.lane < 4)
+            scalars[unit * SCALARS + SIDE + me.lane] = me.lane == 0   ? exponent[0]
+                                                       : me.lane == 1 ? exponent[1]
+                                                       : me.lane == 2 ? exponent[2]
+                                                                      : 0.0f;
+    } else {
+        // A_ab: in float16 for products, its blocks on the diagonal in float32 for their inverses
+        multiply_by_rows<BF16>(x, a_in, b_in, me);
+        write_rows<F16>(A_ab, x, row, me);
+        float* const A = reinterpret_cast<float*>(staged) + me.strip * 16 * 20;
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
+        for (int i = 0; i < 4; ++i)
+            if (i == me.strip)
 #pragma unroll
-        for (int below = 0; below < 2; ++below) {
-            const float2 pair = unpack_f16(r_start[j >> 1][(j & 1) * 2 + below]);
-            x[j][2 * below] = pair.x, x[j][2 * below + 1] = pair.y;
+                for (int half = 0; half < 2; ++half)
+#pragma unroll
+                    for (int below = 0; below < 2; ++below)
+                        *reinterpret_cast<float2*>(A + (me.g + 8 * below) * 20 + 8 * half + 2 * me.q) =
+                            make_float2(x[2 * i + half][2 * below], x[2 * i + half][2 * below + 1]);
+        __syncwarp();
+        invert(block_of(blocks, me.strip, me.strip), A, me);
+        named_barrier_sync(1, 128);
+
+        // Column `strip` of X's blocks: X_ij = X_ii (sum over m from j to i - 1 of A_im X_mj)
+        for (int i = me.strip + 1; i < 4; ++i) {
+            float c[2][4] = {};
+            uint32_t left[4], right[4];
+            for (int m = me.strip; m < i; ++m) {
+                left_rows(left, A_ab, 16 * i, m, me);
+                right_block(right, block_of(blocks, m, me.strip), me);
+                mma_f16(c[0], left, right);
+                mma_f16(c[1], left, right + 2);
+            }
+            unsigned char* const mine = block_of(blocks, i, me.strip);
+            write_block(mine, c, me);
+            left_block(left, block_of(blocks, i, i), me);
+            right_block(right, mine, me);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
+            mma_f16(c[0], left, right);
+            mma_f16(c[1], left, right + 2);
+            write_block(mine, c, me);
         }
-    add_triangle<F16, false>(x, A_rb, Xa, me);
-    store_rows<F16>(readout + unit * SIDE * SIDE, 2 * SIDE, staged, x, row, SIDE, me);
+    }
+    __syncthreads();
 
+    unsigned char* const place = second ? u : Xa;
     clear(x);
-    add_triangle<F16, false>(x, A_rk, values, me);
-    add_triangle<F16, false>(x, A_rb, u, me);
-    const float y_scale = power_of(exponent[0] + exponent[1] + exponent[2]);
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[j][e] *= y_scale;
-    store_rows<BF16>(y + first, stride, staged, x, row, chunk.left, me);
+    add_inverse<false>(x, blocks, place, me);
+    named_barrier_sync(1 + second, 128);
+    write_rows<F16>(place, x, row, me);
+    group_fence();
+    __syncthreads();
 
-    clear(x);
-    add_transposed<F16>(x, Xa, b_end, me);
-    store_rows<F16>(transition + unit * SIDE * SIDE, 2 * SIDE, staged, x, row, SIDE, me);
-    clear(x);
-    add_transposed<F16>(x, values, k_end, me);
-    add_transposed<F16>(x, u, b_end, me);
-    store_rows<F16>(drive + unit * SIDE * SIDE, 2 * SIDE, staged, x, row, SIDE, me);
+    unsigned char* const stage = staged + 1024 * me.warp;
+    if (second) {
+        read_rows<F16>(x, r_start, row, me);
+        add_product<F16>(x, A_rb, Xa, me);
+        store_by_halves<F16>(readout + unit * SIDE * SIDE, 2 * SIDE, stage, x, row, SIDE, me);
+        clear(x);
+        add_product<F16>(x, A_rk, values, me);
+        add_product<F16>(x, A_rb, u, me);
+        const float y_scale = power_of(exponent[0] + exponent[1] + exponent[2]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) x[j][e] *= y_scale;
+        store_by_halves<BF16>(y + first, stride, stage, x, row, chunk.left, me);
+    } else {
+        if (inverse != nullptr)
+            for (int i = threadIdx.x; i < BLOCKS / 16; i += 128)
+                reinterpret_cast<uint4*>(inverse + unit * BLOCKS)[i] =
+                    reinterpret_cast<uint4*>(blocks)[i];
+        multiply_columns<F16, false>(x, Xa, b_end, me);
+        store_by_halves<F16>(transition + unit * SIDE * SIDE, 2 * SIDE, stage, x, row, SIDE, me);
+        multiply_columns<F16, false>(x, values, k_end, me);
+        multiply_columns<F16, true>(x, u, b_end, me);
+        store_by_halves<F16>(drive + unit * SIDE * SIDE, 2 * SIDE, stage, x, row, SIDE, me);
+    }
 }
 
 // ---- scans: each warp of a block owns 16 value rows of one head's state ----
@@ -709,7 +701,8 @@ __device__ __forceinline__ float2 log2_step(const uint16_t* w, int64_t stride, i
                                             int left, const LaneOf<2>& me) {
     const int t = row + me.g;
     if (t >= left) return make_float2(0.0f, 0.0f);
-    const float2 x = unpack_bf16(*reinterpret_cast<const uint32_t*>(w + t * stride + 8 * (me.piece + j) + 2 * me.q));
+    const float2 x = unpack_bf16(
+        *reinterpret_cast<const uint32_t*>(w + t * stride + 8 * (me.piece + j) + 2 * me.q));
     return make_float2(-exp2_approx(fmaf(x.x, LOG2_E, LOG2_LOG2_E)),
                        -exp2_approx(fmaf(x.y, LOG2_E, LOG2_LOG2_E)));
 }
@@ -743,7 +736,7 @@ __device__ __forceinline__ float2* log_at(float2* logs, int j, int below, const 
 // 2^(eu + ez). The gradient of a tile with a decay in it, times that tile, is its share of the
 // gradient of L; there the factor is the rounded operand of the products, so that what must cancel
 // cancels.
-extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
+extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
     wkv7_gradient(const uint16_t* r, const uint16_t* w, const uint16_t* k, const uint16_t* v,
                   const uint16_t* a, const uint16_t* b, const uint16_t* grad_y,
                   const uint16_t* states, const float* exponents, const uint16_t* grad_states,
@@ -879,7 +872,7 @@ extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
     Numbers x;
     Operand part;
     unsigned char* const first_tile = second ? b_end : a_start;
-    multiply<F16, false>(x, first_tile, second ? dS : S, me);
+    multiply_by_rows<F16>(x, first_tile, second ? dS : S, me);
     multiply_to_triangle<BF16, F16>(part, second ? b_in : a_in, second ? r_in : k_in, second, second,
                                     second ? z_share : u_share, me);  // A_rb^T, A_ak
     add_product<F16>(x, part, second ? dy : values, me);
@@ -901,7 +894,7 @@ extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
     unsigned char* const stage = k_end + 1024 * me.warp;
     if (second) {
         Numbers grad_v;
-        multiply<F16, false>(grad_v, k_end, dS, me);
+        multiply_by_rows<F16>(grad_v, k_end, dS, me);
         named_barrier_arrive(3, 256);
         multiply_to_triangle<BF16, F16>(part, k_in, r_in, true, true, facts[1], me);  // A_rk^T
         add_product<F16>(grad_v, part, dy, me);
@@ -921,7 +914,7 @@ extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
     {
         const float share = second ? facts[1] : 1.0f;
         unsigned char *const left = second ? dy : dz, *const reader = second ? r_in : a_in;
-        multiply<F16, true>(x, left, S, me);
+        multiply_by_columns<F16>(x, left, S, me);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j + 2 * me.q);
@@ -990,7 +983,7 @@ extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
     {
         const float share = second ? 1.0f : facts[0];
         unsigned char *const left = second ? u : values, *const writer = second ? b_in : k_in;
-        multiply<F16, true>(x, left, dS, me);
+        multiply_by_columns<F16>(x, left, dS, me);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             const float2 in = *reinterpret_cast<const float2*>(scales + 8 * j + 2 * me.q);
