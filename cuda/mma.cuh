@@ -30,6 +30,8 @@ using uint64_t = unsigned long long;
 
 #ifdef RWKV_EMULATED
 
+#define DYNAMIC_TILES(name) DYNAMIC_SHARED(name)
+
 using emulator::bf16_to_float;
 using emulator::cp_async_16;
 using emulator::cp_async_commit;
@@ -56,7 +58,10 @@ using emulator::unpack_f16;
 #else
 
 // The dynamic shared memory of a block, as bytes, declared inside a kernel.
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+// The same where a group's products read tiles.
+#define DYNAMIC_TILES(name) extern __shared__ __align__(1024) unsigned char name[]
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

@@ -378,18 +378,18 @@ __device__ __forceinline__ void pack_triangle(Operand& a, const Numbers& c, bool
     const int first = upper ? 2 * me.q - me.g : me.g - 2 * me.q, second = upper ? first + 1 : first - 1;
     const int least = equal ? 0 : 1;
     const uint32_t diagonal = (first >= least ? 0xffffu : 0u) | (second >= least ? 0xffff0000u : 0u);
-    uint32_t mask[9];  // of blocks by columns / 8 - rows % 16 / 8, and 1
-#pragma unroll
-    for (int i = 0; i < 9; ++i) {
-        const int column = i - 1 - 2 * me.strip;
-        mask[i] = column == 0 ? diagonal : (column > 0) == upper ? ALL : 0u;
-    }
+    // Bit i: blocks by columns / 8 - rows % 16 / 8, and 1, that belong to it whole
+    const int at = 2 * me.strip + 1;
+    const uint32_t whole = upper ? ~1u << at : (1u << at) - 1;
 #pragma unroll
     for (int j = 0; j < 8; ++j)
 #pragma unroll
-        for (int below = 0; below < 2; ++below)
+        for (int below = 0; below < 2; ++below) {
+            const int i = j - below + 1;
+            const uint32_t mask = i == at ? diagonal : whole >> i & 1 ? ALL : 0u;
             a[j >> 1][(j & 1) * 2 + below] =
-                Type::pack(c[j][2 * below] * scale, c[j][2 * below + 1] * scale) & mask[j - below + 1];
+                Type::pack(c[j][2 * below] * scale, c[j][2 * below + 1] * scale) & mask;
+        }
 }
 
 // The same of left tile^T; `left` as multiply_by_rows takes it.

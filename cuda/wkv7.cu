@@ -207,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
                  const uint16_t* a, const uint16_t* b, uint16_t* y, uint16_t* transition,
                  uint16_t* drive, uint16_t* readout, unsigned char* inverse, float* scalars,
                  const int* owners, const int64_t* cu_seqlens, int T, int H) {
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_TILES(memory);
     unsigned char *const k_in = memory, *const b_in = memory + TILE, *const r_in = memory + 2 * TILE,
                          *const a_in = memory + 3 * TILE, *const values = memory + 4 * TILE,
                          *const a_start = memory + 5 * TILE, *const r_start = memory + 6 * TILE,
@@ -491,7 +491,7 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     wkv7_scan(const float* initial, const uint16_t* transition, const uint16_t* drive,
               const uint16_t* readout, const float* scalars, uint16_t* y, uint16_t* states,
               float* exponents, float* final, const int64_t* cu_seqlens, int T, int H) {
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_TILES(memory);
     const Lane me;
     const int warps = blockDim.x >> 5, parts = 4 / warps;
     const int64_t unit = blockIdx.x / parts;
@@ -600,7 +600,7 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     wkv7_reverse(const float* grad_final, const uint16_t* transition, const uint16_t* readout,
                  const float* scalars, const uint16_t* grad_y, uint16_t* grad_states,
                  float* grad_exponents, float* grad_initial, const int64_t* cu_seqlens, int T, int H) {
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_TILES(memory);
     const Lane me;
     const int warps = blockDim.x >> 5, parts = 4 / warps;
     const int64_t unit = blockIdx.x / parts;
@@ -743,7 +743,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
                   const float* grad_exponents, const unsigned char* inverse, const float* scalars,
                   uint16_t* dr, uint16_t* dw, uint16_t* dk, uint16_t* dv, uint16_t* da, uint16_t* db,
                   const int* owners, const int64_t* cu_seqlens, int T, int H) {
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_TILES(memory);
     unsigned char *const k_in = memory, *const b_in = memory + TILE, *const r_in = memory + 2 * TILE,
                          *const a_in = memory + 3 * TILE, *const values = memory + 4 * TILE,
                          *const dy = memory + 5 * TILE, *const S = memory + 6 * TILE,
@@ -810,10 +810,13 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
     const float ey = exponent_below(largest_of_warp(maxima[me.lane & 7]));
     const float eu = 3.0f + fmaxf(ek + ev, S_most), ez = 3.0f + fmaxf(er + ey, dS_most);
     const float u_share = power_of(ek + ev - eu), z_share = power_of(er + ey - ez);
-    float* const facts = maxima + 8;  // read again where needed: registers are short
+    // Read again where needed: registers are short
+    float* const facts = maxima + 8;
+    Chunk* const place = reinterpret_cast<Chunk*>(facts + 8);
     if (threadIdx.x == 0) {
         facts[0] = u_share, facts[1] = z_share, facts[2] = er, facts[3] = ek, facts[4] = ez;
         facts[5] = eu + ez;
+        *place = {first, chunk.left};
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -906,7 +909,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
 #pragma unroll
             for (int e = 0; e < 4; ++e) grad_v[j][e] *= v_scale;
         named_barrier_sync(2, 128);
-        store_by_halves<BF16>(dv + first, stride, stage, grad_v, row, chunk.left, me);
+        store_by_halves<BF16>(dv + place->first, stride, stage, grad_v, row, place->left, me);
     }
 
     // da, dr: what the readers' gradients are, and their shares of the gradient of L
@@ -959,7 +962,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
                 x[j][e + 1] *= exp2_approx(L.y + grow);
             }
         if (!second) named_barrier_sync(3, 256);
-        store_by_halves<BF16>((second ? dr : da) + first, stride, stage, x, row, chunk.left, me);
+        store_by_halves<BF16>((second ? dr : da) + place->first, stride, stage, x, row, place->left, me);
     }
     if (!second) {
         // L_before of a token is L of the one before: its share moves there. That of the warp's
@@ -1029,7 +1032,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
                 x[j][e] *= exp2_approx(grow - L.x);
                 x[j][e + 1] *= exp2_approx(grow - L.y);
             }
-        store_by_halves<BF16>((second ? db : dk) + first, stride, stage, x, row, chunk.left, me);
+        store_by_halves<BF16>((second ? db : dk) + place->first, stride, stage, x, row, place->left, me);
     }
 
     // dw: l_t is part of L from t on, and of what the chunk keeps. Each group gives the other its
@@ -1078,10 +1081,10 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
             const int e = 2 * below;
-            const float2 step = log2_step(w + first, stride / 2, row + 8 * below, j, chunk.left, own);
+            const float2 step = log2_step(w + place->first, stride / 2, row + 8 * below, j, place->left, own);
             mine[j][e] = (mine[j][e] + after.x) * step.x * scale;
             mine[j][e + 1] = (mine[j][e + 1] + after.y) * step.y * scale;
         }
     }
-    store_rows<BF16>(dw + first, stride, k_end, mine, row, chunk.left, own);
+    store_rows<BF16>(dw + place->first, stride, k_end, mine, row, place->left, own);
 }

@@ -26,7 +26,7 @@ BLOCKS, SCALARS, STAGES = 10 * 512, 68, 3  # cuda/wkv7.cu
 TILE = 2 * C * N
 SUMS = 4 * C * 4  # bytes of sums over each of four groups of rows, float32
 PREPARE_BYTES = 12 * TILE + BLOCKS + SUMS + 128  # of shared memory
-GRADIENT_BYTES = 13 * TILE + BLOCKS + 3 * SUMS + 3 * C * 4 + 64
+GRADIENT_BYTES = 13 * TILE + BLOCKS + 3 * SUMS + 3 * C * 4 + 96
 FEW_HEADS = 264  # below it a block of a scan owns 16 value rows of a head, from it on all 64
 
 
