@@ -27,7 +27,9 @@ TILE = 2 * C * N
 SUMS = 4 * C * 4  # bytes of sums over each of four groups of rows, float32
 PREPARE_BYTES = 12 * TILE + BLOCKS + SUMS + 128  # of shared memory
 GRADIENT_BYTES = 13 * TILE + BLOCKS + 3 * SUMS + 3 * C * 4 + 96
-FEW_HEADS = 264  # below it a block of a scan owns 16 value rows of a head, from it on all 64
+# Below it a block of a scan owns 16 value rows of a head, from it on all 64: of the small blocks
+# three share a multiprocessor, and four times 99 are all that run at once on 132.
+FEW_HEADS = 100
 
 
 class Kernels(NamedTuple):
