@@ -22,21 +22,26 @@ SLACK = 1.03  # what torch reserves over what it hands out, by the order of allo
 
 # Kept by a block's time mix for each token and channel, beside the inputs of its linear layers and
 # the operator's own: with its small layers trained, and without. By version and whether the fused
-# kernels run; those of RWKV-6 are taken for as much as plain torch.
+# kernels run.
 TIME_MIX = {
     (7, True): (18.0, 14.0),
     (7, False): (26.4, 19.6),
-    (6, True): (17.9, 15.9),
-    (6, False): (17.9, 15.9),
+    (6, True): (14.3, 12.3),
+    (6, False): (17.4, 15.4),
 }
 # The same of the channel mix, beside relu's result and the inputs.
 CHANNEL_MIX = {(7, True): (1.0, 1.0), (7, False): (2.0, 1.0), (6, True): (3.0, 3.0)}
 CHANNEL_MIX[6, False] = (4.0, 3.0)
-WKV_BYTES = 8  # kept by the operator in bfloat16, bytes a token and channel
-# Tensors that a backward pass makes on its way: of the time mix's width, of the channel mix's.
-PASSING = {True: (8.0, 2.0), False: (10.0, 2.6)}
+WKV_BYTES = {7: 8, 6: 2}  # kept by the operator in bfloat16, bytes a token and channel
+# Tensors that a backward pass makes on its way, over those that it has freed by then: of the time
+# mix's width at the gradient of wkv, of the channel mix's at that of relu.
+PASSING = {(7, True): (5.0, 2.0), (6, True): (3.0, 2.0), (7, False): (10.0, 2.6)}
+PASSING[6, False] = (10.0, 2.6)
+FIRST_VALUES = {7: 2, 6: 0}  # vectors a token beside the stream: the first layer's values, gradient
 HEAD_BYTES = {True: 2, False: 20}  # for each logit of a piece; fused kernels write in their place
 HEAD_PIECES = {True: 4, False: 1}  # times MAX_LOGITS at once
+HIDDEN = 5  # first values, last stream, hidden states, those that are scored, and their gradient
+WORKSPACES = 2 * 2**25  # cuBLAS's, one for the thread of each pass, as torch has it on an H100
 ON_THEIR_WAY = 3  # inputs of halves that are being copied to host memory or back
 MAX_LOGITS = 2**26  # of a piece, as in losses.logprobs
 QUANTIZING_BYTES = 14  # for each weight while its codes are made: itself, float32 copies
@@ -161,21 +166,29 @@ def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
         host["states between chunks"], states = states, 0
     if step.host_blocks:
         host["between blocks"] = kept_on_host(config, plan, step)
-    walked = {"ends of the stream": ends(config, step)}
-    if states:
-        walked["states between chunks"] = states
+    carried = {"states between chunks": states} if states else {}
+    stream = {"between blocks": between_blocks(config, plan, step)}
     # The last block's backward pass finds all inputs and no gradient, the first block's the
-    # reverse; with several micro-batches the gradients of the earlier ones are there as well.
-    stream = between_blocks(config, plan, step)
-    both = step.accumulate > 1 or step.host_blocks
-    walked |= {"between blocks": stream} if both or stream >= gradient else {}
-    walked |= {"gradients": gradient} if both or stream < gradient else {}
-    block = {"blocks at work": blocks_at_work(config, plan, step)}
-    block["a weight unpacked"] = unpacked_weight(config, plan, step)
+    # reverse; those of earlier micro-batches and of later chunks are there all along.
+    earlier = {"gradients": gradient} if step.accumulate > 1 or step.borders else {}
+    walked = carried | stream | earlier
+    if not earlier and (step.host_blocks or gradient > stream["between blocks"]):
+        walked = carried | {"gradients": gradient} | (stream if step.host_blocks else {})
+    vector = step.tokens * config.n_embd * step.dtype.itemsize
+    block = {"first layer's values": FIRST_VALUES[config.version] * vector}
+    block["blocks at work"] = blocks_at_work(config, plan, step)
+    block["a weight unpacked"] = unpacked_weight(plan, step, of_head=False)
+    end = {"hidden states": HIDDEN * vector, "logits": head(config, step)}
+    if plan.trains("head"):
+        size = torch.Size(plan.layers["head"].shape).numel()
+        end["the head's gradient"] = size * (4 + step.dtype.itemsize)  # the sum, and a piece's
+    end["a weight unpacked"] = unpacked_weight(plan, step, of_head=True)
+    step_of_optimizer = {"gradients": gradient, "gradients in float32": widened(plan, step)}
+    workspaces = {"workspaces of cuBLAS": WORKSPACES} if step.fused else {}
     moments = {
-        "backward pass": walked | block,
-        "head": walked | {"logits": head(config, step)},
-        "optimizer step": {"gradients": gradient, "gradients in float32": widened(plan, step)},
+        "backward pass": walked | block | workspaces,
+        "head": carried | stream | earlier | end | workspaces,
+        "optimizer step": step_of_optimizer | workspaces,
         "loading": {"a layer being stored": storing(plan)},
     }
     return Prediction(rest, moments, host)
@@ -279,7 +292,7 @@ def kept_by_time_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
     counted = TIME_MIX[config.version, step.fused][0 if small else 1] * config.dim_att
     already = ("value",) if small and config.version == 7 else ()
     numbers = counted + kept_inputs(config, plan, "att", already=already)
-    own = WKV_BYTES * config.dim_att
+    own = WKV_BYTES[config.version] * config.dim_att
     return int(step.tokens * (numbers * step.dtype.itemsize + own))
 
 
@@ -316,11 +329,6 @@ def between_blocks(config: RWKVConfig, plan: Plan, step: Step) -> int:
     return max(blocks - 1, 0) * kept_by_block(config, plan, step)
 
 
-def ends(config: RWKVConfig, step: Step) -> int:
-    """The first layer's values, the hidden states, those that are scored, and their gradient."""
-    return 4 * step.tokens * config.n_embd * step.dtype.itemsize
-
-
 def kept_on_host(config: RWKVConfig, plan: Plan, step: Step) -> int:
     """What recomputed blocks keep in pinned memory, which torch rounds up to powers of two."""
     vector = step.tokens * config.n_embd * step.dtype.itemsize
@@ -330,7 +338,7 @@ def kept_on_host(config: RWKVConfig, plan: Plan, step: Step) -> int:
 
 def blocks_at_work(config: RWKVConfig, plan: Plan, step: Step) -> int:
     """A block, or the larger half of it, with what it keeps and its backward pass makes."""
-    of_time, of_channels = PASSING[step.fused]
+    of_time, of_channels = PASSING[config.version, step.fused]
     vector = step.tokens * step.dtype.itemsize
     passing = int(of_time * vector * config.dim_att), int(of_channels * vector * config.dim_ffn)
     halves = kept_by_time_mix(config, plan, step), kept_by_channel_mix(config, plan, step)
@@ -353,12 +361,15 @@ def head(config: RWKVConfig, step: Step) -> int:
     return min(largest, step.tokens * config.vocab_size) * HEAD_BYTES[fused]
 
 
-def unpacked_weight(config: RWKVConfig, plan: Plan, step: Step) -> int:
-    """The largest stored weight, dense for a product; fp8 transposes and rounds instead."""
+def unpacked_weight(plan: Plan, step: Step, *, of_head: bool) -> int:
+    """The largest stored weight, dense for a product; fp8 transposes and rounds instead.
+
+    of_head: the head's; else the largest of the blocks.
+    """
     most = 0
     for name, layer in plan.layers.items():
         quant = plan.plans[name].quant
-        if quant in (None, "none"):
+        if quant in (None, "none") or (name == "head") != of_head:
             continue
         out_features, in_features = layer.shape
         size = out_features * in_features * step.dtype.itemsize

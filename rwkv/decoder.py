@@ -7,19 +7,20 @@ what was written only every few steps.
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkv.model import RWKV
-from rwkv.ops.decoding import decoding_backend
-from rwkv.sampling import uniform_numbers
+from rwkv.ops.decoding import Late, decoding_backend
 from rwkv.sampling_flags import Sampling
 from rwkv.scattered import is_scattered
 from rwkv.state import LayerState, State, zero_state
 
 BEFORE_CAPTURE = 2  # steps that compile kernels and fill caches, before a graph is captured
+LATE_ROWS = 64  # from here on states are most of what a step moves
 LANES = 3  # streams beside the first, for products that do not wait for each other
 
 
@@ -42,7 +43,11 @@ def pace_for(device: torch.device, rows: int) -> Pace:
 
 
 def read_one(
-    model: RWKV, tokens: Tensor, state: State, lanes: Sequence["torch.cuda.Stream"] = ()
+    model: RWKV,
+    tokens: Tensor,
+    state: State,
+    lanes: Sequence["torch.cuda.Stream"] = (),
+    late: Sequence[Late] = (),
 ) -> Tensor:
     """Read one token of each row, without gradients: what model(tokens [B, 1], state) does.
 
@@ -51,6 +56,7 @@ def read_one(
         tokens: ids, [B].
         state: changed in place; every field contiguous and nobody else's.
         lanes: CUDA streams for products that do not wait for each other.
+        late: a layer's changes that its state lacks, for each layer; none where states are whole.
 
     Returns:
         what the head reads, [B, C].
@@ -68,8 +74,9 @@ def read_one(
         added: Tensor | None = None
         v_first: Tensor | None = None
         read = _read7 if model.config.version == 7 else _read6
-        for block, layer in zip(model.blocks, state, strict=True):
-            added, v_first = read(ops, block, x, added, v_first, layer, lanes)
+        for n, (block, layer) in enumerate(zip(model.blocks, state, strict=True)):
+            changes = late[n] if late else None
+            added, v_first = read(ops, block, x, added, v_first, layer, changes, lanes)
         return model.ln_out(x if added is None else x + added)
 
 
@@ -87,20 +94,21 @@ def _read7(
     added: Tensor | None,
     v_first: Tensor | None,
     state: LayerState,
+    late: Late | None,
     lanes: Sequence["torch.cuda.Stream"],
 ) -> tuple[Tensor, Tensor]:
     """A block of RWKV-7; `added` is what the block before has not added to the stream yet."""
     q, ffn = block.att, block.ffn
     mixes = [q.x_r, q.x_w, q.x_k, q.x_v, q.x_a, q.x_g]
     x_r, x_w, x_k, x_v, x_a, x_g = ops.mix_shift(x, added, block.ln1, state.att_shift, mixes)
-    (r, k), (v, blend), (decay, iclr), (gate,) = together(
+    r, k, v, (decay, iclr, blend, gate) = together(
         lanes,
-        lambda: (q.receptance(x_r), q.key(x_k)),
-        lambda: (q.value(x_v), None if v_first is None else x_v @ q.v1 @ q.v2),
-        lambda: (torch.tanh(x_w @ q.w1) @ q.w2, x_a @ q.a1 @ q.a2),
-        lambda: (torch.sigmoid(x_g @ q.g1) @ q.g2,),
+        lambda: q.receptance(x_r),
+        lambda: q.key(x_k),
+        lambda: q.value(x_v),
+        lambda: ops.low_rank7(q, x_w, x_a, x_v, x_g),
     )
-    y = ops.wkv7_step(q, r, k, v, decay, iclr, blend, gate, v_first, state.wkv)
+    y = ops.wkv7_step(q, r, k, v, decay, iclr, blend, gate, v_first, state.wkv, late)
     (x_k,) = ops.mix_shift(x, q.output(y), block.ln2, state.ffn_shift, [ffn.x_k])
     return ffn.value(ops.square_relu(ffn.key(x_k))), v if v_first is None else v_first
 
@@ -112,6 +120,7 @@ def _read6(
     added: Tensor | None,
     v_first: Tensor | None,
     state: LayerState,
+    late: Late | None,
     lanes: Sequence["torch.cuda.Stream"],
 ) -> tuple[Tensor, None]:
     """A block of RWKV-6, as `_read7`."""
@@ -128,7 +137,7 @@ def _read6(
         lambda: (q.value(x_v),),
         lambda: (q.gate(x_g),),
     )
-    y = ops.wkv6_step(q, r, k, v, decay, gate, state.wkv)
+    y = ops.wkv6_step(q, r, k, v, decay, gate, state.wkv, late)
     mixes = [ffn.time_maa_k, ffn.time_maa_r]
     x_k, x_r = ops.mix_shift(x, q.output(y), block.ln2, state.ffn_shift, mixes)
     (value,), (share,) = together(
@@ -192,10 +201,11 @@ class Picker:
     def pick(self, hidden: Tensor) -> Tensor:
         """The rows' next tokens [B], from the hidden states [B, C] after their last."""
         drawn = self.sampling.temperature > 0
-        tokens = backend_of(self.model).pick(
+        ops = backend_of(self.model)
+        tokens = ops.pick(
             self.model.logits(hidden),
             self.sampling,
-            uniform_numbers(self.seed, self._rows, self._steps) if drawn else self._steps,
+            ops.uniform_numbers(self.seed, self._rows, self._steps) if drawn else self._steps,
             self._counts if self.sampling.counts else None,
             self.banned,
         )
@@ -219,6 +229,8 @@ class Written(NamedTuple):
 class Decoder:
     """A batch of rows, each with its state, hidden state and what its picker knows.
 
+    Where there are many, the last few changes of a state may be missing from it; see Late.
+
     Attributes:
         graph: the captured step; None before, on a CPU, and where it cannot be captured.
     """
@@ -233,6 +245,13 @@ class Decoder:
         self._lanes = [torch.cuda.Stream(device) for _ in range(LANES * self._capturable)]
         self._steps = 0
         self._tokens = torch.zeros(rows, dtype=torch.long, device=device)
+        self._noted = torch.zeros((), dtype=torch.long, device=device)
+        most = 0 if is_scattered(model) or rows < LATE_ROWS else backend_of(model).LATE
+        self._late = [
+            Late.of(model.config.version, most, layer.wkv, self.hidden, self._noted)
+            for layer in self.state
+            if most
+        ]
 
     def put(
         self, places: Sequence[int], numbers: Sequence[int], hidden: Tensor, state: State
@@ -244,6 +263,8 @@ class Decoder:
         for layer, new in zip(self.state, state, strict=True):
             for field, value in zip(layer, new, strict=True):
                 field.index_copy_(0, index, value.to(field.dtype))
+        for late in self._late:
+            late.forget(index)
 
     def keep(self, places: Sequence[int]) -> None:
         """Go on with these rows alone, in this order; a graph is captured anew."""
@@ -252,6 +273,7 @@ class Decoder:
         self.hidden, self._tokens = self.hidden[index], self._tokens[index]
         for n, layer in enumerate(self.state):
             self.state[n] = layer.select(index)
+        self._late = [late.select(index) for late in self._late]
         self.picker.keep(index)
 
     def run(self, steps: int) -> Written:
@@ -278,21 +300,44 @@ class Decoder:
     @torch.no_grad()
     def _step(self) -> None:
         self._tokens.copy_(self.picker.pick(self.hidden))
-        self.hidden.copy_(read_one(self.model, self._tokens, self.state, self._lanes))
+        self.hidden.copy_(read_one(self.model, self._tokens, self.state, self._lanes, self._late))
+        if self._late:
+            self._noted.add_(1).remainder_(len(self._late[0].inputs) + 1)
 
     def _capture(self) -> None:
         """Capture a step; where something in the model cannot be captured, go on without."""
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        here = torch.cuda.current_stream(self.hidden.device)
         try:
             # Threads that load data may allocate meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._step()
         except RuntimeError as error:
             self._capturable, self._lanes = False, []
+            torch.cuda.set_stream(here)
+            end_failed_capture(pool, self._tokens)
             reason = str(error).splitlines()[0]
             warnings.warn(f"decoding goes on without a CUDA graph: {reason}", stacklevel=2)
         else:
             self.graph = graph
+
+
+def end_failed_capture(pool: Any, sample: Tensor) -> None:
+    """Do what CUDAGraph.capture_end leaves undone when it raises (torch 2.11).
+
+    The allocator would go on as if a capture were under way, and the default generator would take
+    every later draw for one outside of its capture. A generator can be reached through a capture
+    alone; this one allocates nothing.
+
+    Args:
+        pool: which memory the capture took; it must not have been another graph's.
+        sample: any tensor of the device.
+    """
+    with suppress(RuntimeError):  # where what failed came before or after the allocator's part
+        torch._C._cuda_endAllocateToPool(sample.device.index, pool)
+        torch._C._cuda_releasePool(sample.device.index, pool)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        sample.add_(0)
 
 
 def owned(state: State) -> State:

@@ -2,18 +2,25 @@
 
     python -m tests.bench_generate
     python -m tests.bench_generate --shape 12,768 --batches 1 256 --peer_seconds 0
+    python -m tests.bench_generate --profile 1 256
 
 Random weights in bfloat16. First table, a step of B rows that each write a token: milliseconds
 with tokens drawn greedily, and drawn as data.make_rejected does (top_p 0.3, penalties), each from
 a CUDA graph, and greedily without one; tokens a second of the graph; and the bound's share of its
 time. The bound is the bytes that must move over the speed of a large copy, measured in the same
-run: every weight but the embedding once, and each row's state, in float32, read and written.
+run: every weight but the embedding once, and each row's state, in float32, read and written. From
+64 rows on our step writes the states only every fourth time (see rwkv.ops.decoding.Late); the bound
+stays that of a step that always does, so that shares compare with those of other programs.
 
 Second table, prompts a minute: `generate` over --prompts prompts of --prompt_tokens, each
 continued by --tokens, tokens drawn as above, prompts read included; and the package rwkv (see
 tests/parity_rwkv.py for where it must lie) with one prompt after the other, the likeliest token
 each time, which costs it least. It runs for --peer_seconds in a process of its own; with
 --peer_cuda 1 with its own CUDA kernels, which it compiles first.
+
+With --profile ROWS .. instead, where the time of a drawn step of so many rows goes: the kernels of
+one replay of its graph, with how often each ran, its microseconds in all, and its share of their
+sum. Lanes overlap, so the sum may exceed the time of the step, which stands below it.
 """
 
 import argparse
@@ -66,6 +73,30 @@ def step_milliseconds(
     return statistics.median(times), decoder.graph is not None
 
 
+def profile_step(model: RWKV, rows: int, sampling: Sampling) -> str:
+    """A table of the kernels of one step, those that take longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    decoder = Decoder(model, Picker(model, sampling, 0, None, rows), rows)
+    decoder.run(4)
+    synchronize()
+    activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
+    with profile(activities=[activity]) as found:
+        decoder.run(1)
+        synchronize()
+    found_times = [
+        (event.self_device_time_total or event.self_cpu_time_total, event.count, event.key)
+        for event in found.key_averages()
+    ]
+    total = sum(time for time, _, _ in found_times)
+    lines = ["| kernel | count | us | share |", "|---|---|---|---|"]
+    for time_, count, name in sorted(found_times, reverse=True)[:40]:
+        lines.append(f"| {name[:90]} | {count} | {time_:,.0f} | {time_ / total:.1%} |")
+    step, _ = step_milliseconds(model, rows, sampling, captured=True, steps=16)
+    lines.append(f"sum {total:,.0f} us, a step {1e3 * step:,.0f} us")
+    return "\n".join(lines)
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -103,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--peer_seconds", type=float, default=10.0, help="0 for no comparison")
     parser.add_argument("--peer_cuda", type=int, default=0)
+    parser.add_argument("--profile", type=int, nargs="+", metavar="ROWS")
     options = parser.parse_args(argv)
     options.device = "cuda" if on_gpu else "cpu"
     layers, width = (int(size) for size in options.shape.split(","))
@@ -117,6 +149,10 @@ def main(argv: list[str] | None = None) -> int:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     model, _ = random_with_profile(config, PeftFlags(), device=options.device, dtype=dtype)
     model.requires_grad_(False).eval()
+    if options.profile:
+        for rows in options.profile:
+            print(f"{rows} rows\n{profile_step(model, rows, DRAWN)}\n", flush=True)
+        return 0
     speed = copy_speed(options.device) if on_gpu else 1e7
     name = torch.cuda.get_device_name() if on_gpu else "CPU, its bound made up"
     print(f"{config.name}, {name}, a large copy moves {speed / 1e6:,.0f} GB/s")

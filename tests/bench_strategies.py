@@ -45,7 +45,7 @@ MODES: dict[str, dict[str, Any]] = {
     "SFT full": {"sft": 1, "lr_init": 5e-5},
     "SFT LoRA over nf4": {"sft": 1, "layer_profile": "lora-nf4.json", "lr_init": 5e-4},
     "DPO LoRA over nf4": {"dpo": 1, "layer_profile": "only-nf4.json", "lr_init": 2e-4},
-    "DPO full": {"dpo": 1, "lr_init": 5e-6, "micro_bsz": 128},
+    "DPO full": {"dpo": 1, "lr_init": 5e-6, "micro_bsz": 96},
     "SFT full in chunks": {"sft": 1, "infctx": 1, "lr_init": 5e-5},
     "SFT LoRA over nf4 in chunks": {
         "sft": 1,
@@ -77,7 +77,7 @@ class Bench:
         self.steps = 4 if self.cpu else 20
         self.ctx = 128 if self.cpu else 512
         # A loss in bfloat16 is uncertain by more than is asked for unless many tokens are averaged.
-        self.rows = 2 if self.cpu else 32
+        self.micro = 2 if self.cpu else 32
         self.modes = [mode for mode in MODES if not options.modes or mode in options.modes]
         self.reports: dict[str, list[dict]] = {}
         self.rows: list[dict] = []
@@ -99,9 +99,9 @@ class Bench:
             "accelerator": "cpu" if self.cpu else "gpu",
             "precision": "fp32" if self.cpu else "bf16",
             "ctx_len": self.ctx,
-            "chunk_ctx": self.rows * self.ctx // 4,  # of rows that are packed into one
+            "chunk_ctx": self.micro * self.ctx // 4,  # of rows that are packed into one
             "lr_final": run.flags.get("lr_init", 1e-4),
-            "micro_bsz": self.rows,
+            "micro_bsz": self.micro,
             "num_workers": 0,
         } | run.flags
         return [word for key, value in values.items() for word in (f"--{key}", str(value))]
@@ -229,7 +229,7 @@ def prepare(bench: Bench, sizes: list[str], ops: bool) -> None:
         make_shape(work / "base.pth", 7, 2, 64, 256, "cpu", head_size=32)
     else:
         (work / "base.pth").symlink_to(ROOT / "example" / "Quickstart" / "base.pth")
-    make_texts(work)
+    make_texts(work, 600 if bench.cpu else 15000)
     scores = (
         "rm -rf pairs.tok && PY -m data.make_pairs --input pairs.jsonl --tokenizer bytes "
         "--output pairs.tok && PY -m data.make_reference --data pairs.tok --load_model base.pth"
@@ -261,12 +261,12 @@ def prepare(bench: Bench, sizes: list[str], ops: bool) -> None:
     print(f"prepared in {time.monotonic() - begun:.0f} s", flush=True)
 
 
-def make_texts(work: Path) -> None:
+def make_texts(work: Path, count: int) -> None:
     """Instructions and pairs of the quickstart, and texts of 200 to 3,000 words."""
     if (work / "texts.jsonl").exists():
         return
     command = [sys.executable, str(ROOT / "example" / "Quickstart" / "make_data.py")]
-    subprocess.run([*command, "--output", "data", "--rows", "24000"], cwd=work, check=True)
+    subprocess.run([*command, "--output", "data", "--rows", str(count)], cwd=work, check=True)
     rows = [json.loads(line) for line in (work / "data/train.jsonl").read_text().splitlines()]
     (work / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = [

@@ -152,7 +152,7 @@ def bench_shape(
             with torch.no_grad():
                 ms_forward = milliseconds(forward, device, options.repeats)
         except RuntimeError as error:
-            if "cannot run this call" not in str(error):
+            if "cannot run here" not in str(error):
                 raise
             reason = str(error).splitlines()[-1].partition(": ")[2]
             print(f"| {label} | {backend} | {reason} | | | | | |", flush=True)

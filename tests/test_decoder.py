@@ -154,6 +154,86 @@ def test_triton_draws_within_what_is_kept(u):
     assert token.item() == (3 if u == 0 else 30)
 
 
+ROWS = {
+    "level": lambda draw: torch.randn(4, 20000, generator=draw),
+    "equal": lambda draw: torch.zeros(4, 20000),
+    "two values": lambda draw: torch.randint(2, (4, 20000), generator=draw) * 0.5,
+    "steep": lambda draw: 20 * torch.randn(4, 20000, generator=draw) ** 3,
+    "far": lambda draw: (
+        torch.randn(4, 20000, generator=draw) * torch.tensor([[1e9], [1e6], [99.0], [1.0]])
+    ),
+    "one below": lambda draw: torch.randn(4, 20000, generator=draw).index_fill(
+        1, torch.tensor([7]), -1e30
+    ),
+    "banned": lambda draw: torch.randn(4, 20000, generator=draw).index_fill(
+        1, torch.arange(15, 20000), -torch.inf
+    ),
+}
+
+
+@kernels
+@versions
+def test_triton_writes_the_same_whether_states_are_late(tmp_path, version, monkeypatch):
+    """Rows come and go after any number of steps; 4 of them write the states."""
+    model = small_model(tmp_path, version)
+    texts, states = [], []
+    for rows in (100, 1):
+        monkeypatch.setattr("rwkv.decoder.LATE_ROWS", rows)
+        decoder = Decoder(model, Picker(model, DRAWN, 3, None, 3), 3)
+        decoder._capturable = False
+        assert bool(decoder._late) == (rows == 1)
+        decoder.put([0, 1, 2], [5, 6, 7], *_read(model, prompts(3)))
+        found = decoder.run(2).rows()
+        decoder.put([1], [8], *_read(model, prompts(4)[3:]))
+        found += decoder.run(3).rows()
+        decoder.keep([2, 1])
+        found += decoder.run(3).rows()
+        texts.append(found)
+        states.append(named(decoder.hidden, decoder.state))
+    assert texts[0] == texts[1]
+    for name in states[0]:
+        assert_close(name, states[1][name], states[0][name], 1e-5)
+
+
+@kernels
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize(
+    "sampling", [Sampling(top_p=0.3), Sampling(top_k=30), Sampling(top_k=9000, top_p=0.7)], ids=str
+)
+def test_triton_finds_the_threshold_of_any_row(kind, sampling):
+    """More tokens than are gathered, and values that are hard to tell apart."""
+    from rwkv.ops import picking_triton
+
+    draw = torch.Generator().manual_seed(1)
+    logits = ROWS[kind](draw).to(DEVICE)
+    uniforms = torch.rand(4, generator=draw, dtype=torch.float64).to(DEVICE)
+    want = decoding_torch.pick(logits, sampling, uniforms, None, None)
+    got = picking_triton.pick(logits, sampling, uniforms, None, None)
+    assert got.tolist() == want.tolist()
+
+
+@kernels
+def test_triton_tells_the_smallest_values_apart():
+    from rwkv.ops import picking_triton
+
+    logits = 1e-30 * torch.randn(3, 20000, device=DEVICE)
+    uniforms = torch.rand(3, dtype=torch.float64, device=DEVICE)
+    want = decoding_torch.pick(logits, Sampling(top_k=30), uniforms, None, None)
+    got = picking_triton.pick(logits, Sampling(top_k=30), uniforms, None, None)
+    assert got.tolist() == want.tolist()
+
+
+@kernels
+def test_triton_makes_the_same_uniform_numbers():
+    from rwkv.ops import picking_triton
+
+    rows = torch.randint(2**40, (300,), device=DEVICE)
+    steps = torch.arange(300, device=DEVICE)
+    for seed in (0, 1, -1, 123456789, 2**62 + 5, 2**63):
+        want = decoding_torch.uniform_numbers(seed, rows, steps)
+        assert torch.equal(picking_triton.uniform_numbers(seed, rows, steps), want)
+
+
 @versions
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize(
@@ -215,6 +295,24 @@ def test_adapters_and_stores_are_read_as_in_the_model(tmp_path, version, storage
     assert_close("hidden", token_by_token(model, tokens)["hidden"], model(tokens)[0], 1e-5)
 
 
+@pytest.mark.gpu
+@versions
+def test_a_graph_of_many_rows_writes_what_steps_do(tmp_path, version):
+    """So many that states are late, in graphs of two sizes."""
+    model = small_model(tmp_path, version, dtype=torch.bfloat16)
+    texts = []
+    for captured in (False, True):
+        decoder = Decoder(model, Picker(model, DRAWN, 3, None, 70), 70)
+        decoder._capturable &= captured
+        assert decoder._late
+        decoder.put(range(70), range(70), *_read(model, prompts(70)))
+        found = decoder.run(7).rows()
+        assert (decoder.graph is not None) == captured
+        decoder.keep(range(1, 68))
+        texts.append(found + decoder.run(9).rows())
+    assert texts[0] == texts[1]
+
+
 def run(
     model: RWKV, *, captured: bool, sampling=DRAWN, steps=30
 ) -> tuple[list[list[int]], Decoder]:
@@ -261,7 +359,22 @@ def test_a_graph_of_adapters_over_stores(tmp_path, storage):
 def test_what_cannot_be_captured_is_written_without_a_graph(tmp_path):
     model = small_model(tmp_path, 7)
     want, _ = run(model, captured=False)
+    stream = torch.cuda.current_stream()
     model.blocks[1].ffn.key.register_forward_hook(lambda module, x, y: y.sum().item() and None)
     with pytest.warns(UserWarning, match="goes on without a CUDA graph"):
         got, decoder = run(model, captured=True)
     assert decoder.graph is None and got == want
+    assert torch.cuda.current_stream() == stream
+    torch.randn(1, device="cuda")  # the generator is as it was
+
+
+@pytest.mark.gpu
+def test_after_a_failed_capture_another_succeeds(tmp_path):
+    model = small_model(tmp_path, 7)
+    want, _ = run(model, captured=False)
+    hook = model.blocks[1].ffn.key.register_forward_hook(lambda m, x, y: y.sum().item() and None)
+    with pytest.warns(UserWarning, match="goes on without a CUDA graph"):
+        run(model, captured=True)
+    hook.remove()
+    got, decoder = run(model, captured=True)
+    assert decoder.graph is not None and got == want

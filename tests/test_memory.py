@@ -1,6 +1,7 @@
 """The memory planner: by hand, against every allocation of a small model, and on a GPU."""
 
 import json
+import subprocess
 import sys
 import types
 import weakref
@@ -26,6 +27,7 @@ from rwkv.model import RWKV
 from rwkv.ops import wkv6, wkv7
 from rwkv.run.memory import compared
 from rwkv.training.measure import Measured
+from rwkv.training.strategy import grow_segments
 
 C, V = 128, 64
 
@@ -107,11 +109,11 @@ class LivingBytes(TorchDispatchMode):
 
 
 class Operator(torch.autograd.Function):
-    """Keeps for the backward pass what wkv in Triton keeps."""
+    """Keeps for the backward pass what wkv on a GPU keeps; RWKV-7's reads two tensors more."""
 
     @staticmethod
     def forward(ctx, state, v, *others):
-        own = torch.empty(memory.WKV_BYTES * v.numel(), dtype=torch.uint8)
+        own = torch.empty(memory.WKV_BYTES[2 + len(others)] * v.numel(), dtype=torch.uint8)
         ctx.save_for_backward(state, v, *others, own)
         return torch.zeros_like(v), torch.zeros_like(state)
 
@@ -206,7 +208,17 @@ def test_what_leaves_the_device_is_in_host_memory(tmp_path):
     found = predict(config, plan, Step(1, 3000, host_blocks=True))
     assert found.host == {"between blocks": 4 << 20}
     assert found.moments["head"]["between blocks"] == 3 * 3000 * C * 2
-    assert "gradients" in found.moments["head"]
+    assert "gradients" in found.moments["backward pass"]
+
+
+def test_a_head_that_trains_sums_its_gradient_up(tmp_path):
+    """64 x 128 numbers: float32 sums and a piece's bfloat16; frozen it has none."""
+    config = config_of()
+    full, lora = (
+        predict(config, plan_of(tmp_path, mode=mode, match="*"), Step(1, 64)).moments["head"]
+        for mode in ("full", "lora")
+    )
+    assert full["the head's gradient"] == 64 * C * 6 and "the head's gradient" not in lora
 
 
 def test_chunks_cut_the_packed_row(tmp_path):
@@ -340,3 +352,29 @@ def test_predictions_are_within_a_tenth(number):
 def test_two_steps_are_measured_by_a_dry_run(tmp_path, capsys):
     assert train.main(dry(tmp_path, dry_run="verify")) == 0
     assert "measured" in capsys.readouterr().err
+
+
+def test_what_the_user_says_of_the_allocator_stays(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", said.append, raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    grow_segments()
+    assert said == []
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    grow_segments()
+    assert said == ["expandable_segments:True"]
+
+
+@pytest.mark.gpu
+def test_segments_grow():
+    """In a process of its own: the setting is for good."""
+    code = (
+        "import torch\n"
+        "from rwkv.training.strategy import grow_segments\n"
+        "grow_segments()\n"
+        "x = torch.zeros(2**22, device='cuda')\n"
+        "assert all(s['is_expandable'] for s in torch.cuda.memory_snapshot())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

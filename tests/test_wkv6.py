@@ -294,6 +294,6 @@ def test_unknown_backend():
 def test_backend_error_gives_the_reason():
     with pytest.raises(
         RuntimeError,
-        match="wkv6: backend 'fla' cannot run this call\n  fla: needs a GPU, the tensors are on",
+        match=r"wkv6: --kernel fla cannot run here \(fla: needs a GPU, the tensors are on cpu",
     ):
         wkv6(**wkv6_inputs(), backend="fla")

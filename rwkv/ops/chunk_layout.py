@@ -6,6 +6,8 @@ ordered by time, step c of the walk touches the first n_c sequences, and their c
 by side; short texts simply leave the walk early.
 """
 
+import math
+import threading
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,9 +16,10 @@ from torch import Tensor
 
 from rwkv.ops.packing import text_lengths
 
-# About how many chunk-heads are worked on at once. On a CPU larger parts leave the caches, on a
-# GPU smaller ones leave it idle; either way the memory in use does not grow with T.
-LIMIT_CPU, LIMIT = 144, 1024
+# About how many chunk-heads are worked on at once. On a CPU larger parts leave the caches (a
+# chunk-head of 32 tokens and 64 channels works in 250 kB), on a GPU smaller ones leave it idle;
+# either way the memory worked in does not grow with T.
+LIMIT_CPU, LIMIT = 48, 1024
 
 
 class Part(NamedTuple):
@@ -72,16 +75,18 @@ class ChunkLayout:
             [n * H for n in alive.sum(1).tolist()], LIMIT_CPU if device.type == "cpu" else LIMIT
         )
 
-    def chunks(self, x: Tensor, part: Part, dtype: torch.dtype, *, blank: bool = False) -> Tensor:
-        """A part's rows of x [B, T, H, N], a new [P, C, N]; with `blank` zero where not real."""
+    def chunks(self, x: Tensor, part: Part, out: Tensor, *, blank: bool = False) -> Tensor:
+        """Fill `out` [P, C, N] with a part's rows of x [B, T, H, N], zeros where not real if
+        `blank`, and return it."""
         if self._even:
             chunks = self._view(x.contiguous(), part)
-            return chunks.to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(0, 2)
+            out.unflatten(0, chunks.shape[:3]).copy_(chunks)
+            return out
         source = self._source[part.rows.start * self.C : part.rows.stop * self.C]
-        x = x.reshape(-1, x.shape[-1]).index_select(0, source).to(dtype).unflatten(0, (-1, self.C))
+        out.copy_(x.reshape(-1, x.shape[-1]).index_select(0, source).unflatten(0, (-1, self.C)))
         if blank and self.real is not None:
-            x *= self.real[part.rows]
-        return x
+            out *= self.real[part.rows]
+        return out
 
     def tokens(self, like: Tensor) -> "Tokens":
         """Room for what the parts' chunks become in the shape [B, T, H, N] and dtype of `like`."""
@@ -93,9 +98,9 @@ class ChunkLayout:
         width = self._sequences * self.H
         return x[part.rows.start // width : part.rows.stop // width]
 
-    def empty(self, like: Tensor, rows: int) -> Tensor:
-        """Room for all chunks, [P, rows, N], with N and dtype of `like`."""
-        return like.new_empty(len(self._source) // self.C, rows, like.shape[-1])
+    def empty(self, like: Tensor, *shape: int) -> Tensor:
+        """New memory for all chunks, [P, *shape], in the dtype of `like`."""
+        return like.new_empty(len(self._source) // self.C, *shape)
 
     def sorted(self, state: Tensor) -> Tensor:
         """States [Q, H, N, N] in the order of the walk, a new [Q H, N, N]."""
@@ -110,24 +115,65 @@ class Tokens:
     """Chunks [P, C, N] on their way to [B, T, H, N], part by part."""
 
     def __init__(self, layout: ChunkLayout, like: Tensor):
-        self._layout, self._like = layout, like
+        self._layout = layout
         self._out = torch.empty_like(like, memory_format=torch.contiguous_format)
-        self._parts: list[tuple[int, Tensor]] = []
+        self._chunks = None if layout._even else layout.empty(like, layout.C, like.shape[-1])
 
     def add(self, part: Part, chunks: Tensor) -> None:
-        if self._layout._even:
+        if self._chunks is None:
             to = self._layout._view(self._out, part)
-            to.copy_(chunks.view(to.shape))
+            to.copy_(chunks.unflatten(0, to.shape[:3]))
         else:
-            self._parts.append((part.rows.start, chunks))
+            self._chunks[part.rows] = chunks
 
     def all(self) -> Tensor:
         """All that was added, in any order."""
-        if self._layout._even:
-            return self._out
-        chunks = torch.cat([chunks for _, chunks in sorted(self._parts, key=lambda x: x[0])])
-        x = chunks.flatten(0, 1).index_select(0, self._layout._place)
-        return x.to(self._out.dtype).view(self._out.shape)
+        if self._chunks is not None:
+            rows, out = self._chunks.flatten(0, 1), self._out.view(-1, self._out.shape[-1])
+            torch.index_select(rows, 0, self._layout._place, out=out)
+        return self._out
+
+
+class Room:
+    """Memory that a part works in and the next part overwrites: it stays in a CPU's caches, and
+    new memory is slow."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self._dtype, self._device = dtype, device
+        self._tensors: list[Tensor] = []
+        self._taken = 0
+
+    def __call__(self, *shape: int) -> Tensor:
+        """A tensor of any contents; every part asks for about the same ones in the same order."""
+        size, i = math.prod(shape), self._taken
+        if i == len(self._tensors) or self._tensors[i].numel() < size:
+            with torch.inference_mode(False):  # a later call may need gradients
+                new = torch.empty(size, dtype=self._dtype, device=self._device)
+            self._tensors[i : i + 1] = [new]
+        self._taken += 1
+        return self._tensors[i][:size].view(shape)
+
+    def clear(self) -> None:
+        """Begin a part: nothing handed out so far is needed any more."""
+        self._taken = 0
+
+
+class _Rooms(threading.local):
+    """Each thread's rooms on the CPU."""
+
+    def __init__(self) -> None:
+        self.by_dtype: dict[torch.dtype, Room] = {}
+
+
+_rooms = _Rooms()
+
+
+def room_like(x: Tensor) -> Room:
+    """Room of x's dtype and device for one call; on a CPU, which takes long to hand out new
+    memory, the thread's next call has it again."""
+    if x.device.type != "cpu":
+        return Room(x.dtype, x.device)
+    return _rooms.by_dtype.setdefault(x.dtype, Room(x.dtype, x.device))
 
 
 @lru_cache(maxsize=4)

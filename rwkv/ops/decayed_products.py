@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rwkv.ops.chunk_layout import ChunkLayout, Part, Room
+
 # The most that a block around one point may use up: its factors stay within exp(20). In the
 # gradient of its decays, terms of pairs on one side cancel, and leave exp(rate) times a float's
 # last digit; so no block is shorter than 8 tokens (rates up to 2.5), but for single ones.
@@ -27,21 +29,34 @@ LOG2_E = math.log2(math.e)  # on a CPU exp2 takes a fifth of the time of exp
 NOTICED = 0.05  # of the rates' norm, that of rate exp(-rate): the error is then about 1e-6
 
 
+def decay_rate(layout: ChunkLayout, part: Part, w: Tensor, room: Room) -> Tensor:
+    """exp(w) of a part, 0 where not real, at most what makes exp(-exp(w)) 0, [P, C, N]."""
+    P, C, N = part.rows.stop - part.rows.start, layout.C, w.shape[-1]
+    rate = layout.chunks(w, part, room(P, C, N))
+    limits = torch.finfo(rate.dtype)
+    nothing = 1 - math.log(limits.tiny * limits.eps)
+    rate.mul_(LOG2_E).exp2_().clamp_(max=nothing)
+    if layout.real is not None:
+        rate *= layout.real[part.rows]
+    return rate
+
+
 def decayed_products(
-    before: Tensor, after: Tensor | None, written: list[Tensor], rate: Tensor
+    readers: Tensor, written: Tensor, rate: Tensor, room: Room
 ) -> "CentredProducts | HalvedProducts":
     """The products of P chunks of C tokens, with their gradient, in the quickest right form.
 
     Args:
-        before: reader of the state before its own token, [P, C, N], C a power of two.
-        after: reader of the state after its own token, [P, C, N], or None. X counts the readers.
-        written: what tokens add to the state, Z tensors [P, C, N].
+        readers: the reader of the state before its own token, and maybe after it the reader of the
+            state after its own token, [P, X C, N], C a power of two; overwritten.
+        written: what tokens add to the state, Z times, [P, Z C, N]; overwritten.
         rate: minus the natural log of what each token keeps, [P, C, N], >= 0, finite.
+        room: for what the products need.
     """
     steps = _bounded(rate)
     if steps is None:
-        return HalvedProducts(before, after, written, rate)
-    return CentredProducts(before, after, written, rate, steps)
+        return HalvedProducts(readers, written, rate)
+    return CentredProducts(readers, written, rate, steps, room)
 
 
 def _bounded(rate: Tensor) -> Tensor | None:
@@ -73,31 +88,22 @@ class CentredProducts:
     steps: the rates as all but `kept` sees them; the gradient is that of these.
     """
 
-    def __init__(
-        self,
-        before: Tensor,
-        after: Tensor | None,
-        written: list[Tensor],
-        rate: Tensor,
-        steps: Tensor,
-    ):
+    def __init__(self, readers: Tensor, written: Tensor, rate: Tensor, steps: Tensor, room: Room):
         P, C, N = rate.shape
-        readers = [before] if after is None else [before, after]
-        self.rate, self._C = steps, C
-        used = rate.new_zeros(P, C + 1, N)
-        torch.cumsum(steps, 1, out=used[:, 1:])
-        up = used.sub_(used[:, C // 2].unsqueeze(1).clone()).mul_(-LOG2_E).exp2_()
-        self._ups = [up[:, :-1], up[:, 1:]][: len(readers)]
-        self._down = up[:, 1:].reciprocal()
+        self.rate, self._C, self._room = steps, C, room
+        up = room(P, C + 1, N)
+        up[:, 0] = 0
+        torch.cumsum(steps, 1, out=up[:, 1:])
+        up.sub_(up[:, C // 2].unsqueeze(1).clone()).mul_(-LOG2_E).exp2_()
+        self._x, self._z = readers, written
+        self._ups = [up[:, :-1], up[:, 1:]][: readers.shape[1] // C]
+        self._down = torch.reciprocal(up[:, 1:], out=room(P, C, N))
         self._start, self._end = up[:, :1].reciprocal(), up[:, -1:].clone()
-        self._x = rate.new_empty(P, len(readers) * C, N)
-        self._z = rate.new_empty(P, len(written) * C, N)
-        for x, weight, out in zip(readers, self._ups, self._x.split(C, 1), strict=True):
-            torch.mul(x, weight, out=out)
-        for z, out in zip(written, self._z.split(C, 1), strict=True):
-            torch.mul(z, self._down, out=out)
-        self.products = self._masked(torch.bmm(self._x, self._z.mT))
-        self.entry, self.exit = self._x * self._start, self._z * self._end
+        self._weigh(readers, written)
+        products = torch.bmm(readers, written.mT, out=room(P, readers.shape[1], written.shape[1]))
+        self.products = self._masked(products)
+        self.entry = torch.mul(readers, self._start, out=room(*readers.shape))
+        self.exit = torch.mul(written, self._end, out=room(*written.shape))
         self.kept = rate.sum(1).neg_().exp_()
 
     def backward(
@@ -109,7 +115,7 @@ class CentredProducts:
         """
         products = self._masked(products)
         exit.mul_(self._end)
-        total = (kept * self.kept).add_(_sum_products(exit, self._z)).unsqueeze(1)
+        total = (kept * self.kept).add_(torch.linalg.vecdot(exit, self._z, dim=1)).unsqueeze(1)
         dx = entry.mul_(self._start).baddbmm_(products, self._z)
         dz = exit.baddbmm_(products.mT, self._x)
         # A token's decay is in what all later tokens read, in what all earlier ones wrote, in the
@@ -121,14 +127,18 @@ class CentredProducts:
         if len(reads) > 1:
             own.sub_(reads[1])
         balance = reads[0].sub_(own)
-        rate = balance.cumsum(1)
+        rate = torch.cumsum(balance, 1, out=self._room(*balance.shape))
         total += rate[:, -1:]
         rate.add_(own).sub_(total)
-        for part, weight in zip(dx.split(self._C, 1), self._ups, strict=True):
-            part.mul_(weight)
-        for part in dz.split(self._C, 1):
-            part.mul_(self._down)
+        self._weigh(dx, dz)
         return list(dx.split(self._C, 1)), list(dz.split(self._C, 1)), rate
+
+    def _weigh(self, x: Tensor, z: Tensor) -> None:
+        """Multiply readers and written, or their gradients, with their weights, in place."""
+        for part, weight in zip(x.split(self._C, 1), self._ups, strict=True):
+            part.mul_(weight)
+        for part in z.split(self._C, 1):
+            part.mul_(self._down)
 
     def _masked(self, products: Tensor) -> Tensor:
         """Zero where no pair is, also instead of infinity; in place."""
@@ -143,10 +153,7 @@ class HalvedProducts:
     """The products of chunks with any decay.
 
     Args:
-        before: reader of the state before its own token, [P, C, N], C a power of two.
-        after: reader of the state after its own token, [P, C, N], or None. X counts the readers.
-        written: what tokens add to the state, Z tensors [P, C, N].
-        rate: minus the natural log of what each token keeps, [P, C, N], >= 0, finite.
+        readers, written, rate: as of decayed_products; kept as they are.
 
     Attributes:
         products: as above, [P, X C, Z C], the reader before first.
@@ -158,10 +165,10 @@ class HalvedProducts:
         rate: what the gradient of the rate is multiplied with for that of its logarithm, [P, C, N].
     """
 
-    def __init__(self, before: Tensor, after: Tensor | None, written: list[Tensor], rate: Tensor):
+    def __init__(self, readers: Tensor, written: Tensor, rate: Tensor):
         P, C, N = rate.shape
         self.rate = rate
-        self._x, self._z = [before] if after is None else [before, after], written
+        self._x, self._z = list(readers.split(C, 1)), list(written.split(C, 1))
         self._leaf = size = _leaf_size(rate)
         shape = P, len(self._x) * C, len(self._z) * C
         self.products = rate.new_empty(shape) if size == C else rate.new_zeros(shape)
@@ -175,7 +182,7 @@ class HalvedProducts:
         until = down * up[:, :, -1:]  # after each token to the block's end
         kept = since[:, :, -1].clone()
         self._within: _Pairs | None = None
-        if size > 1 or after is not None:
+        if size > 1 or len(self._x) > 1:
             # A block of one token may have a huge weight before it; its product is masked.
             up_before = _moved(up, to_middle.reciprocal().clamp_(max=math.exp(SPREAD)))
             self._within = _Pairs(
@@ -321,11 +328,6 @@ def _leaf_size(rate: Tensor) -> int:
 def _moved(weight: Tensor, first: Tensor) -> Tensor:
     """Each token of a block gets the weight of the token before it, the first one `first`."""
     return torch.cat([first.unsqueeze(2), weight[:, :, :-1]], dim=2)
-
-
-def _sum_products(one: Tensor, other: Tensor) -> Tensor:
-    """The sum of the products over tokens, [P, N]."""
-    return torch.linalg.vecdot(one, other, dim=1)
 
 
 def _blocks(tensors: list[Tensor], size: int) -> list[Tensor]:

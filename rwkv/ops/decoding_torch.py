@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rwkv.ops.decoding import Late
 from rwkv.sampling import count_tokens, pick_tokens
+from rwkv.sampling import uniform_numbers as uniform_numbers  # a function that a backend offers
 from rwkv.sampling_flags import Sampling
 
+LATE = 0  # a state is written at every step
 BEYOND = 80.0  # from here on exp(-exp(w)) is 0, also where exp(w) overflows
 
 
@@ -35,6 +38,18 @@ def mix_apart(n: Tensor, before: Tensor, mixes: list[Tensor], deltas: Tensor) ->
     return [torch.addcmul(n, before, mix.view(-1) + delta) for mix, delta in pairs]
 
 
+def low_rank7(
+    att: nn.Module, x_w: Tensor, x_a: Tensor, x_v: Tensor, x_g: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    q = dict(att.named_parameters(recurse=False))
+    return (
+        torch.tanh(x_w @ q["w1"]) @ q["w2"],
+        x_a @ q["a1"] @ q["a2"],
+        x_v @ q["v1"] @ q["v2"] if "v1" in q else None,
+        torch.sigmoid(x_g @ q["g1"]) @ q["g2"],
+    )
+
+
 def wkv7_step(
     att: nn.Module,
     r: Tensor,
@@ -46,7 +61,9 @@ def wkv7_step(
     gate: Tensor,
     v_first: Tensor | None,
     wkv: Tensor,
+    late: Late | None,
 ) -> Tensor:
+    assert late is None
     B, H, N, _ = wkv.shape
 
     def heads(x: Tensor) -> Tensor:
@@ -70,8 +87,16 @@ def wkv7_step(
 
 
 def wkv6_step(
-    att: nn.Module, r: Tensor, k: Tensor, v: Tensor, decay: Tensor, gate: Tensor, wkv: Tensor
+    att: nn.Module,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    gate: Tensor,
+    wkv: Tensor,
+    late: Late | None,
 ) -> Tensor:
+    assert late is None
     B, H, N, _ = wkv.shape
 
     def heads(x: Tensor) -> Tensor:

@@ -12,15 +12,15 @@ together. For the backward pass the inputs and the states at the chunks' starts 
 everything else is computed again. The work is in float32, or in float64 where the inputs are.
 """
 
-import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv.ops.chunk_layout import ChunkLayout, Part, chunk_layout
-from rwkv.ops.decayed_products import LOG2_E, decayed_products
+from rwkv.ops.chunk_layout import ChunkLayout, Part, Room, chunk_layout, room_like
+from rwkv.ops.decayed_products import decay_rate, decayed_products
 
 CHUNK = 32
 SHORTEST = 6  # tokens from which the chunks' fixed cost is less than the steps of the reference
@@ -53,17 +53,16 @@ class _WKV6(torch.autograd.Function):
     def forward(
         ctx: Any, layout: ChunkLayout, state: Tensor, u: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        S = layout.sorted(state)
-        y, starts = layout.tokens(inputs[0]), layout.empty(S, S.shape[-1])
+        S, room = layout.sorted(state), room_like(state)
+        y, starts = layout.tokens(inputs[0]), layout.empty(S, *S.shape[1:])
         for part in layout.parts:
-            local = _Local(layout, part, u, inputs, S.dtype)
-            added = torch.bmm(local.v.mT, local.exit)
-            for start, kept, new in part.walk(starts[part.rows], local.kept, added):
-                now = S[: len(start)]
-                start.copy_(now)
-                torch.addcmul(new, start, kept, out=now)
-            inside = torch.bmm(local.products, local.v)
-            y.add(part, inside.baddbmm_(local.entry, starts[part.rows].mT))
+            room.clear()
+            local = _Local(layout, part, u, inputs, room)
+            S_part = starts[part.rows]
+            added = torch.bmm(local.v.mT, local.exit, out=room(*S_part.shape))
+            _scan(S, part.walk(S_part, local.kept, added))
+            y_part = torch.bmm(local.products, local.v, out=room(*local.v.shape))
+            y.add(part, y_part.baddbmm_(local.entry, S_part.mT))
         ctx.save_for_backward(u, *inputs, starts)
         ctx.layout = layout
         return y.all(), layout.unsorted(S)
@@ -74,22 +73,42 @@ class _WKV6(torch.autograd.Function):
         u, *inputs, starts = ctx.saved_tensors
         layout: ChunkLayout = ctx.layout
         dS = layout.sorted(d_state)
-        du = dS.new_zeros(layout.H, dS.shape[-1])
+        room, du = room_like(dS), dS.new_zeros(layout.H, dS.shape[-1])
         grads = [layout.tokens(x) for x in inputs]
         for part in reversed(layout.parts):
-            local = _Local(layout, part, u, inputs, dS.dtype)
-            dy_part = layout.chunks(dy, part, dS.dtype, blank=True)
-            ends = torch.empty_like(starts[part.rows])
-            added = torch.bmm(dy_part.mT, local.entry)
-            for end, kept, new in reversed(part.walk(ends, local.kept, added)):
-                now = dS[: len(end)]
-                end.copy_(now)
-                torch.addcmul(new, end, kept, out=now)
-            values, du_part = local.backward(starts[part.rows], ends, dy_part)
-            du += du_part
-            for grad, value in zip(grads, values, strict=True):
+            room.clear()
+            local = _Local(layout, part, u, inputs, room)
+            S, v = starts[part.rows], local.v
+            dy_part = layout.chunks(dy, part, room(*v.shape), blank=True)
+            dS_part = room(*S.shape)
+            added = torch.bmm(dy_part.mT, local.entry, out=room(*S.shape))
+            _scan(dS, reversed(part.walk(dS_part, local.kept, added)))
+            d_v = torch.bmm(local.products.mT, dy_part, out=room(*v.shape))
+            d_v.baddbmm_(local.exit, dS_part.mT)
+            d_products = torch.bmm(dy_part, v.mT, out=room(*local.products.shape))
+            own = d_products.diagonal(dim1=1, dim2=2).unsqueeze(-1).clone()  # [P, C, 1]
+            (d_r,), (d_k,), d_rate = local.decayed.backward(
+                d_products,
+                torch.bmm(dy_part, S, out=room(*v.shape)),
+                torch.bmm(v, dS_part, out=room(*v.shape)),
+                torch.mul(S, dS_part, out=added).sum(1),
+            )
+            du += local.own_backward(own, d_r, d_k)
+            d_w = d_rate.mul_(local.decayed.rate)
+            for grad, value in zip(grads, (d_r, d_w, d_k, d_v), strict=True):
                 grad.add(part, value)
         return None, layout.unsorted(dS), du.to(u.dtype), *(grad.all() for grad in grads)
+
+
+def _scan(S: Tensor, steps: Iterable[tuple[Tensor, ...]]) -> None:
+    """Take S [Q H, N, N] through steps of (before, kept, added), in place.
+
+    Each leaves S as it was in `before` and makes S diag(kept) + `added` of it.
+    """
+    for before, kept, added in steps:
+        now = S[: len(before)]
+        before.copy_(now)
+        torch.addcmul(added, before, kept, out=now)
 
 
 class _Local:
@@ -105,35 +124,29 @@ class _Local:
         part: Part,
         u: Tensor,
         inputs: tuple[Tensor, ...],
-        dtype: torch.dtype,
+        room: Room,
     ):
-        self.r, w, self.k, self.v = (
-            layout.chunks(x, part, dtype, blank=name == "k")
-            for name, x in zip("rwkv", inputs, strict=True)
+        r, w, k, v = inputs
+        shape = P, _, N = part.rows.stop - part.rows.start, layout.C, v.shape[-1]
+        self._r = layout.chunks(r, part, room(*shape))
+        self._k = layout.chunks(k, part, room(*shape), blank=True)
+        self.v = layout.chunks(v, part, room(*shape))
+        rate = decay_rate(layout, part, w, room)
+        self.decayed = decayed_products(
+            room(*shape).copy_(self._r), room(*shape).copy_(self._k), rate, room
         )
-        limits = torch.finfo(dtype)
-        nothing = 1 - math.log(limits.tiny * limits.eps)  # the rate from where exp(-rate) is 0
-        rate = w.mul_(LOG2_E).exp2_().clamp_(max=nothing)
-        if layout.real is not None:
-            rate *= layout.real[part.rows]
-        self.decayed = decayed_products(self.r, None, [self.k], rate)
         self.products, self.kept = self.decayed.products, self.decayed.kept.unsqueeze(1)
         self.entry, self.exit = self.decayed.entry, self.decayed.exit
-        self.u = u.to(dtype).unsqueeze(1).repeat(len(self.v) // layout.H, 1, 1)  # [P, 1, N]
-        self.H = layout.H
-        self.bonus_r = self.r * self.u
-        self.products.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(self.bonus_r, self.k))
+        self._H, self._u = layout.H, room(P, 1, N)
+        self._u.unflatten(0, (-1, layout.H)).copy_(u.unsqueeze(1))
+        self._bonus_r = torch.mul(self._r, self._u, out=room(*shape))
+        bonus = torch.linalg.vecdot(self._bonus_r, self._k)
+        self.products.diagonal(dim1=1, dim2=2).copy_(bonus)
 
-    def backward(self, S: Tensor, dS: Tensor, dy: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The gradients of r, w, k, v and u; S and dS are those at start and end."""
-        d_products = torch.bmm(dy, self.v.mT)
-        own = d_products.diagonal(dim1=1, dim2=2).unsqueeze(-1).clone()  # [P, C, 1]
-        d_v = torch.bmm(self.products.mT, dy).baddbmm_(self.exit, dS.mT)
-        (d_r,), (d_k,), d_rate = self.decayed.backward(
-            d_products, torch.bmm(dy, S), torch.bmm(self.v, dS), torch.linalg.vecdot(S, dS, dim=1)
-        )
-        own_k = own * self.k
-        d_u = torch.linalg.vecdot(own_k, self.r, dim=1).unflatten(0, (-1, self.H)).sum(0)
-        d_r.addcmul_(own_k, self.u)
-        d_k.addcmul_(own, self.bonus_r)
-        return [d_r, d_rate.mul_(self.decayed.rate), d_k, d_v], d_u
+    def own_backward(self, own: Tensor, d_r: Tensor, d_k: Tensor) -> Tensor:
+        """The gradient of u [H, N] from that of each token's product with itself, [P, C, 1]; those
+        of r and k are added to d_r and d_k."""
+        d_k.addcmul_(own, self._bonus_r)
+        own_k = self._k.mul_(own)
+        d_r.addcmul_(own_k, self._u)
+        return torch.linalg.vecdot(own_k, self._r, dim=1).unflatten(0, (-1, self._H)).sum(0)
