@@ -13,6 +13,7 @@ again; with --part 0/4, 1/4 and so on, several processes make the shards of one 
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -55,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     part, parts = _part(options.part)
     if options.top_k < 1 or options.shard_tokens < 1:
         raise InputError("--top_k and --shard_tokens: must be at least 1; raise them")
+    if not all(0 < T < math.inf for T in options.temperature):
+        given = " ".join(f"{T:g}" for T in options.temperature)
+        raise InputError(f"--temperature {given}: must be above 0; give what train.py will have")
     teacher, tokenizer, fingerprint = open_teacher_model(options)
     store = open_store(options.data, options, tokenizer)
     k = min(options.top_k, tokenizer.vocab_size)

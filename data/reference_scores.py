@@ -109,7 +109,10 @@ def read_scores(folder: Path, scorer: Scorer) -> np.ndarray:
     """
     done, part = score_paths(folder, scorer)
     if done.exists():
-        found = np.load(done)
+        try:
+            found = np.load(done)
+        except (OSError, EOFError, ValueError):
+            found = np.empty(0)
         if found.shape != (len(PairStore([folder])), 2) or np.isnan(found).any():
             raise DataError(f"{done}: is damaged; remove it and run python -m data.make_reference")
         return found
@@ -125,7 +128,12 @@ def read_scores(folder: Path, scorer: Scorer) -> np.ndarray:
             "cannot be its own reference; run python -m data.make_reference, or use a profile like "
             "layerprofile/lora-adapters-only.json"
         )
-    known = Scorer(**json.loads(others[-1].read_text()))
+    try:
+        known = Scorer(**json.loads(others[-1].read_text()))
+    except (ValueError, TypeError):
+        raise DataError(
+            f"{others[-1]}: is damaged; remove it and run python -m data.make_reference"
+        ) from None
     raise DataError(
         f"{folder}: its reference scores are of {known.words}, this run starts from "
         f"{scorer.words}; run python -m data.make_reference with the model of this run, and its "

@@ -5,6 +5,7 @@ Source: the loop is that of arXiv:2404.19733, with the best and the worst answer
 
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,11 +119,26 @@ def make_reward(text: str) -> Reward:
 
     def reward(asked: Sequence[TextPair], answers: Sequence[Sequence[str]]) -> list[list[float]]:
         return [
-            [float(score(pair.prompt[-1].text, answer)) for answer in some]
+            [_number(text, score, pair.prompt[-1].text, answer) for answer in some]
             for pair, some in zip(asked, answers, strict=True)
         ]
 
     return reward
+
+
+def _number(text: str, score: Callable[[str, str], float], prompt: str, answer: str) -> float:
+    """The reward of an answer.
+
+    Raises:
+        InputError: the user's function fails, or gives no finite number.
+    """
+    try:
+        found = float(score(prompt, answer))
+    except Exception as error:  # the user's own code
+        raise InputError(f"--reward {text}: fails on {prompt!r} ({error!r}); mend it") from error
+    if not math.isfinite(found):
+        raise InputError(f"--reward {text}: gives {found} for {prompt!r}; give a finite number")
+    return found
 
 
 def _load_function(text: str) -> Callable[[str, str], float]:

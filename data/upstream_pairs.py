@@ -61,7 +61,9 @@ def read_save(path: Path, tokenizer: Tokenizer) -> Iterator[TokenPair]:
                 f"{where}: is no tuple of prompt, chosen and rejected tokens; make the file again"
             )
         parts = [_ids(where, part, tokenizer) for part in record[:3]]
-        scores = [float(x) for x in record[3:5]] if len(record) >= 5 else [NO_REFERENCE] * 2
+        scores = [NO_REFERENCE] * 2
+        if len(record) >= 5 and all(isinstance(x, (int, float)) for x in record[3:5]):
+            scores = [float(x) for x in record[3:5]]
         yield TokenPair(parts[0], parts[1], parts[2], scores[0], scores[1])
 
 

@@ -197,6 +197,11 @@ def _kind(
     if mode == "dora" and shapes["lora_M"][0] == 1:
         mode = "dora_column"
     rank = shapes["lora_A"][0]
+    if shapes["lora_B"][1:] != (rank,):
+        raise InputError(
+            f"{where}: lora_A is {list(shapes['lora_A'])} and lora_B {list(shapes['lora_B'])}, "
+            "which are of different ranks; copy the file again"
+        )
     if stated is not None and "alpha" in stated:
         alpha = float(stated["alpha"])
     if alpha is None:

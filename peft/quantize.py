@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     device = str(named_device(options.device))
 
     from peft.quantized import linear_layers, quantize_tensors, quantized_metadata
-    from rwkv.checkpoint import config_of, fingerprint, read_tensors, write_tensors
+    from rwkv.checkpoint import check_weight, config_of, fingerprint, read_tensors, write_tensors
 
     if options.output.resolve() == options.load_model.resolve():
         raise InputError(f"--output {options.output}: is the model itself; choose another name")
@@ -41,6 +41,13 @@ def main(argv: list[str] | None = None) -> int:
             f"{options.load_model}: is quantized already; name the model it was made from"
         )
     linear = linear_layers(config_of(tensors), head=options.quant_head)
+    for name in tensors:
+        check_weight(options.load_model, name, tensors[name])
+        if not tensors[name].isfinite().all():
+            raise InputError(
+                f"{options.load_model}: {name} holds values that are no finite numbers; copy or "
+                "download it again"
+            )
     kind = QUANT_ALIASES.get(options.quant_mode, options.quant_mode)
     written, described = quantize_tensors(tensors, linear, kind, device)
     write_tensors(options.output, written, quantized_metadata(fingerprint(tensors), described))

@@ -4,6 +4,7 @@ Source: QLoRA, arXiv:2305.14314 (nf4, double quantization). All that bitsandbyte
 this file: the codes are kept as plain buffers, and its QuantState is put together at each use.
 """
 
+import logging
 from functools import cache
 from typing import Any
 
@@ -95,6 +96,8 @@ def _table(kind: str, device: torch.device) -> Tensor:
 
 
 def _functional() -> Any:
+    # up to 0.50 it asks for kernels that nothing here calls, on processors that might run them
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes import functional
     except ImportError as error:

@@ -291,14 +291,19 @@ def fill(
                 f"{tensors.path}: {name} is {list(tensor.shape)}, the other tensors ask for "
                 f"{list(parameter.shape)}; is it a whole model file?"
             )
-        if not tensor.is_floating_point():
-            raise InputError(
-                f"{tensors.path}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, weights "
-                "are floating-point numbers; is it a whole model file?"
-            )
+        check_weight(tensors.path, name, tensor)
         set_parameter(model, name, tensor.reshape(parameter.shape).to(device, dtype, copy=True))
         if placed is not None:
             placed(name)
+
+
+def check_weight(path: Path, name: str, tensor: Tensor) -> None:
+    """Stop where a tensor of a model's file holds whole numbers, as those of other tools may."""
+    if not tensor.is_floating_point():
+        raise InputError(
+            f"{path}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, weights are "
+            "floating-point numbers; is it a whole model file?"
+        )
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

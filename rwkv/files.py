@@ -9,7 +9,15 @@ from pathlib import Path
 
 from rwkv.errors import InputError
 
-REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+REFUSALS = (
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EFBIG,  # of some file systems, and of ulimit -f
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
 
 
 @contextlib.contextmanager

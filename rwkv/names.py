@@ -1,4 +1,4 @@
-"""Make sure that `peft`, `rwkv`, `losses`, `data` and `run` are this project's folders."""
+"""Make sure that `peft`, `rwkv`, `losses` and `data` are this project's folders."""
 
 import importlib.util
 from pathlib import Path

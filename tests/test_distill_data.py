@@ -17,8 +17,8 @@ from data.batch_plan import BatchPlan
 from data.records import DataError
 from data.teacher_store import Wanted, open_teacher
 from peft import quantize
-from rwkv.checkpoint import load_model, write_tensors
-from rwkv.errors import InputError
+from rwkv.checkpoint import load_model, read_tensors, write_tensors
+from rwkv.errors import InputError, RunError
 from rwkv.tokenizer import load_tokenizer
 from rwkv.training.step_log import read_log
 
@@ -264,3 +264,34 @@ def test_wrong_values(folder, tmp_path, name, value, message):
     words += f" --distillation 1 --kernel torch --ctx_len 64 --{name} {value}"
     with pytest.raises(InputError, match=message):
         train.main(words.split())
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"temperature": 0}, "--temperature 0: must be above 0"),
+        ({"top_k": 0}, "--top_k and --shard_tokens: must be at least 1"),
+        ({"part": "4/4"}, "--part 4/4: is no part; write I/N"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_wrong_values_of_the_command_write_nothing(folder, tmp_path, more, message):
+    with pytest.raises(InputError, match=message):
+        make_teacher.main(command(folder, tmp_path / "s", **more))
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_teacher_without_numbers_is_refused(folder, tmp_path):
+    tensors = dict(read_tensors(folder / "teacher.pth"))
+    tensors["head.weight"] = torch.full_like(tensors["head.weight"], torch.nan)
+    write_tensors(tmp_path / "nan.pth", tensors)
+    with pytest.raises(RunError, match="scores of the model are no finite numbers"):
+        make_teacher.main(command(folder, tmp_path / "s", load_model=tmp_path / "nan.pth"))
+
+
+def test_a_hugging_face_teacher_without_the_package_says_so(folder, tmp_path, monkeypatch):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(RunError, match="needs the package transformers .*; pip install"):
+        make_teacher.main(command(folder, tmp_path / "s", load_model=tmp_path / "hf"))

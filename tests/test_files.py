@@ -74,6 +74,17 @@ def test_a_file_in_the_way_of_a_folder(tmp_path):
             pass
 
 
+def test_a_file_above_a_limit(tmp_path):
+    (tmp_path / "a").write_text("before")
+    with (
+        pytest.raises(InputError, match="a: cannot be written .File too large.; choose another"),
+        replacing(tmp_path / "a") as beside,
+    ):
+        beside.write_text("half")
+        raise OSError(errno.EFBIG, "File too large")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["before"]
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux")
 def test_a_folder_that_cannot_be_made():
     with pytest.raises(InputError, match="cannot be written"), replacing("/proc/no/b.txt"):

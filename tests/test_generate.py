@@ -517,6 +517,24 @@ def test_an_adapter_beside_the_weights_acts_as_in_training(model_file, tmp_path)
     torch.testing.assert_close(merged, exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensor: tensor.int(), "holds int32, weights are floating-point numbers"),
+        (lambda tensor: tensor * torch.nan, "holds values that are no finite numbers"),
+    ],
+    ids=["whole numbers", "nan"],
+)
+def test_only_good_weights_are_quantized(model_file, tmp_path, change, message):
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(model_file(V=256)).items()}
+    tensors["blocks.0.att.key.weight"] = change(tensors["blocks.0.att.key.weight"])
+    write_tensors(tmp_path / "odd.pth", tensors)
+    words = ["--load_model", str(tmp_path / "odd.pth"), "--output", str(tmp_path / "q.pth")]
+    with pytest.raises(InputError, match=f"odd.pth: blocks.0.att.key.weight {message}"):
+        quantize.main(words)
+    assert not (tmp_path / "q.pth").exists()
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp6"])
 def test_a_quantized_file_is_opened(model_file, tmp_path, kind):
     """With its codes, and with an adapter over them."""

@@ -93,6 +93,27 @@ def test_one_judge_is_needed(tmp_path, more, message):
         train.main(flags(tmp_path, "dpo", **more))
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise ValueError('mine')", r"fails on 'q' \(ValueError\('mine'\)\); mend it"),
+        ("return None", r"fails on 'q' \(TypeError\(.*\)\); mend it"),
+        ("return float('nan')", "gives nan for 'q'; give a finite number"),
+    ],
+    ids=["raises", "nothing", "nan"],
+)
+def test_a_reward_that_fails_is_named(tmp_path, body, message):
+    (tmp_path / "mine.py").write_text(f"def score(prompt, answer):\n    {body}\n")
+    with pytest.raises(InputError, match=message):
+        make_reward(f"{tmp_path}/mine.py:score")(asked("q"), [["a"]])
+
+
+def test_a_judge_of_a_smaller_vocabulary_is_refused(tmp_path, assets):
+    judge = assets / "models" / "rwkv7-reverse-60digits.pth"
+    with pytest.raises(InputError, match="tokenizer bytes has 256; take a judge of this vocab"):
+        train.main(flags(tmp_path, "orpo", reward="", judge=judge, iterate=1))
+
+
 def test_a_model_judges(tmp_path):
     words = flags(tmp_path, "orpo", reward="", judge=BASE, iterate=1)
     assert train.main(words) == 0

@@ -301,6 +301,10 @@ def test_a_profile_that_does_not_fit_the_file_is_refused(base, tmp_path, change,
     [
         ({"blocks.0.ffn.expert_0.key.lora_A_expert_0": (8, 32)}, "mixture-of-experts adapters are"),
         ({"blocks.0.att.key.lora_A": (8, 32)}, "att.key: holds lora_A alone"),
+        (
+            {"head.lora_A": (4, 32), "head.lora_B": (24, 8)},
+            r"head: lora_A is \[4, 32\] and lora_B \[24, 8\], which are of different ranks",
+        ),
         ({"blocks.9.att.key.bone": (4, 8, 8)}, "changes blocks.9.att.key.weight, which .* lacks"),
         ({"head.bone": (2, 8, 8)}, r"head.bone is \[2, 8, 8\], over a \[24, 32\] weight it would"),
         ({"head.bone": (2, 16, 16)}, "head: bone: rank 16 does not divide both sides"),

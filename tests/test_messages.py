@@ -339,7 +339,7 @@ def test_a_profile_that_is_no_profile(fails, tmp_path):
         (["--lr_schedule", "cosin"], "constant; did you mean cosine?"),
         (["--ctx_len"], "--ctx_len: has no value; write one behind it"),
         (["there"], "'there': belongs to no flag; --help lists them"),
-        (["--proj_dir", ""], "--proj_dir: names no folder; give one"),
+        (["--proj_dir", ""], "--proj_dir: names no folder; give one, or"),
         (["--memory", "24GB"], "--memory 24GB: is for --dry_run 1; add it"),
         (["--memory", "24", "--dry_run"], "--memory 24: is no size; write 24GB, say"),
         (
@@ -469,6 +469,15 @@ def test_an_absent_feature_is_never_ignored(fails, flag):
 
 
 # Files of a run
+@pytest.mark.parametrize("content", [b"", b"PK", b"\x80\x02garbage", b"hello"], ids=repr)
+def test_a_damaged_resume_point_is_named(fails, tmp_path, content):
+    point = tmp_path / "out" / "resume" / "step-3"
+    point.mkdir(parents=True)
+    (point / "state.pt").write_bytes(content)
+    text = fails(proj_dir=tmp_path / "out", resume=1)
+    assert text.startswith(f"{point}: cannot be read (") and "; remove it" in text
+
+
 def test_a_folder_that_holds_a_run_is_not_written_over(fails, tmp_path):
     point = tmp_path / "out" / "resume" / "step-3"
     point.mkdir(parents=True)

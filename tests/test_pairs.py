@@ -21,7 +21,7 @@ from data.pair_store import PairStore
 from data.records import DataError
 from data.reference_scores import Scorer, open_unfinished
 from data.store_cache import StoreSettings, open_store
-from data.upstream_pairs import TokenPair, write_save
+from data.upstream_pairs import NO_REFERENCE, TokenPair, read_save, write_save
 from peft.stores import STORES
 from rwkv.checkpoint import write_tensors
 from rwkv.config import RWKVConfig, default_ranks
@@ -170,6 +170,25 @@ def test_preference_h5_files(tmp_path, settings):
                 data[number] = row
     store = opened(tmp_path / "a.h5", settings)
     assert texts(store, 1) == [b"\3", b"\5\6", b"\t"]
+
+
+def test_preference_h5_files_of_uneven_arrays_are_named(tmp_path, settings):
+    import h5py
+
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name, count in (("prompttokens", 2), ("chosentokens", 2), ("rejecttokens", 3)):
+            data = file.create_dataset(name, (count,), h5py.vlen_dtype(np.int64))
+            for number in range(count):
+                data[number] = [1, number]
+    with pytest.raises(DataError, match="a.h5: its arrays have 2, 2, 3 records; make it again"):
+        opened(tmp_path / "a.h5", settings)
+
+
+@pytest.mark.parametrize("score", ["-3", None], ids=str)
+def test_scores_of_a_save_file_that_are_no_numbers_are_none(tmp_path, score):
+    torch.save([([1], [2], [3], score, score)], tmp_path / "a.save")
+    (pair,) = read_save(tmp_path / "a.save", load_tokenizer("bytes"))
+    assert (pair.ref_chosen, pair.ref_rejected) == (NO_REFERENCE, NO_REFERENCE)
 
 
 class Exploit:
@@ -454,6 +473,22 @@ def test_stale_scores_are_refused(folder, tmp_path):
     assert train.main([*words, "--dry_run", "1"]) == 0
     write(data, [{**RECORDS[0], "chosen": "changed"}, *RECORDS[1:]])
     with pytest.raises(DataError, match="has no reference scores"):
+        train.main(words)
+
+
+@pytest.mark.parametrize("ending", [".npy", ".json"])
+def test_damaged_scores_are_named(folder, tmp_path, ending):
+    data = write(tmp_path / "damaged.jsonl", RECORDS)
+    store = tmp_path / "damaged.tok"
+    make_pairs.main(["--input", str(data), "--tokenizer", "bytes", "--output", str(store)])
+    make_reference.main(reference_words(folder, store))
+    (scores,) = store.glob("reference-*.npy")
+    scores.with_suffix(ending).write_bytes(b"{")
+    if ending == ".json":
+        scores.unlink()
+    words = flags(folder, tmp_path / "run", "dpo", rlhf_train_file=store)
+    del words[words.index("--layer_profile") : words.index("--layer_profile") + 2]
+    with pytest.raises(DataError, match=f"{ending}: is damaged; remove it and run python -m data"):
         train.main(words)
 
 

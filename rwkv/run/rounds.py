@@ -75,6 +75,11 @@ def make_round(settings: Settings, now: Settings, number: int) -> None:
     if not pairs.exists():
         if flags.judge:
             judge = load_frozen(flags.judge, device=device.kind, dtype=device.dtype)
+            if judge.config.vocab_size < tokenizer.vocab_size:
+                raise InputError(
+                    f"--judge {flags.judge}: knows {judge.config.vocab_size} tokens, tokenizer "
+                    f"{tokenizer.name} has {tokenizer.vocab_size}; take a judge of this vocabulary"
+                )
             reward = make_judge(judge, tokenizer, template)
         else:
             reward = make_reward(flags.reward)

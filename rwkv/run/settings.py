@@ -39,8 +39,9 @@ def check(settings: Settings) -> None:
     trainer, model, data = settings[TrainerFlags], settings[ModelFlags], settings[DataFlags]
     if model.load_model and not Path(model.load_model).exists():
         raise InputError(f"--load_model {model.load_model}: no such file; check the path")
-    if not trainer.proj_dir.strip():
-        raise InputError("--proj_dir: names no folder; give one, such as out/run")
+    for name, folder in (("proj_dir", trainer.proj_dir), ("cache_dir", data.cache_dir)):
+        if not folder.strip():
+            raise InputError(f"--{name}: names no folder; give one, or drop the flag")
     if trainer.memory and not trainer.dry_run:
         raise InputError(f"--memory {trainer.memory}: is for --dry_run 1; add it, or drop --memory")
     if data.val_data_file and data.val_fraction:

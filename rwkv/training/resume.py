@@ -9,6 +9,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from rwkv.checkpoint import UNREADABLE
 from rwkv.errors import InputError
 from rwkv.files import remove, replacing
 from rwkv.training.distributed import gather_over_ranks
@@ -88,9 +89,10 @@ def _trained(lit: LitModel) -> dict[str, torch.nn.Parameter]:
 def _load(point: Path) -> dict[str, Any]:
     try:
         return torch.load(point / FILE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
+    except UNREADABLE as error:
+        why = str(error).split(". ")[0].split("\n")[0]
         raise InputError(
-            f"{point}: cannot be read ({str(error).splitlines()[0]}); remove it to use an older one"
+            f"{point}: cannot be read ({why}); remove it to use an older one"
         ) from None
 
 
