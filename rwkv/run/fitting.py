@@ -188,7 +188,7 @@ def make_loggers(settings: Settings, folder: Path) -> list[Any]:
     if flags.tensorboard:
         if not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
             raise RunError(
-                "--tensorboard 1: needs the package tensorboard; pip install tensorboard, or drop it"
+                "--tensorboard 1: needs the package tensorboard; pip install tensorboard"
             )
         from pytorch_lightning.loggers import TensorBoardLogger
 
