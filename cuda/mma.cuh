@@ -18,11 +18,19 @@
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;
 using int64_t = long long;
+using uint64_t = unsigned long long;
 #else
 #include <cstdint>
 #endif
 
+// Compiled for Hopper with all that it has (sm_90a).
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define GROUP_PRODUCTS
+#endif
+
 #ifdef RWKV_EMULATED
+
+#define DYNAMIC_TILES(name) DYNAMIC_SHARED(name)
 
 using emulator::bf16_to_float;
 using emulator::cp_async_16;
@@ -51,6 +59,9 @@ using emulator::unpack_f16;
 
 // The dynamic shared memory of a block, as bytes, declared inside a kernel.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+// The same where a group's products read tiles.
+#define DYNAMIC_TILES(name) extern __shared__ __align__(1024) unsigned char name[]
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -186,6 +197,90 @@ __device__ __forceinline__ float exp2_approx(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+#ifdef GROUP_PRODUCTS
+// Products by a group of four warps (Hopper alone): c = A B or c += A B for 64 x 64 numbers c, of
+// which warp i of the group has rows 16 i to 16 i + 15 as m16n8k16 leaves them, c[j] columns 8 j to
+// 8 j + 7. A and B are tiles of 64 rows of 128 bytes in shared memory whose pieces of 16 bytes lie in
+// place p ^ (row & 7), aligned to 1,024 bytes; between their writing and the product came
+// group_fence() and a barrier. Or A is in registers: each warp's 16 rows, a[k] columns 16 k to
+// 16 k + 15.
+//
+// A descriptor holds the address and the step from eight rows to the next eight, in units of 16
+// bytes, and the kind of interleaving. 16 columns further on are 32 bytes, 16 rows 2,048.
+// Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
+__device__ __forceinline__ uint64_t describe_tile(const void* tile) {
+    return static_cast<uint64_t>(shared_address(tile) >> 4) | (uint64_t{64} << 32) | (uint64_t{1} << 62);
+}
+
+#define EIGHT(kind, c, j) \
+    kind(c[j][0]), kind(c[j][1]), kind(c[j][2]), kind(c[j][3]), kind(c[j + 1][0]), \
+        kind(c[j + 1][1]), kind(c[j + 1][2]), kind(c[j + 1][3])
+#define NUMBERS(kind, c) EIGHT(kind, c, 0), EIGHT(kind, c, 2), EIGHT(kind, c, 4), EIGHT(kind, c, 6)
+#define STEP(type, a, b, add, turned) \
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type \
+    " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " a ", " b \
+    ", " add ", 1, 1, " turned ";\n"
+#define BEGIN "{\n.reg .b64 a, b;\nwgmma.fence.sync.aligned;\n"
+#define END "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n}\n"
+#define OF_TILES(name, type, kind, add, a_step, b_step, turned) \
+    static __device__ __forceinline__ void name(float (&c)[8][4], const void* left, \
+                                                const void* right) { \
+        asm volatile(BEGIN STEP(type, "%32", "%33", add, turned) \
+                     "add.s64 a, %32, " a_step ";\nadd.s64 b, %33, " b_step ";\n" \
+                     STEP(type, "a", "b", "1", turned) \
+                     "add.s64 a, a, " a_step ";\nadd.s64 b, b, " b_step ";\n" \
+                     STEP(type, "a", "b", "1", turned) \
+                     "add.s64 a, a, " a_step ";\nadd.s64 b, b, " b_step ";\n" \
+                     STEP(type, "a", "b", "1", turned) END \
+                     : NUMBERS(kind, c) \
+                     : "l"(describe_tile(left)), "l"(describe_tile(right)) \
+                     : "memory"); \
+    }
+#define FOUR(a, k) "r"(a[k][0]), "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3])
+#define OF_REGISTERS(name, type, kind, add, b_step, turned) \
+    static __device__ __forceinline__ void name(float (&c)[8][4], const uint32_t (&a)[4][4], \
+                                                const void* right) { \
+        asm volatile(BEGIN STEP(type, "{%32, %33, %34, %35}", "%48", add, turned) \
+                     "add.s64 b, %48, " b_step ";\n" \
+                     STEP(type, "{%36, %37, %38, %39}", "b", "1", turned) \
+                     "add.s64 b, b, " b_step ";\n" \
+                     STEP(type, "{%40, %41, %42, %43}", "b", "1", turned) \
+                     "add.s64 b, b, " b_step ";\n" \
+                     STEP(type, "{%44, %45, %46, %47}", "b", "1", turned) END \
+                     : NUMBERS(kind, c) \
+                     : FOUR(a, 0), FOUR(a, 1), FOUR(a, 2), FOUR(a, 3), "l"(describe_tile(right)) \
+                     : "memory"); \
+    }
+// by_rows: B is the right tile's transpose; by_columns: the right tile; of_columns: so, and A is the
+// left tile's transpose.
+#define GROUP(name, type) \
+    struct name { \
+        OF_TILES(by_rows, type, "=f", "0", "2", "2", "0, 0") \
+        OF_TILES(by_columns, type, "=f", "0", "2", "128", "0, 1") \
+        OF_TILES(of_columns, type, "=f", "0", "128", "128", "1, 1") \
+        OF_TILES(add_of_columns, type, "+f", "1", "128", "128", "1, 1") \
+        OF_REGISTERS(by_rows, type, "=f", "0", "2", "0") \
+        OF_REGISTERS(add_by_columns, type, "+f", "1", "128", "1") \
+    };
+GROUP(GroupF16, "f16")
+GROUP(GroupBF16, "bf16")
+#undef EIGHT
+#undef NUMBERS
+#undef STEP
+#undef BEGIN
+#undef END
+#undef OF_TILES
+#undef FOUR
+#undef OF_REGISTERS
+#undef GROUP
+
+// What this thread wrote to shared memory is there for products by groups, after a barrier.
+__device__ __forceinline__ void group_fence() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+#endif
 
 // Barriers 1 to 15 of whole warps (0 is __syncthreads). `threads` counts all that take part, those
 // that wait and those that only say they were here; each warp calls from one place.

@@ -28,8 +28,8 @@ __device__ __forceinline__ int place(int row, int piece) {
 // row that is a multiple of 16 added and an even piece exclusively or'ed, every address follows from
 // one of these, which costs fewer registers than the addresses themselves.
 //
-// HALVES warps share 16 rows: 1, or 2 with 32 columns each. A warp's numbers in lanes are then those
-// of its own columns; left operands always have all 64.
+// Four warps, a group, have the 64 rows of a tile. HALVES groups share a tile: 1, or 2 with 32 columns
+// each; a warp's numbers in lanes are then those of its own columns.
 template <int HALVES>
 struct LaneOf {
     static constexpr int J = 8 / HALVES;  // groups of 8 columns
@@ -46,8 +46,8 @@ struct LaneOf {
           lane(threadIdx.x & 31),
           g(lane >> 2),
           q(lane & 3),
-          strip(warp / HALVES),
-          piece(HALVES == 1 ? 0 : 4 * (warp & 1)),
+          strip(warp & 3),
+          piece(HALVES == 1 ? 0 : 4 * (warp >> 2)),
           pairs(place(g, 0) + q * 4),
           own_pairs(pairs ^ (piece << 4)),
           matrices(place((lane >> 4) * 8 + (lane & 7), (lane >> 3) & 1)),
@@ -68,6 +68,9 @@ struct F16 {
     static __device__ __forceinline__ void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
         mma_f16(c, a, b);
     }
+#ifdef GROUP_PRODUCTS
+    using Group = GroupF16;
+#endif
 };
 
 struct BF16 {
@@ -78,6 +81,9 @@ struct BF16 {
     static __device__ __forceinline__ void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
         mma_bf16(c, a, b);
     }
+#ifdef GROUP_PRODUCTS
+    using Group = GroupBF16;
+#endif
 };
 
 template <int J>
@@ -128,20 +134,21 @@ __device__ __forceinline__ void write_rows(unsigned char* tile, const NumbersOf<
     }
 }
 
+// What `pack` made, to a tile.
+__device__ __forceinline__ void write_operand(unsigned char* tile, const Operand& a, int row,
+                                              const Lane& me) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int below = 0; below < 2; ++below)
+            *pair_at(tile, row + 8 * below, j, me) = a[j >> 1][(j & 1) * 2 + below];
+}
+
 // Columns 16 k to 16 k + 15 of tile rows row to row + 15 as a left operand.
 template <class Me>
 __device__ __forceinline__ void left_rows(uint32_t a[4], unsigned char* tile, int row, int k,
                                           const Me& me) {
     ldmatrix_x4(a, tile + row * 128 + (me.columns ^ (k << 5)));
-}
-
-// The warp's 16 rows as a left operand.
-template <class Me>
-__device__ __forceinline__ void read_operand(Operand& a, unsigned char* tile, int row,
-                                             const Me& me) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-        left_rows(a[k], tile, row, k, me);
 }
 
 // ---- between a tile and global memory, 16 bytes a lane; `stride` between rows in bytes ----
@@ -178,6 +185,33 @@ __device__ __forceinline__ void store_rows(void* to, int64_t stride, unsigned ch
     write_rows<Type>(tile, x, row, me);
     __syncwarp();
     put_rows(to, stride, tile, row, rows, me);
+}
+
+// The same by way of 1,024 bytes of the warp's own, 32 columns at a time.
+template <class Type>
+__device__ __forceinline__ void store_by_halves(void* to, int64_t stride, unsigned char* stage,
+                                                const Numbers& x, int row, int rows,
+                                                const Lane& me) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int below = 0; below < 2; ++below)
+                *reinterpret_cast<uint32_t*>(stage + (me.g + 8 * below) * 64 +
+                                             ((j ^ (me.g >> 1 & 3)) << 4) + me.q * 4) =
+                    Type::pack(x[4 * half + j][2 * below], x[4 * half + j][2 * below + 1]);
+        __syncwarp();
+#pragma unroll
+        for (int below = 0; below < 2; ++below) {
+            const int r = me.g + 8 * below;
+            if (row + r < rows)
+                *reinterpret_cast<uint4*>(static_cast<unsigned char*>(to) + (row + r) * stride +
+                                          half * 64 + me.q * 16) =
+                    *reinterpret_cast<const uint4*>(stage + r * 64 + ((me.q ^ (me.g >> 1 & 3)) << 4));
+        }
+    }
 }
 
 // ---- right operands ----
@@ -243,166 +277,129 @@ __device__ __forceinline__ void add_by_columns(NumbersOf<Me>& c, const Operand& 
     for (int k = 0; k < 4; ++k) add_step<Type>(c, a[k], tile, 16 * k, me);
 }
 
-// c += tile^T other, for columns 16 strip .. of the first tile
-template <class Type, class Me>
-__device__ __forceinline__ void add_transposed(NumbersOf<Me>& c, unsigned char* tile,
-                                               unsigned char* other, const Me& me) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        uint32_t a[4];
-        left_columns(a, tile, 16 * k, 16 * me.strip, me);
-        add_step<Type>(c, a, other, 16 * k, me);
-    }
-}
-
-// ---- triangles: 64 x 64, of which a warp has its 16 rows as left operands ----
-
-// c = 16 rows times rows row .. row + 15 of a tile: a block of a product, in lanes.
-template <class In, class Me>
-__device__ __forceinline__ void block_product(float c[2][4], const Operand& a, unsigned char* tile,
-                                              int row, const Me& me) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        uint32_t b[4];
-        right_rows(b, tile, row, k, me);
-        In::mma(c[0], a[k], b);
-        In::mma(c[1], a[k], b + 2);
-    }
-}
-
-// The same as a left operand, times `scale`; zero where `keep(row, column)` of the block says no.
-template <class In, class Out, class Keep, class Me>
-__device__ __forceinline__ void block(uint32_t out[4], const Operand& a, unsigned char* tile,
-                                      int row, float scale, const Me& me, Keep keep) {
-    float c[2][4];
-    block_product<In>(c, a, tile, row, me);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int column = 8 * half + 2 * me.q;
-        out[2 * half] = Out::pack(keep(me.g, column) ? c[half][0] * scale : 0.0f,
-                                  keep(me.g, column + 1) ? c[half][1] * scale : 0.0f);
-        out[2 * half + 1] = Out::pack(keep(me.g + 8, column) ? c[half][2] * scale : 0.0f,
-                                      keep(me.g + 8, column + 1) ? c[half][3] * scale : 0.0f);
-    }
-}
-
-struct Whole {
-    __device__ __forceinline__ bool operator()(int, int) const { return true; }
-};
-
-// Rows t, columns s of the block on the diagonal; UPPER: s at or after t. Without `equal` not s = t.
-template <bool UPPER>
-struct Side {
-    bool equal;
-    __device__ __forceinline__ bool operator()(int t, int s) const {
-        return (UPPER ? s > t : s < t) || (equal && s == t);
-    }
-};
-
-// The blocks of 16 columns on one side of the diagonal (those of index i < strip for a lower
-// triangle, i + 1 > strip for an upper one), and the one on it. Blocks that lie on the other side
-// are not touched.
-struct Triangle {
-    uint32_t side[3][4], diagonal[4];
-};
-
-// The triangle of a tile^T.
-template <class In, class Out, bool UPPER>
-__device__ __forceinline__ void triangle(Triangle& out, const Operand& a, unsigned char* tile,
-                                         bool equal, float scale, const Lane& me) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i)
-        if (UPPER ? i + 1 > me.strip : i < me.strip)
-            block<In, Out>(out.side[i], a, tile, 16 * (UPPER ? i + 1 : i), scale, me, Whole{});
-    block<In, Out>(out.diagonal, a, tile, 16 * me.strip, scale, me, Side<UPPER>{equal});
-}
-
-// c += triangle tile
-template <class Type, bool UPPER>
-__device__ __forceinline__ void add_triangle(Numbers& c, const Triangle& a, unsigned char* tile,
-                                             const Lane& me) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i)
-        if (UPPER ? i + 1 > me.strip : i < me.strip)
-            add_step<Type>(c, a.side[i], tile, 16 * (UPPER ? i + 1 : i), me);
-    add_step<Type>(c, a.diagonal, tile, 16 * me.strip, me);
-}
-
-// ---- the same by two warps that share rows, with left operands in shared memory too ----
+// ---- products by the four warps of a group, all of which take part ----
 //
-// Rolled loops: what a warp runs once for each chunk is bound by the fetching of instructions where
-// its code is longer than the caches for them.
+// What they read was written before group_fence() and a barrier. Little code: what a warp runs once
+// for each chunk is bound by the fetching of instructions where it is longer than their caches.
 
-// c += left tile^T or, with COLUMNS, left tile
-template <class Type, bool COLUMNS>
-__device__ __forceinline__ void add_product(NumbersOf<LaneOf<2>>& c, unsigned char* left,
-                                            unsigned char* tile, const LaneOf<2>& me) {
+#ifndef GROUP_PRODUCTS
+__device__ __forceinline__ void group_fence() {}
+#endif
+
+// c = left tile^T
+template <class Type>
+__device__ __forceinline__ void multiply_by_rows(Numbers& c, unsigned char* left,
+                                                 unsigned char* tile, const Lane& me) {
+#ifdef GROUP_PRODUCTS
+    Type::Group::by_rows(c, left, tile);
+#else
+    clear(c);
 #pragma unroll 1
     for (int k = 0; k < 4; ++k) {
         uint32_t a[4];
         left_rows(a, left, 16 * me.strip, k, me);
-        if constexpr (COLUMNS) {
-            add_step<Type>(c, a, tile, 16 * k, me);
-        } else {
 #pragma unroll
-            for (int p = 0; p < 2; ++p) {
-                uint32_t b[4];
-                right_rows(b, tile, 8 * me.piece + 16 * p, k, me);
-                Type::mma(c[2 * p], a, b);
-                Type::mma(c[2 * p + 1], a, b + 2);
-            }
+        for (int p = 0; p < 4; ++p) {
+            uint32_t b[4];
+            right_rows(b, tile, 16 * p, k, me);
+            Type::mma(c[2 * p], a, b);
+            Type::mma(c[2 * p + 1], a, b + 2);
         }
     }
+#endif
 }
 
-// The triangle of left tile^T, up to the diagonal or with UPPER from it on, in the warps' rows of
-// `out`. Each warp makes every other block, and then they wait for each other; the next triangle
-// must go elsewhere.
-template <class In, class Out, bool UPPER>
-__device__ __forceinline__ void make_triangle(unsigned char* out, unsigned char* left,
-                                              unsigned char* tile, bool equal, float scale,
-                                              const LaneOf<2>& me) {
-    const int row = 16 * me.strip, first = UPPER ? me.strip : 0, last = UPPER ? 3 : me.strip;
-    const int mine = me.piece >> 2;
-#pragma unroll 1
-    for (int i = first + ((first ^ mine) & 1); i <= last; i += 2) {
-        float c[2][4] = {};
-#pragma unroll 1
-        for (int k = 0; k < 4; ++k) {
-            uint32_t a[4], b[4];
-            left_rows(a, left, row, k, me);
-            right_rows(b, tile, 16 * i, k, me);
-            In::mma(c[0], a, b);
-            In::mma(c[1], a, b + 2);
-        }
-        const Side<UPPER> side{equal};
-        const bool whole = i != me.strip;
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-            const int t = me.g + 8 * (n & 1), column = 8 * (n >> 1) + 2 * me.q;
-            const float* const pair = c[n >> 1] + 2 * (n & 1);
-            *reinterpret_cast<uint32_t*>(out + (row + 8 * (n & 1)) * 128 +
-                                         (me.pairs ^ ((2 * i + (n >> 1)) << 4))) =
-                Out::pack(whole || side(t, column) ? pair[0] * scale : 0.0f,
-                          whole || side(t, column + 1) ? pair[1] * scale : 0.0f);
-        }
-    }
-    named_barrier_sync(1 + me.strip, 64);
+// The same with each warp's rows of the left tile in registers.
+template <class Type>
+__device__ __forceinline__ void multiply_by_rows(Numbers& c, const Operand& left,
+                                                 unsigned char* tile, const Lane& me) {
+#ifdef GROUP_PRODUCTS
+    Type::Group::by_rows(c, left, tile);
+#else
+    clear(c);
+    add_by_rows<Type>(c, left, tile, me);
+#endif
 }
 
-// c += triangle tile
-template <class Type, bool UPPER>
-__device__ __forceinline__ void add_triangle(NumbersOf<LaneOf<2>>& c, unsigned char* triangle,
-                                             unsigned char* tile, const LaneOf<2>& me) {
-    const int first = UPPER ? me.strip : 0, last = UPPER ? 3 : me.strip;
+// c = left tile
+template <class Type>
+__device__ __forceinline__ void multiply_by_columns(Numbers& c, unsigned char* left,
+                                                    unsigned char* tile, const Lane& me) {
+#ifdef GROUP_PRODUCTS
+    Type::Group::by_columns(c, left, tile);
+#else
+    clear(c);
 #pragma unroll 1
-    for (int i = first; i <= last; ++i) {
+    for (int k = 0; k < 4; ++k) {
         uint32_t a[4];
-        left_rows(a, triangle, 16 * me.strip, i, me);
-        add_step<Type>(c, a, tile, 16 * i, me);
+        left_rows(a, left, 16 * me.strip, k, me);
+        add_step<Type>(c, a, tile, 16 * k, me);
     }
+#endif
+}
+
+// c += left tile, with each warp's rows of the left tile in registers
+template <class Type>
+__device__ __forceinline__ void add_product(Numbers& c, const Operand& left, unsigned char* tile,
+                                            const Lane& me) {
+#ifdef GROUP_PRODUCTS
+    Type::Group::add_by_columns(c, left, tile);
+#else
+    add_by_columns<Type>(c, left, tile, me);
+#endif
+}
+
+// c = left^T tile or, with ADD, c += left^T tile
+template <class Type, bool ADD>
+__device__ __forceinline__ void multiply_columns(Numbers& c, unsigned char* left,
+                                                 unsigned char* tile, const Lane& me) {
+#ifdef GROUP_PRODUCTS
+    if constexpr (ADD)
+        Type::Group::add_of_columns(c, left, tile);
+    else
+        Type::Group::of_columns(c, left, tile);
+#else
+    if (!ADD) clear(c);
+#pragma unroll 1
+    for (int k = 0; k < 4; ++k) {
+        uint32_t a[4];
+        left_columns(a, left, 16 * k, 16 * me.strip, me);
+        add_step<Type>(c, a, tile, 16 * k, me);
+    }
+#endif
+}
+
+// Of the warp's rows t, times `scale`, as a left operand: columns s up to t or, if `upper`, from t
+// on; without `equal` not s = t.
+template <class Type>
+__device__ __forceinline__ void pack_triangle(Operand& a, const Numbers& c, bool upper, bool equal,
+                                              float scale, const Lane& me) {
+    // Of a block of 8 x 8 on the diagonal, which of a pair's halves belong to the triangle
+    const int first = upper ? 2 * me.q - me.g : me.g - 2 * me.q, second = upper ? first + 1 : first - 1;
+    const int least = equal ? 0 : 1;
+    const uint32_t diagonal = (first >= least ? 0xffffu : 0u) | (second >= least ? 0xffff0000u : 0u);
+    // Bit i: blocks by columns / 8 - rows % 16 / 8, and 1, that belong to it whole
+    const int at = 2 * me.strip + 1;
+    const uint32_t whole = upper ? ~1u << at : (1u << at) - 1;
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int below = 0; below < 2; ++below) {
+            const int i = j - below + 1;
+            const uint32_t mask = i == at ? diagonal : whole >> i & 1 ? ALL : 0u;
+            a[j >> 1][(j & 1) * 2 + below] =
+                Type::pack(c[j][2 * below] * scale, c[j][2 * below + 1] * scale) & mask;
+        }
+}
+
+// The same of left tile^T; `left` as multiply_by_rows takes it.
+template <class In, class Out, class Left>
+__device__ __forceinline__ void multiply_to_triangle(Operand& out, Left& left, unsigned char* tile,
+                                                     bool upper, bool equal, float scale,
+                                                     const Lane& me) {
+    Numbers c;
+    multiply_by_rows<In>(c, left, tile, me);
+    pack_triangle<Out>(out, c, upper, equal, scale, me);
 }
 
 // ---- powers of two ----

@@ -11,9 +11,8 @@
 // relative to the chunk's middle: with w <= -0.5 no factor passes 2^28, so what carries such factors
 // (`_in`) is bfloat16; all other operands are scaled to about 1 by powers of two and float16.
 //
-// A warp owns 16 of the 64 rows of every tile: tokens, or of M and c columns of the state; in
-// wkv7_gradient two warps share them. X is
-// lower triangular with ones on the diagonal; its ten blocks of 16 x 16 on and below it are kept.
+// A warp owns 16 of the 64 rows of every tile: tokens, or of M and c columns of the state. X is lower
+// triangular with ones on the diagonal; its ten blocks of 16 x 16 on and below it are kept.
 #include "tiles.cuh"
 
 constexpr int BLOCK = 512;           // bytes of a block of X
@@ -21,11 +20,12 @@ constexpr int BLOCKS = 10 * BLOCK;   // of X
 constexpr int SCALARS = 68;          // of a chunk: log2 of what it keeps of 64 columns; exponents of r, k, v
 constexpr int STAGES = 3;            // chunks of a scan under way
 
-// Blocks of wkv7_gradient that share a multiprocessor: 113 KiB of shared memory each.
+// Blocks of wkv7_prepare and wkv7_gradient that share a multiprocessor: 103 and 113 KiB of shared
+// memory each.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define GRADIENT_BLOCKS 1
+#define CHUNK_BLOCKS 1
 #else
-#define GRADIENT_BLOCKS 2
+#define CHUNK_BLOCKS 2
 #endif
 
 // ---- which tokens a chunk holds: as in rwkv/ops/triton_chunks.py ----
@@ -202,211 +202,202 @@ __device__ __forceinline__ void invert(unsigned char* block, const float* A, con
                 float_to_f16(x[i]);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 3)
+extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
     wkv7_prepare(const uint16_t* r, const uint16_t* w, const uint16_t* k, const uint16_t* v,
                  const uint16_t* a, const uint16_t* b, uint16_t* y, uint16_t* transition,
                  uint16_t* drive, uint16_t* readout, unsigned char* inverse, float* scalars,
                  const int* owners, const int64_t* cu_seqlens, int T, int H) {
-    DYNAMIC_SHARED(memory);
-    unsigned char *const k_in = memory, *const b_in = memory + TILE, *const values = memory + 2 * TILE,
-                         *const a_start = memory + 3 * TILE, *const b_end = memory + 4 * TILE,
-                         *const k_end = memory + 5 * TILE, *const A_ab = memory + 6 * TILE,
-                         *const u_first = memory + 7 * TILE, *const blocks = memory + 8 * TILE;
-    unsigned char *const w_raw = b_end, *const r_raw = k_end, *const Xa = A_ab, *const u = b_in;
+    DYNAMIC_TILES(memory);
+    unsigned char *const k_in = memory, *const b_in = memory + TILE, *const r_in = memory + 2 * TILE,
+                         *const a_in = memory + 3 * TILE, *const values = memory + 4 * TILE,
+                         *const a_start = memory + 5 * TILE, *const r_start = memory + 6 * TILE,
+                         *const b_end = memory + 7 * TILE, *const k_end = memory + 8 * TILE,
+                         *const A_ab = memory + 9 * TILE, *const u = memory + 10 * TILE,
+                         *const staged = memory + 11 * TILE, *const blocks = memory + 12 * TILE;
+    unsigned char *const w_raw = A_ab, *const Xa = a_start;
     float* const sums = reinterpret_cast<float*>(blocks + BLOCKS);
-    float* const maxima = sums + 4 * SIDE;  // [3][4]
+    float* const maxima = sums + 4 * SIDE;  // [3][8]
+    // Two groups of four warps: the first makes X, X a^, M and c, the second u, R and y0. Of what
+    // they do for all (`own`) each has 32 columns.
     const Lane me;
+    const LaneOf<2> own;
+    const bool second = __shfl_sync(ALL, me.warp, 0) >= 4;  // the compiler sees it is the warp's
     const int slot = blockIdx.x / H, h = blockIdx.x % H, row = 16 * me.strip;
     const Chunk chunk = find_chunk(slot, owners, cu_seqlens, T);
     if (chunk.left <= 0) return;
     const int64_t unit = blockIdx.x, first = (chunk.first * H + h) * SIDE;
     const int64_t stride = static_cast<int64_t>(H) * SIDE * 2;
-    fetch_rows(w_raw, w + first, stride, row, chunk.left, me);
-    fetch_rows(r_raw, r + first, stride, row, chunk.left, me);
-    fetch_rows(k_in, k + first, stride, row, chunk.left, me);
-    fetch_rows(values, v + first, stride, row, chunk.left, me);
-    fetch_rows(a_start, a + first, stride, row, chunk.left, me);
-    fetch_rows(b_in, b + first, stride, row, chunk.left, me);
+    fetch_rows(w_raw, w + first, stride, row, chunk.left, own);
+    fetch_rows(r_in, r + first, stride, row, chunk.left, own);
+    fetch_rows(k_in, k + first, stride, row, chunk.left, own);
+    fetch_rows(values, v + first, stride, row, chunk.left, own);
+    fetch_rows(a_in, a + first, stride, row, chunk.left, own);
+    fetch_rows(b_in, b + first, stride, row, chunk.left, own);
     cp_async_commit();
     cp_async_wait<0>();
     __syncwarp();
 
-    Numbers step, L;
+    NumbersOf<LaneOf<2>> step, L;
     float most[3];
-    unsigned char* const sized[3] = {r_raw, k_in, values};
+    unsigned char* const sized[3] = {r_in, k_in, values};
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
-        read_rows<BF16>(L, sized[i], row, me);
+        read_rows<BF16>(L, sized[i], row, own);
         most[i] = largest_of_warp(largest(L));
     }
-    read_rows<BF16>(step, w_raw, row, me);
-    log2_steps(step, row, chunk.left, me);
+    read_rows<BF16>(step, w_raw, row, own);
+    log2_steps(step, row, chunk.left, own);
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
+    for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) L[j][e] = step[j][e];
-    accumulate(L, me);
+    accumulate(L, own);
     if (me.g == 7)
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-            *reinterpret_cast<float2*>(sums + me.strip * SIDE + 8 * j + 2 * me.q) =
+        for (int j = 0; j < 4; ++j)
+            *reinterpret_cast<float2*>(sums + me.strip * SIDE + 8 * (own.piece + j) + 2 * me.q) =
                 make_float2(L[j][2], L[j][3]);
-    if (me.lane < 3) maxima[me.lane * 4 + me.strip] = me.lane == 0 ? most[0] : me.lane == 1 ? most[1] : most[2];
+    if (me.lane < 3)
+        maxima[me.lane * 8 + me.warp] = me.lane == 0 ? most[0] : me.lane == 1 ? most[1] : most[2];
     __syncthreads();
 
     float exponent[3];
 #pragma unroll
     for (int i = 0; i < 3; ++i)
-        exponent[i] = exponent_below(fmaxf(fmaxf(maxima[4 * i], maxima[4 * i + 1]),
-                                           fmaxf(maxima[4 * i + 2], maxima[4 * i + 3])));
-    const float v_scale = power_of(-exponent[2]);
-    Operand a_in, r_in, r_start;
+        exponent[i] = exponent_below(largest_of_warp(maxima[8 * i + (me.lane & 7)]));
+    const float k_scale = power_of(-exponent[1]), v_scale = power_of(-exponent[2]);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        const Halves l(sums, j, me);
+    for (int j = 0; j < 4; ++j) {
+        const Halves l(sums, j, own);
         const float in[2] = {exp2_approx(l.middle[0]), exp2_approx(l.middle[1])};
         const float out[2] = {exp2_approx(l.rest[0]), exp2_approx(l.rest[1])};
         if (me.strip == 0 && me.g == 0)
-            *reinterpret_cast<float2*>(scalars + unit * SCALARS + 8 * j + 2 * me.q) =
+            *reinterpret_cast<float2*>(scalars + unit * SCALARS + 8 * (own.piece + j) + 2 * me.q) =
                 make_float2(l.middle[0] + l.rest[0], l.middle[1] + l.rest[1]);
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
-            const int at = (j & 1) * 2 + below;
+            const int t = row + 8 * below;
             const float L0 = L[j][2 * below] + (l.before[0] - l.middle[0]);
             const float L1 = L[j][2 * below + 1] + (l.before[1] - l.middle[1]);
-            uint32_t* const a_at = pair_at(a_start, row + 8 * below, j, me);
-            uint32_t* const b_at = pair_at(b_in, row + 8 * below, j, me);
-            uint32_t* const k_at = pair_at(k_in, row + 8 * below, j, me);
-            uint32_t* const v_at = pair_at(values, row + 8 * below, j, me);
-            uint32_t* const r_at = pair_at(r_raw, row + 8 * below, j, me);
-            uint32_t* const b_end_at = pair_at(b_end, row + 8 * below, j, me);
+            float2 pair = unpack_bf16(*pair_at(a_in, t, j, own));
+            pair.x *= exp2_approx(L0 - step[j][2 * below]);
+            pair.y *= exp2_approx(L1 - step[j][2 * below + 1]);
+            *pair_at(a_in, t, j, own) = pack_bf16(pair.x, pair.y);
+            *pair_at(a_start, t, j, own) = pack_f16(pair.x * in[0], pair.y * in[1]);
 
-            float2 x = unpack_bf16(*a_at);
-            x.x *= exp2_approx(L0 - step[j][2 * below]);
-            x.y *= exp2_approx(L1 - step[j][2 * below + 1]);
-            a_in[j >> 1][at] = pack_bf16(x.x, x.y);
-            *a_at = pack_f16(x.x * in[0], x.y * in[1]);
-
-            x = unpack_bf16(*r_at);
-            x.x *= exp2_approx(L0 - exponent[0]);
-            x.y *= exp2_approx(L1 - exponent[0]);
-            r_in[j >> 1][at] = pack_bf16(x.x, x.y);
-            r_start[j >> 1][at] = pack_f16(x.x * in[0], x.y * in[1]);
+            pair = unpack_bf16(*pair_at(r_in, t, j, own));
+            pair.x *= exp2_approx(L0 - exponent[0]);
+            pair.y *= exp2_approx(L1 - exponent[0]);
+            *pair_at(r_in, t, j, own) = pack_bf16(pair.x, pair.y);
+            *pair_at(r_start, t, j, own) = pack_f16(pair.x * in[0], pair.y * in[1]);
 
             const float grow0 = exp2_approx(-L0), grow1 = exp2_approx(-L1);
-            x = unpack_bf16(*b_at);
-            x.x *= grow0, x.y *= grow1;
-            *b_at = pack_bf16(x.x, x.y);
-            *b_end_at = pack_f16(x.x * out[0], x.y * out[1]);
+            pair = unpack_bf16(*pair_at(b_in, t, j, own));
+            pair.x *= grow0, pair.y *= grow1;
+            *pair_at(b_in, t, j, own) = pack_bf16(pair.x, pair.y);
+            *pair_at(b_end, t, j, own) = pack_f16(pair.x * out[0], pair.y * out[1]);
 
-            x = unpack_bf16(*k_at);
-            const float k_scale = power_of(-exponent[1]);
-            x.x *= grow0 * k_scale, x.y *= grow1 * k_scale;
-            *k_at = pack_bf16(x.x, x.y);
-            *r_at = pack_f16(x.x * out[0], x.y * out[1]);  // k_end
+            pair = unpack_bf16(*pair_at(k_in, t, j, own));
+            pair.x *= grow0 * k_scale, pair.y *= grow1 * k_scale;
+            *pair_at(k_in, t, j, own) = pack_bf16(pair.x, pair.y);
+            *pair_at(k_end, t, j, own) = pack_f16(pair.x * out[0], pair.y * out[1]);
 
-            x = unpack_bf16(*v_at);
-            *v_at = pack_f16(x.x * v_scale, x.y * v_scale);
+            pair = unpack_bf16(*pair_at(values, t, j, own));
+            scale_pair(pair, v_scale);
+            *pair_at(values, t, j, own) = pack_f16(pair.x, pair.y);
         }
     }
+    group_fence();
     __syncthreads();
-
-    // A_ab: blocks below the diagonal for the products, the one on it for its inverse
-    float c[2][4];
-#pragma unroll
-    for (int i = 0; i < 3; ++i)
-        if (i < me.strip) {
-            uint32_t pairs[4];
-            block<BF16, F16>(pairs, a_in, b_in, 16 * i, 1.0f, me, Whole{});
-#pragma unroll
-            for (int n = 0; n < 4; ++n)
-                *pair_at(A_ab, row + 8 * (n & 1), 2 * i + (n >> 1), me) = pairs[n];
-        }
-    block_product<BF16>(c, a_in, b_in, row, me);
-    float* const A = reinterpret_cast<float*>(u_first) + me.strip * 16 * 20;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-            A[(me.g + 8 * (e >> 1)) * 20 + 8 * half + 2 * me.q + (e & 1)] = c[half][e];
-    __syncwarp();
-    invert(block_of(blocks, me.strip, me.strip), A, me);
-    __syncthreads();
-
-    // Column `warp` of X's blocks: X_ij = X_ii (sum over m from j to i - 1 of A_im X_mj)
-    for (int i = me.strip + 1; i < 4; ++i) {
-        uint32_t left[4], right[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
-        for (int m = me.strip; m < i; ++m) {
-            left_rows(left, A_ab, 16 * i, m, me);
-            right_block(right, block_of(blocks, m, me.strip), me);
-            mma_f16(c[0], left, right);
-            mma_f16(c[1], left, right + 2);
-        }
-        unsigned char* const mine = block_of(blocks, i, me.strip);
-        write_block(mine, c, me);
-        left_block(left, block_of(blocks, i, i), me);
-        right_block(right, mine, me);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
-        mma_f16(c[0], left, right);
-        mma_f16(c[1], left, right + 2);
-        write_block(mine, c, me);
-    }
 
     Numbers x;
-    Triangle A_rb, A_rk;
-    triangle<BF16, F16, false>(A_rk, a_in, k_in, false, 1.0f, me);  // A_ak
-    clear(x);
-    add_triangle<F16, false>(x, A_rk, values, me);
-    write_rows<F16>(u_first, x, row, me);
-    triangle<BF16, F16, false>(A_rk, r_in, k_in, true, 1.0f, me);
-    triangle<BF16, F16, false>(A_rb, r_in, b_in, true, 1.0f, me);
-    __syncthreads();
-
-    clear(x);
-    add_inverse<false>(x, blocks, a_start, me);
-    write_rows<F16>(Xa, x, row, me);
-    clear(x);
-    add_inverse<false>(x, blocks, u_first, me);
-    write_rows<F16>(u, x, row, me);
-    if (inverse != nullptr)
-        for (int i = threadIdx.x; i < BLOCKS / 16; i += 128)
-            reinterpret_cast<uint4*>(inverse + unit * BLOCKS)[i] = reinterpret_cast<uint4*>(blocks)[i];
-    if (me.strip == 0 && me.lane < 4)
-        scalars[unit * SCALARS + SIDE + me.lane] =
-            me.lane == 0 ? exponent[0] : me.lane == 1 ? exponent[1] : me.lane == 2 ? exponent[2] : 0.0f;
-    __syncthreads();
-
-    unsigned char* const staged = k_in;
+    Operand A_rk, A_rb;
+    if (second) {
+        multiply_to_triangle<BF16, F16>(A_rk, a_in, k_in, false, false, 1.0f, me);  // A_ak
+        clear(x);
+        add_product<F16>(x, A_rk, values, me);
+        write_rows<F16>(u, x, row, me);
+        multiply_to_triangle<BF16, F16>(A_rk, r_in, k_in, false, true, 1.0f, me);
+        multiply_to_triangle<BF16, F16>(A_rb, r_in, b_in, false, true, 1.0f, me);
+        if (me.warp == 4 && me.lane < 4)
+            scalars[unit * SCALARS + SIDE + me.lane] = me.lane == 0   ? exponent[0]
+                                                       : me.lane == 1 ? exponent[1]
+                                                       : me.lane == 2 ? exponent[2]
+                                                                      : 0.0f;
+    } else {
+        // A_ab: in float16 for products, its blocks on the diagonal in float32 for their inverses
+        multiply_by_rows<BF16>(x, a_in, b_in, me);
+        write_rows<F16>(A_ab, x, row, me);
+        float* const A = reinterpret_cast<float*>(staged) + me.strip * 16 * 20;
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
+        for (int i = 0; i < 4; ++i)
+            if (i == me.strip)
 #pragma unroll
-        for (int below = 0; below < 2; ++below) {
-            const float2 pair = unpack_f16(r_start[j >> 1][(j & 1) * 2 + below]);
-            x[j][2 * below] = pair.x, x[j][2 * below + 1] = pair.y;
+                for (int half = 0; half < 2; ++half)
+#pragma unroll
+                    for (int below = 0; below < 2; ++below)
+                        *reinterpret_cast<float2*>(A + (me.g + 8 * below) * 20 + 8 * half + 2 * me.q) =
+                            make_float2(x[2 * i + half][2 * below], x[2 * i + half][2 * below + 1]);
+        __syncwarp();
+        invert(block_of(blocks, me.strip, me.strip), A, me);
+        named_barrier_sync(1, 128);
+
+        // Column `strip` of X's blocks: X_ij = X_ii (sum over m from j to i - 1 of A_im X_mj)
+        for (int i = me.strip + 1; i < 4; ++i) {
+            float c[2][4] = {};
+            uint32_t left[4], right[4];
+            for (int m = me.strip; m < i; ++m) {
+                left_rows(left, A_ab, 16 * i, m, me);
+                right_block(right, block_of(blocks, m, me.strip), me);
+                mma_f16(c[0], left, right);
+                mma_f16(c[1], left, right + 2);
+            }
+            unsigned char* const mine = block_of(blocks, i, me.strip);
+            write_block(mine, c, me);
+            left_block(left, block_of(blocks, i, i), me);
+            right_block(right, mine, me);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) c[0][e] = c[1][e] = 0.0f;
+            mma_f16(c[0], left, right);
+            mma_f16(c[1], left, right + 2);
+            write_block(mine, c, me);
         }
-    add_triangle<F16, false>(x, A_rb, Xa, me);
-    store_rows<F16>(readout + unit * SIDE * SIDE, 2 * SIDE, staged, x, row, SIDE, me);
+    }
+    __syncthreads();
 
+    unsigned char* const place = second ? u : Xa;
     clear(x);
-    add_triangle<F16, false>(x, A_rk, values, me);
-    add_triangle<F16, false>(x, A_rb, u, me);
-    const float y_scale = power_of(exponent[0] + exponent[1] + exponent[2]);
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[j][e] *= y_scale;
-    store_rows<BF16>(y + first, stride, staged, x, row, chunk.left, me);
+    add_inverse<false>(x, blocks, place, me);
+    named_barrier_sync(1 + second, 128);
+    write_rows<F16>(place, x, row, me);
+    group_fence();
+    __syncthreads();
 
-    clear(x);
-    add_transposed<F16>(x, Xa, b_end, me);
-    store_rows<F16>(transition + unit * SIDE * SIDE, 2 * SIDE, staged, x, row, SIDE, me);
-    clear(x);
-    add_transposed<F16>(x, values, k_end, me);
-    add_transposed<F16>(x, u, b_end, me);
-    store_rows<F16>(drive + unit * SIDE * SIDE, 2 * SIDE, staged, x, row, SIDE, me);
+    unsigned char* const stage = staged + 1024 * me.warp;
+    if (second) {
+        read_rows<F16>(x, r_start, row, me);
+        add_product<F16>(x, A_rb, Xa, me);
+        store_by_halves<F16>(readout + unit * SIDE * SIDE, 2 * SIDE, stage, x, row, SIDE, me);
+        clear(x);
+        add_product<F16>(x, A_rk, values, me);
+        add_product<F16>(x, A_rb, u, me);
+        const float y_scale = power_of(exponent[0] + exponent[1] + exponent[2]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) x[j][e] *= y_scale;
+        store_by_halves<BF16>(y + first, stride, stage, x, row, chunk.left, me);
+    } else {
+        if (inverse != nullptr)
+            for (int i = threadIdx.x; i < BLOCKS / 16; i += 128)
+                reinterpret_cast<uint4*>(inverse + unit * BLOCKS)[i] =
+                    reinterpret_cast<uint4*>(blocks)[i];
+        multiply_columns<F16, false>(x, Xa, b_end, me);
+        store_by_halves<F16>(transition + unit * SIDE * SIDE, 2 * SIDE, stage, x, row, SIDE, me);
+        multiply_columns<F16, false>(x, values, k_end, me);
+        multiply_columns<F16, true>(x, u, b_end, me);
+        store_by_halves<F16>(drive + unit * SIDE * SIDE, 2 * SIDE, stage, x, row, SIDE, me);
+    }
 }
 
 // ---- scans: each warp of a block owns 16 value rows of one head's state ----
@@ -500,7 +491,7 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     wkv7_scan(const float* initial, const uint16_t* transition, const uint16_t* drive,
               const uint16_t* readout, const float* scalars, uint16_t* y, uint16_t* states,
               float* exponents, float* final, const int64_t* cu_seqlens, int T, int H) {
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_TILES(memory);
     const Lane me;
     const int warps = blockDim.x >> 5, parts = 4 / warps;
     const int64_t unit = blockIdx.x / parts;
@@ -609,7 +600,7 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     wkv7_reverse(const float* grad_final, const uint16_t* transition, const uint16_t* readout,
                  const float* scalars, const uint16_t* grad_y, uint16_t* grad_states,
                  float* grad_exponents, float* grad_initial, const int64_t* cu_seqlens, int T, int H) {
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_TILES(memory);
     const Lane me;
     const int warps = blockDim.x >> 5, parts = 4 / warps;
     const int64_t unit = blockIdx.x / parts;
@@ -705,12 +696,13 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     write_state(grad_initial + unit * SIDE * SIDE + row * SIDE, dS, me);
 }
 
-// l in units of log2 of token row + g, columns 8 j + 2 q, from global memory; 0 behind the end.
+// l in units of log2 of token row + g, own columns 8 j + 2 q, from global memory; 0 behind the end.
 __device__ __forceinline__ float2 log2_step(const uint16_t* w, int64_t stride, int row, int j,
                                             int left, const LaneOf<2>& me) {
     const int t = row + me.g;
     if (t >= left) return make_float2(0.0f, 0.0f);
-    const float2 x = unpack_bf16(*reinterpret_cast<const uint32_t*>(w + t * stride + 8 * (me.piece + j) + 2 * me.q));
+    const float2 x = unpack_bf16(
+        *reinterpret_cast<const uint32_t*>(w + t * stride + 8 * (me.piece + j) + 2 * me.q));
     return make_float2(-exp2_approx(fmaf(x.x, LOG2_E, LOG2_LOG2_E)),
                        -exp2_approx(fmaf(x.y, LOG2_E, LOG2_LOG2_E)));
 }
@@ -734,48 +726,57 @@ __device__ __forceinline__ void rescale_rows(unsigned char* tile, const float* e
     }
 }
 
+// Where the lane keeps what belongs to its pair of row g + 8 below, columns 8 j + 2 q.
+__device__ __forceinline__ float2* log_at(float2* logs, int j, int below, const Lane& me) {
+    return logs + (me.strip * 16 + 2 * j + below) * 32 + me.lane;
+}
+
 // Tiles of values and of what is read and written are in units of powers of two: r, k, v and dy of
 // their own, u and S of 2^eu, their gradients and dS of 2^ez, so that all sums below have one unit,
 // 2^(eu + ez). The gradient of a tile with a decay in it, times that tile, is its share of the
 // gradient of L; there the factor is the rounded operand of the products, so that what must cancel
 // cancels.
-extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
+extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
     wkv7_gradient(const uint16_t* r, const uint16_t* w, const uint16_t* k, const uint16_t* v,
                   const uint16_t* a, const uint16_t* b, const uint16_t* grad_y,
                   const uint16_t* states, const float* exponents, const uint16_t* grad_states,
                   const float* grad_exponents, const unsigned char* inverse, const float* scalars,
                   uint16_t* dr, uint16_t* dw, uint16_t* dk, uint16_t* dv, uint16_t* da, uint16_t* db,
                   const int* owners, const int64_t* cu_seqlens, int T, int H) {
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_TILES(memory);
     unsigned char *const k_in = memory, *const b_in = memory + TILE, *const r_in = memory + 2 * TILE,
                          *const a_in = memory + 3 * TILE, *const values = memory + 4 * TILE,
                          *const dy = memory + 5 * TILE, *const S = memory + 6 * TILE,
-                         *const dS = memory + 7 * TILE, *const z = memory + 8 * TILE,
-                         *const u = memory + 9 * TILE, *const dz_first = memory + 10 * TILE,
-                         *const even = memory + 11 * TILE, *const odd = memory + 12 * TILE,
+                         *const dS = memory + 7 * TILE, *const u = memory + 8 * TILE,
+                         *const dz = memory + 9 * TILE, *const k_end = memory + 10 * TILE,
                          *const blocks = memory + 13 * TILE;
-    // a_start, b_end and k_end are read by the warp that owns the rows, before others' tiles go there
-    unsigned char *const w_raw = z, *const dz = z, *const staged = dz_first, *const a_start = z,
-                         *const b_end = dz_first, *const k_end = u;
-    float* const sums = reinterpret_cast<float*>(blocks + BLOCKS);
-    float* const totals = sums + 4 * SIDE;  // [2][4][64]
-    float* const scales = totals + 8 * SIDE;  // of columns: to the chunk's start, to its end
-    float* const maxima = scales + 2 * SIDE;
-    const LaneOf<2> me;
+    float2* const logs = reinterpret_cast<float2*>(memory + 11 * TILE);  // L, by log_at
+    // Read before others' tiles go there
+    unsigned char *const w_raw = u, *const a_start = u, *const b_end = dz;
+    float* const totals = reinterpret_cast<float*>(blocks + BLOCKS);  // [12][64]
+    float* const sums = totals;                                       // [4][64], before
+    float* const scales = totals + 12 * SIDE;  // of columns: to the chunk's start, to its end
+    float* const middles = scales + 2 * SIDE;  // of columns: L of the chunk's middle from its start
+    float* const maxima = middles + SIDE;
+    // Two groups of four warps: the first makes u, da and dk, the second dz, dv, dr and db. Of
+    // what they do for all (`own`) each has 32 columns.
+    const Lane me;
+    const LaneOf<2> own;
+    const bool second = __shfl_sync(ALL, me.warp, 0) >= 4;  // the compiler sees it is the warp's
     const int slot = blockIdx.x / H, h = blockIdx.x % H, row = 16 * me.strip;
     const Chunk chunk = find_chunk(slot, owners, cu_seqlens, T);
     if (chunk.left <= 0) return;
     const int64_t unit = blockIdx.x, first = (chunk.first * H + h) * SIDE;
     const int64_t stride = static_cast<int64_t>(H) * SIDE * 2;
-    fetch_rows(w_raw, w + first, stride, row, chunk.left, me);
-    fetch_rows(dy, grad_y + first, stride, row, chunk.left, me);
-    fetch_rows(r_in, r + first, stride, row, chunk.left, me);
-    fetch_rows(k_in, k + first, stride, row, chunk.left, me);
-    fetch_rows(values, v + first, stride, row, chunk.left, me);
-    fetch_rows(a_in, a + first, stride, row, chunk.left, me);
-    fetch_rows(b_in, b + first, stride, row, chunk.left, me);
-    fetch_rows(S, states + unit * SIDE * SIDE, 2 * SIDE, row, SIDE, me);
-    fetch_rows(dS, grad_states + unit * SIDE * SIDE, 2 * SIDE, row, SIDE, me);
+    fetch_rows(w_raw, w + first, stride, row, chunk.left, own);
+    fetch_rows(dy, grad_y + first, stride, row, chunk.left, own);
+    fetch_rows(r_in, r + first, stride, row, chunk.left, own);
+    fetch_rows(k_in, k + first, stride, row, chunk.left, own);
+    fetch_rows(values, v + first, stride, row, chunk.left, own);
+    fetch_rows(a_in, a + first, stride, row, chunk.left, own);
+    fetch_rows(b_in, b + first, stride, row, chunk.left, own);
+    fetch_rows(S, states + unit * SIDE * SIDE, 2 * SIDE, row, SIDE, own);
+    fetch_rows(dS, grad_states + unit * SIDE * SIDE, 2 * SIDE, row, SIDE, own);
     for (int i = threadIdx.x; i < BLOCKS / 16; i += 256)
         cp_async_16(blocks + 16 * i, inverse + unit * BLOCKS + 16 * i, true);
     cp_async_commit();
@@ -788,20 +789,20 @@ extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
     cp_async_wait<0>();
     __syncwarp();
 
-    NumbersOf<LaneOf<2>> x, L;
-    read_rows<BF16>(x, dy, row, me);
-    const float y_most = largest_of_warp(largest(x));
-    read_rows<BF16>(x, w_raw, row, me);
-    log2_steps(x, row, chunk.left, me);
+    NumbersOf<LaneOf<2>> step, L;
+    read_rows<BF16>(step, dy, row, own);
+    const float y_most = largest_of_warp(largest(step));
+    read_rows<BF16>(step, w_raw, row, own);
+    log2_steps(step, row, chunk.left, own);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) L[j][e] = x[j][e];
-    accumulate(L, me);
+        for (int e = 0; e < 4; ++e) L[j][e] = step[j][e];
+    accumulate(L, own);
     if (me.g == 7)
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-            *reinterpret_cast<float2*>(sums + me.strip * SIDE + 8 * (me.piece + j) + 2 * me.q) =
+            *reinterpret_cast<float2*>(sums + me.strip * SIDE + 8 * (own.piece + j) + 2 * me.q) =
                 make_float2(L[j][2], L[j][3]);
     if (me.lane == 0) maxima[threadIdx.x >> 5] = y_most;
     __syncthreads();
@@ -809,227 +810,261 @@ extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
     const float ey = exponent_below(largest_of_warp(maxima[me.lane & 7]));
     const float eu = 3.0f + fmaxf(ek + ev, S_most), ez = 3.0f + fmaxf(er + ey, dS_most);
     const float u_share = power_of(ek + ev - eu), z_share = power_of(er + ey - ez);
-    float* const facts = maxima + 8;  // read again where needed: registers are short
+    // Read again where needed: registers are short
+    float* const facts = maxima + 8;
+    Chunk* const place = reinterpret_cast<Chunk*>(facts + 8);
     if (threadIdx.x == 0) {
         facts[0] = u_share, facts[1] = z_share, facts[2] = er, facts[3] = ek, facts[4] = ez;
         facts[5] = eu + ez;
+        *place = {first, chunk.left};
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-        const Halves l(sums, j, me);
+        const Halves l(sums, j, own);
         const float in[2] = {exp2_approx(l.middle[0]), exp2_approx(l.middle[1])};
         const float out[2] = {exp2_approx(l.rest[0]), exp2_approx(l.rest[1])};
         if (me.strip == 0 && me.g == 0) {
-            float* const at = scales + 8 * (me.piece + j) + 2 * me.q;
+            float* const at = scales + 8 * (own.piece + j) + 2 * me.q;
             *reinterpret_cast<float2*>(at) = make_float2(in[0], in[1]);
             *reinterpret_cast<float2*>(at + SIDE) = make_float2(out[0], out[1]);
+            *reinterpret_cast<float2*>(at + 2 * SIDE) = make_float2(l.middle[0], l.middle[1]);
         }
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
             const int t = row + 8 * below;
-            const float L0 = L[j][2 * below] += l.before[0] - l.middle[0];
-            const float L1 = L[j][2 * below + 1] += l.before[1] - l.middle[1];
-            float2 pair = unpack_bf16(*pair_at(a_in, t, j, me));
-            pair.x *= exp2_approx(L0 - x[j][2 * below]);
-            pair.y *= exp2_approx(L1 - x[j][2 * below + 1]);
-            *pair_at(a_in, t, j, me) = pack_bf16(pair.x, pair.y);
-            *pair_at(a_start, t, j, me) = pack_f16(pair.x * in[0], pair.y * in[1]);
+            const float L0 = L[j][2 * below] + (l.before[0] - l.middle[0]);
+            const float L1 = L[j][2 * below + 1] + (l.before[1] - l.middle[1]);
+            float2 pair = unpack_bf16(*pair_at(a_in, t, j, own));
+            pair.x *= exp2_approx(L0 - step[j][2 * below]);
+            pair.y *= exp2_approx(L1 - step[j][2 * below + 1]);
+            *pair_at(a_in, t, j, own) = pack_bf16(pair.x, pair.y);
+            *pair_at(a_start, t, j, own) = pack_f16(pair.x * in[0], pair.y * in[1]);
 
-            pair = unpack_bf16(*pair_at(r_in, t, j, me));
-            *pair_at(r_in, t, j, me) =
+            *log_at(logs, 4 * second + j, below, me) = make_float2(L0, L1);
+
+            pair = unpack_bf16(*pair_at(r_in, t, j, own));
+            *pair_at(r_in, t, j, own) =
                 pack_bf16(pair.x * exp2_approx(L0 - er), pair.y * exp2_approx(L1 - er));
 
             const float grow0 = exp2_approx(-L0), grow1 = exp2_approx(-L1);
-            pair = unpack_bf16(*pair_at(b_in, t, j, me));
+            pair = unpack_bf16(*pair_at(b_in, t, j, own));
             pair.x *= grow0, pair.y *= grow1;
-            *pair_at(b_in, t, j, me) = pack_bf16(pair.x, pair.y);
-            *pair_at(b_end, t, j, me) = pack_f16(pair.x * out[0], pair.y * out[1]);
+            *pair_at(b_in, t, j, own) = pack_bf16(pair.x, pair.y);
+            *pair_at(b_end, t, j, own) = pack_f16(pair.x * out[0], pair.y * out[1]);
 
-            pair = unpack_bf16(*pair_at(k_in, t, j, me));
+            pair = unpack_bf16(*pair_at(k_in, t, j, own));
             const float k_scale = power_of(-ek);
             pair.x *= grow0 * k_scale, pair.y *= grow1 * k_scale;
-            *pair_at(k_in, t, j, me) = pack_bf16(pair.x, pair.y);
-            *pair_at(k_end, t, j, me) = pack_f16(pair.x * out[0], pair.y * out[1]);
+            *pair_at(k_in, t, j, own) = pack_bf16(pair.x, pair.y);
+            *pair_at(k_end, t, j, own) = pack_f16(pair.x * out[0], pair.y * out[1]);
 
-            pair = unpack_bf16(*pair_at(values, t, j, me));
+            pair = unpack_bf16(*pair_at(values, t, j, own));
             scale_pair(pair, power_of(-ev));
-            *pair_at(values, t, j, me) = pack_f16(pair.x, pair.y);
-            pair = unpack_bf16(*pair_at(dy, t, j, me));
+            *pair_at(values, t, j, own) = pack_f16(pair.x, pair.y);
+            pair = unpack_bf16(*pair_at(dy, t, j, own));
             scale_pair(pair, power_of(-ey));
-            *pair_at(dy, t, j, me) = pack_f16(pair.x, pair.y);
+            *pair_at(dy, t, j, own) = pack_f16(pair.x, pair.y);
         }
     }
-    rescale_rows(S, S_exponents, eu, row, me);
-    rescale_rows(dS, dS_exponents, ez, row, me);
+    rescale_rows(S, S_exponents, eu, row, own);
+    rescale_rows(dS, dS_exponents, ez, row, own);
+    group_fence();
     __syncthreads();
 
-    // What the chunk reads, z, and the gradient of what it writes
+    // What the chunk reads, z = A_ak v + a^ S^T, and the gradient of what it writes
+    Numbers x;
+    Operand part;
+    unsigned char* const first_tile = second ? b_end : a_start;
+    multiply_by_rows<F16>(x, first_tile, second ? dS : S, me);
+    multiply_to_triangle<BF16, F16>(part, second ? b_in : a_in, second ? r_in : k_in, second, second,
+                                    second ? z_share : u_share, me);  // A_rb^T, A_ak
+    add_product<F16>(x, part, second ? dy : values, me);
+    named_barrier_sync(1 + second, 128);
+    write_rows<F16>(first_tile, x, row, me);
+    named_barrier_sync(1 + second, 128);
+
+    // u = X z, dz = X^T (that gradient), each in its place
     clear(x);
-    add_product<F16, false>(x, a_start, S, me);
-    make_triangle<BF16, F16, false>(even, a_in, k_in, false, u_share, me);  // A_ak
-    add_triangle<F16, false>(x, even, values, me);
-    write_rows<F16>(z, x, row, me);
-    clear(x);
-    add_product<F16, false>(x, b_end, dS, me);
-    make_triangle<BF16, F16, true>(odd, b_in, r_in, true, z_share, me);  // A_rb^T
-    add_triangle<F16, true>(x, odd, dy, me);
-    write_rows<F16>(dz_first, x, row, me);
+    if (second)
+        add_inverse<true>(x, blocks, dz, me);
+    else
+        add_inverse<false>(x, blocks, u, me);
+    named_barrier_sync(1 + second, 128);
+    write_rows<F16>(first_tile, x, row, me);
+    group_fence();
     __syncthreads();
 
-    // u = X z, dz = X^T (that gradient)
-    NumbersOf<LaneOf<2>> grad_v;
-    clear(grad_v);
-    add_product<F16, false>(grad_v, k_end, dS, me);
-    named_barrier_sync(1 + me.strip, 64);
-    clear(x);
-    add_inverse<false>(x, blocks, z, me);
-    write_rows<F16>(u, x, row, me);
-    clear(x);
-    add_inverse<true>(x, blocks, dz_first, me);
-    __syncthreads();
-    write_rows<F16>(dz, x, row, me);
-    __syncthreads();
-
-    make_triangle<BF16, F16, true>(even, k_in, r_in, true, facts[1], me);  // A_rk^T
-    add_triangle<F16, true>(grad_v, even, dy, me);
-    make_triangle<BF16, F16, true>(odd, k_in, a_in, false, 1.0f, me);  // A_ak^T
-    add_triangle<F16, true>(grad_v, odd, dz, me);
-    const float v_scale = exp2_approx(facts[3] + facts[4]);
+    unsigned char* const stage = k_end + 1024 * me.warp;
+    if (second) {
+        Numbers grad_v;
+        multiply_by_rows<F16>(grad_v, k_end, dS, me);
+        named_barrier_arrive(3, 256);
+        multiply_to_triangle<BF16, F16>(part, k_in, r_in, true, true, facts[1], me);  // A_rk^T
+        add_product<F16>(grad_v, part, dy, me);
+        multiply_to_triangle<BF16, F16>(part, k_in, a_in, true, false, 1.0f, me);  // A_ak^T
+        add_product<F16>(grad_v, part, dz, me);
+        const float v_scale = exp2_approx(facts[3] + facts[4]);
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+        for (int j = 0; j < 8; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) grad_v[j][e] *= v_scale;
-    store_rows<BF16>(dv + first, stride, staged, grad_v, row, chunk.left, me);
+            for (int e = 0; e < 4; ++e) grad_v[j][e] *= v_scale;
+        named_barrier_sync(2, 128);
+        store_by_halves<BF16>(dv + place->first, stride, stage, grad_v, row, place->left, me);
+    }
 
     // da, dr: what the readers' gradients are, and their shares of the gradient of L
-    NumbersOf<LaneOf<2>> dL;
-#pragma unroll 1
-    for (int pass = 0; pass < 2; ++pass) {
-        const float share = pass ? facts[1] : 1.0f;
-        unsigned char* const own = pass ? dy : dz;
-        clear(x);
-        add_product<F16, true>(x, own, S, me);
+    Numbers dL;
+    {
+        const float share = second ? facts[1] : 1.0f;
+        unsigned char *const left = second ? dy : dz, *const reader = second ? r_in : a_in;
+        multiply_by_columns<F16>(x, left, S, me);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const float2 scale =
-                *reinterpret_cast<const float2*>(scales + 8 * (me.piece + j) + 2 * me.q);
+        for (int j = 0; j < 8; ++j) {
+            const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j + 2 * me.q);
             const float in[2] = {scale.x * share, scale.y * share};
 #pragma unroll
             for (int e = 0; e < 4; ++e) x[j][e] *= in[e & 1];
         }
-        make_triangle<F16, BF16, false>(even, own, values, pass == 1, share * facts[0], me);
-        add_triangle<BF16, false>(x, even, k_in, me);
-        make_triangle<F16, BF16, false>(odd, own, u, pass == 1, share, me);
-        add_triangle<BF16, false>(x, odd, b_in, me);
-        unsigned char* const reader = pass ? r_in : a_in;
-        const float er = facts[2], log2_unit = facts[5];
+        multiply_to_triangle<F16, BF16>(part, left, values, false, second, share * facts[0], me);
+        add_product<BF16>(x, part, k_in, me);
+        multiply_to_triangle<F16, BF16>(part, left, u, false, second, share, me);
+        add_product<BF16>(x, part, b_in, me);
+        // r is read behind its token's decay, a before it: with L of the row above, which for the
+        // first row of all lies where X was
+        const float2* seen[2] = {log_at(logs, 0, 0, me), log_at(logs, 0, 1, me)};
+        if (!second) {
+            if (me.g == 0) {
+                seen[1] = seen[0] + 28;
+                float2* const start = reinterpret_cast<float2*>(blocks) + me.q;
+                if (me.strip == 0)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
+                    for (int j = 0; j < 8; ++j) {
+                        const float2 middle =
+                            *reinterpret_cast<const float2*>(middles + 8 * j + 2 * me.q);
+                        start[64 * j] = make_float2(-middle.x, -middle.y);
+                    }
+                seen[0] = me.strip == 0 ? start : seen[0] - 15 * 32 + 28;
+            } else {
+                seen[0] -= 4, seen[1] -= 4;
+            }
+        }
+        const float grow = facts[5] - (second ? facts[2] : 0.0f);
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
 #pragma unroll
             for (int below = 0; below < 2; ++below) {
                 const int e = 2 * below;
                 const float2 factor = unpack_bf16(*pair_at(reader, row + 8 * below, j, me));
-                float2 outside = make_float2(L[j][e] - er, L[j][e + 1] - er);
-                if (pass == 0) {
-                    const float2 step = log2_step(w + first, stride / 2, row + 8 * below, j, chunk.left, me);
-                    outside = make_float2(L[j][e] - step.x, L[j][e + 1] - step.y);
-                    dL[j][e] = factor.x * x[j][e];
-                    dL[j][e + 1] = factor.y * x[j][e + 1];
-                } else {
-                    dL[j][e] = fmaf(factor.x, x[j][e], dL[j][e]);
-                    dL[j][e + 1] = fmaf(factor.y, x[j][e + 1], dL[j][e + 1]);
-                }
-                x[j][e] *= exp2_approx(outside.x + log2_unit);
-                x[j][e + 1] *= exp2_approx(outside.y + log2_unit);
+                const float2 L = seen[below][64 * j];
+                dL[j][e] = factor.x * x[j][e];
+                dL[j][e + 1] = factor.y * x[j][e + 1];
+                x[j][e] *= exp2_approx(L.x + grow);
+                x[j][e + 1] *= exp2_approx(L.y + grow);
             }
-        store_rows<BF16>((pass ? dr : da) + first, stride, staged, x, row, chunk.left, me);
-        if (pass == 0) {
-            // L_before of a token is L of the one before: its share moves there. That of the warp's
-            // first row goes to an earlier warp.
+        if (!second) named_barrier_sync(3, 256);
+        store_by_halves<BF16>((second ? dr : da) + place->first, stride, stage, x, row, place->left, me);
+    }
+    if (!second) {
+        // L_before of a token is L of the one before: its share moves there. That of the warp's
+        // first row goes to an earlier warp.
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                if (me.g == 0)
-                    *reinterpret_cast<float2*>(totals + me.strip * SIDE + 8 * (me.piece + j) + 2 * me.q) =
-                        make_float2(dL[j][0], dL[j][1]);
+        for (int j = 0; j < 8; ++j) {
+            if (me.g == 0)
+                *reinterpret_cast<float2*>(totals + me.strip * SIDE + 8 * j + 2 * me.q) =
+                    make_float2(dL[j][0], dL[j][1]);
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const float upper = __shfl_sync(ALL, dL[j][e], (me.lane + 4) & 31);
-                    const float lower = __shfl_sync(ALL, dL[j][e + 2], (me.lane + 4) & 31);
-                    dL[j][e] = me.g < 7 ? upper : lower;
-                    dL[j][e + 2] = me.g < 7 ? lower : 0.0f;
-                }
+            for (int e = 0; e < 2; ++e) {
+                const float upper = __shfl_sync(ALL, dL[j][e], (me.lane + 4) & 31);
+                const float lower = __shfl_sync(ALL, dL[j][e + 2], (me.lane + 4) & 31);
+                dL[j][e] = me.g < 7 ? upper : lower;
+                dL[j][e + 2] = me.g < 7 ? lower : 0.0f;
             }
         }
     }
 
     // dk, db: the writers' gradients
-    float ends[4][2];
-#pragma unroll 1
-    for (int pass = 0; pass < 2; ++pass) {
-        const float share = pass ? 1.0f : facts[0];
-        unsigned char* const own = pass ? u : values;
-        unsigned char* const writer = pass ? b_in : k_in;
-        clear(x);
-        add_product<F16, true>(x, own, dS, me);
+    {
+        const float share = second ? 1.0f : facts[0];
+        unsigned char *const left = second ? u : values, *const writer = second ? b_in : k_in;
+        multiply_by_columns<F16>(x, left, dS, me);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const float2 scale =
-                *reinterpret_cast<const float2*>(scales + SIDE + 8 * (me.piece + j) + 2 * me.q);
-            const float out[2] = {scale.x * share, scale.y * share};
+        for (int j = 0; j < 8; ++j) {
+            const float2 in = *reinterpret_cast<const float2*>(scales + 8 * j + 2 * me.q);
+            const float2 out = *reinterpret_cast<const float2*>(scales + SIDE + 8 * j + 2 * me.q);
+            const float scale[2] = {out.x * share, out.y * share};
 #pragma unroll
-            for (int e = 0; e < 4; ++e) x[j][e] *= out[e & 1];
+            for (int e = 0; e < 4; ++e) x[j][e] *= scale[e & 1];
+            // The gradient of what the chunk keeps of a column
             const float2 upper = unpack_bf16(*pair_at(writer, row, j, me));
             const float2 lower = unpack_bf16(*pair_at(writer, row + 8, j, me));
-            ends[j][0] = fmaf(upper.x, x[j][0], fmaf(lower.x, x[j][2], pass ? ends[j][0] : 0.0f));
-            ends[j][1] = fmaf(upper.y, x[j][1], fmaf(lower.y, x[j][3], pass ? ends[j][1] : 0.0f));
-        }
-        make_triangle<F16, BF16, true>(even, own, dy, true, share * facts[1], me);
-        add_triangle<BF16, true>(x, even, r_in, me);
-        make_triangle<F16, BF16, true>(odd, own, dz, false, share, me);
-        add_triangle<BF16, true>(x, odd, a_in, me);
-        const float grow = facts[5] - (pass ? 0.0f : facts[3]);
+            float2 end = make_float2(fmaf(upper.x, x[j][0], lower.x * x[j][2]),
+                                     fmaf(upper.y, x[j][1], lower.y * x[j][3]));
+            if (j >> 2 == second)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
+                for (int below = 0; below < 2; ++below) {
+                    const float2 s = unpack_f16(*pair_at(S, row + 8 * below, j, me));
+                    const float2 ds = unpack_f16(*pair_at(dS, row + 8 * below, j, me));
+                    end.x = fmaf(s.x * ds.x, in.x * out.x, end.x);
+                    end.y = fmaf(s.y * ds.y, in.y * out.y, end.y);
+                }
+#pragma unroll
+            for (int bits = 4; bits < 32; bits *= 2) {
+                end.x += __shfl_xor_sync(ALL, end.x, bits);
+                end.y += __shfl_xor_sync(ALL, end.y, bits);
+            }
+            if (me.g == 0)
+                *reinterpret_cast<float2*>(totals + (4 + me.warp) * SIDE + 8 * j + 2 * me.q) = end;
+        }
+        multiply_to_triangle<F16, BF16>(part, left, dy, true, true, share * facts[1], me);
+        add_product<BF16>(x, part, r_in, me);
+        multiply_to_triangle<F16, BF16>(part, left, dz, true, false, share, me);
+        add_product<BF16>(x, part, a_in, me);
+        const float grow = facts[5] - (second ? 0.0f : facts[3]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
 #pragma unroll
             for (int below = 0; below < 2; ++below) {
                 const int e = 2 * below;
                 const float2 factor = unpack_bf16(*pair_at(writer, row + 8 * below, j, me));
+                const float2 L = *log_at(logs, j, below, me);
                 dL[j][e] = fmaf(-factor.x, x[j][e], dL[j][e]);
                 dL[j][e + 1] = fmaf(-factor.y, x[j][e + 1], dL[j][e + 1]);
-                x[j][e] *= exp2_approx(grow - L[j][e]);
-                x[j][e + 1] *= exp2_approx(grow - L[j][e + 1]);
+                x[j][e] *= exp2_approx(grow - L.x);
+                x[j][e + 1] *= exp2_approx(grow - L.y);
             }
-        store_rows<BF16>((pass ? db : dk) + first, stride, staged, x, row, chunk.left, me);
+        store_by_halves<BF16>((second ? db : dk) + place->first, stride, stage, x, row, place->left, me);
     }
 
-    // dw: l_t is part of L from t on, and of what the chunk keeps
+    // dw: l_t is part of L from t on, and of what the chunk keeps. Each group gives the other its
+    // sums of that one's columns.
+    __syncthreads();
+    NumbersOf<LaneOf<2>> mine;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        const float* const at = scales + 8 * (me.piece + j) + 2 * me.q;
-        const float2 in = *reinterpret_cast<const float2*>(at);
-        const float2 out = *reinterpret_cast<const float2*>(at + SIDE);
+    for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
-            const float2 s = unpack_f16(*pair_at(S, row + 8 * below, j, me));
-            const float2 ds = unpack_f16(*pair_at(dS, row + 8 * below, j, me));
-            ends[j][0] = fmaf(s.x * ds.x, in.x * out.x, ends[j][0]);
-            ends[j][1] = fmaf(s.y * ds.y, in.y * out.y, ends[j][1]);
+            const float* const low = dL[j] + 2 * below;
+            const float* const high = dL[4 + j] + 2 * below;
+            *log_at(logs, 4 * !second + j, below, me) =
+                second ? make_float2(low[0], low[1]) : make_float2(high[0], high[1]);
+            mine[j][2 * below] = second ? high[0] : low[0];
+            mine[j][2 * below + 1] = second ? high[1] : low[1];
         }
+    __syncthreads();
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
+    for (int j = 0; j < 4; ++j)
 #pragma unroll
-            for (int bits = 4; bits < 32; bits *= 2)
-                ends[j][e] += __shfl_xor_sync(ALL, ends[j][e], bits);
-    }
-    accumulate_back(dL, me);
+        for (int below = 0; below < 2; ++below) {
+            const float2 other = *log_at(logs, 4 * second + j, below, me);
+            mine[j][2 * below] += other.x, mine[j][2 * below + 1] += other.y;
+        }
+    accumulate_back(mine, own);
     if (me.g == 0)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            float* const at = totals + me.strip * SIDE + 8 * (me.piece + j) + 2 * me.q;
-            const float2 first_row = *reinterpret_cast<const float2*>(at);
-            *reinterpret_cast<float2*>(at) =
-                make_float2(dL[j][0] + first_row.x, dL[j][1] + first_row.y);
-            *reinterpret_cast<float2*>(at + 4 * SIDE) = make_float2(ends[j][0], ends[j][1]);
+            float2* const at = reinterpret_cast<float2*>(totals + me.strip * SIDE + 8 * (own.piece + j) +
+                                                         2 * me.q);
+            *at = make_float2(mine[j][0] + at->x, mine[j][1] + at->y);
         }
     __syncthreads();
     const float scale = exp2_approx(facts[5]) * LN_2;
@@ -1037,20 +1072,19 @@ extern "C" __global__ void __launch_bounds__(256, GRADIENT_BLOCKS)
     for (int j = 0; j < 4; ++j) {
         float2 after = make_float2(0.0f, 0.0f);
 #pragma unroll
-        for (int i = 0; i < 8; ++i)  // dL of later warps, ends of all
+        for (int i = 1; i < 12; ++i)  // dL of later warps, ends of all
             if (i >= 4 || i > me.strip) {
                 const float2 part =
-                    *reinterpret_cast<const float2*>(totals + i * SIDE + 8 * (me.piece + j) + 2 * me.q);
+                    *reinterpret_cast<const float2*>(totals + i * SIDE + 8 * (own.piece + j) + 2 * me.q);
                 after.x += part.x, after.y += part.y;
             }
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
             const int e = 2 * below;
-            const float2 step =
-                log2_step(w + first, stride / 2, row + 8 * below, j, chunk.left, me);
-            x[j][e] = (dL[j][e] + after.x) * step.x * scale;
-            x[j][e + 1] = (dL[j][e + 1] + after.y) * step.y * scale;
+            const float2 step = log2_step(w + place->first, stride / 2, row + 8 * below, j, place->left, own);
+            mine[j][e] = (mine[j][e] + after.x) * step.x * scale;
+            mine[j][e + 1] = (mine[j][e + 1] + after.y) * step.y * scale;
         }
     }
-    store_rows<BF16>(dw + first, stride, staged, x, row, chunk.left, me);
+    store_rows<BF16>(dw + place->first, stride, k_end, mine, row, place->left, own);
 }

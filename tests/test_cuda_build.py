@@ -19,7 +19,7 @@ from rwkv.ops import cuda_build
 
 ROOT = Path(__file__).parent.parent
 PROBES = Path(__file__).parent / "cuda_probes.cu"
-SOURCES = [*sorted(cuda_build.CUDA.glob("*.cu")), PROBES]
+SOURCES = [*sorted(cuda_build.CUDA.glob("*.cu")), *sorted(PROBES.parent.glob("*.cu"))]
 ARCHS = ["sm_80", "sm_90a"]
 
 compiles = pytest.mark.skipif(

@@ -1,5 +1,6 @@
-"""cuda/mma.cuh on the CPU's emulator and on a GPU: tensor-core products, matrix loads, numbers and
-barriers against torch; and that the emulator finds what a kernel must not do."""
+"""cuda/mma.cuh on the CPU's emulator and on a GPU: tensor-core products, those of cuda/tiles.cuh
+too, matrix loads, numbers and barriers against torch; and that the emulator finds what a kernel
+must not do."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from rwkv.ops import cuda_build
 
 compiles = pytest.mark.skipif(bool(emulate.why_not()), reason=str(emulate.why_not()))
 PROBES = Path(__file__).parent / "cuda_probes.cu"
+TILE_PROBES = Path(__file__).parent / "tile_probes.cu"
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
@@ -41,6 +43,13 @@ def probes(request) -> Probes:
     return Probes(cuda_build.load(str(PROBES), {}, torch.device("cuda")), "cuda")
 
 
+@pytest.fixture(params=["cpu", GPU])
+def tile_probes(request) -> Probes:
+    if request.param == "cpu":
+        return Probes(request.getfixturevalue("emulated")(TILE_PROBES, {}), "cpu")
+    return Probes(cuda_build.load(str(TILE_PROBES), {}, torch.device("cuda")), "cuda")
+
+
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -61,6 +70,16 @@ def test_products_of_tf32_fragments_equal_torch(probes):
     want = cut[0] @ cut[1] + c.double()
     *_, got = probes.run("probe_mma_tf32", "ppp", 1, 32, a, b, c)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
+def test_products_of_tiles_equal_torch(tile_probes, dtype):
+    a, b = draw(64, 64).to(dtype), draw(64, 64, seed=1).to(dtype)
+    A, B = a.double(), b.double()
+    want = torch.stack([A @ B.T, A @ B.T, A @ B, 2 * A @ B, A.T @ B, 2 * A.T @ B])
+    name = "probe_tiles_f16" if dtype == torch.float16 else "probe_tiles_bf16"
+    *_, got = tile_probes.run(name, "ppp", 1, 128, a, b, torch.zeros(6, 64, 64), shared=16384)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])

@@ -141,7 +141,7 @@ def test_fingerprints_differ():
         (None, None, r"--tokenizer: cannot be told from the model alone"),
         ("word", 65536, r"--tokenizer word: no such tokenizer; choose world"),
         ("world", 256, r"--tokenizer world: makes 65530 ids, the model's vocabulary has 256"),
-        ("chars:00", 12, r"--tokenizer chars:00: needs at least one character, each only once"),
+        ("chars:00", 12, r"--tokenizer chars:00: has a character twice or none at all"),
         ("bytes:utf-99", 256, r"bytes:utf-99: no such encoding; for example bytes:utf-16-le"),
     ],
 )

@@ -25,9 +25,11 @@ C = N = 64  # tokens of a chunk, channels of a head: cuda/tiles.cuh
 BLOCKS, SCALARS, STAGES = 10 * 512, 68, 3  # cuda/wkv7.cu
 TILE = 2 * C * N
 SUMS = 4 * C * 4  # bytes of sums over each of four groups of rows, float32
-PREPARE_BYTES = 8 * TILE + BLOCKS + SUMS + 64  # of shared memory
-GRADIENT_BYTES = 13 * TILE + BLOCKS + 3 * SUMS + 2 * C * 4 + 128
-FEW_HEADS = 264  # below it a block of a scan owns 16 value rows of a head, from it on all 64
+PREPARE_BYTES = 12 * TILE + BLOCKS + SUMS + 128  # of shared memory
+GRADIENT_BYTES = 13 * TILE + BLOCKS + 3 * SUMS + 3 * C * 4 + 96
+# Below it a block of a scan owns 16 value rows of a head, from it on all 64: of the small blocks
+# three share a multiprocessor, and four times 99 are all that run at once on 132.
+FEW_HEADS = 100
 
 
 class Kernels(NamedTuple):
@@ -140,7 +142,7 @@ def _forward(
     states = r.new_empty((slots, H, N, N) if keep else (0,), dtype=torch.float16)
     exponents = r.new_empty((slots, H, N) if keep else (0,), dtype=torch.float32)
     kernels.prepare(
-        *(slots * H, 4 * 32),
+        *(slots * H, 8 * 32),
         *(r, w, k, v, a, b, y, transition, drive, readout, inverse if keep else None, scalars),
         *(owners, cu_seqlens, T, H),
     )
