@@ -248,8 +248,9 @@ def _check(folder: Path, meta: dict[str, Any], wanted: Wanted) -> None:
         return
     if not meta["normalized"]:
         raise DataError(
-            f"{folder.name}: has no log-sum-exp (it comes from a file of RWKV-LM-RLHF); use "
-            "--kd_loss renormalized, or make scores with python -m data.make_teacher"
+            f"--train_data_file: {folder.name} has no log-sum-exp, as it comes from a file of "
+            "RWKV-LM-RLHF; use --kd_loss renormalized, or make scores with python -m "
+            "data.make_teacher"
         )
     if wanted.temperature not in (1, *meta["temperatures"]):
         known = ", ".join(f"{T:g}" for T in sorted({1.0, *meta["temperatures"]}))

@@ -13,6 +13,7 @@ from peft.lora import LoraLinear
 from rwkv.linear import Linear
 
 TINY = 1e-6  # RWKV-LM-RLHF adds it to its norms
+SMALLEST = torch.finfo(torch.float32).tiny  # a row of zeros has no length to be divided by
 
 
 class DoraLinear(LoraLinear):
@@ -61,7 +62,7 @@ class DoraLinear(LoraLinear):
             + 2 * self.scale * (B * cross).sum(dim=1)
             + self.scale**2 * ((B @ inner) * B).sum(dim=1)
         )
-        return squared.clamp_min(0).sqrt()
+        return squared.clamp_min(0).sqrt().clamp_min(SMALLEST)
 
     def adapted_output(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         factor = self.lora_M.float().squeeze(1) / self.lengths()
@@ -73,7 +74,7 @@ class DoraLinear(LoraLinear):
 
     def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         V = super().merged_weight(dtype)
-        return self.lora_M.to(dtype) * V / V.norm(dim=1, keepdim=True)
+        return self.lora_M.to(dtype) * V / V.norm(dim=1, keepdim=True).clamp_min(SMALLEST)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoraLinear":
         """Follow a move to a device; `squared` keeps float32 under Lightning's bf16-true."""

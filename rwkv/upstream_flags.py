@@ -52,7 +52,7 @@ NO_EFFECT = {
 
 # flag -> (values that leave the feature off, what the feature is, what to do instead)
 ABSENT = {
-    "moe": (("0",), "mixture-of-experts adapters", "drop it; --layer_profile with lora is near"),
+    "moe": (("0",), "a mixture of experts", "drop it; --layer_profile with lora is near"),
     "grpo": (("0",), "GRPO", "drop it; preference objectives are --dpo and --orpo"),
     "zerocot": (("0",), "ZeroCoT", "drop it; preference objectives are --dpo and --orpo"),
     "wpo": (("0",), "WPO", "drop it; --dpo is near"),

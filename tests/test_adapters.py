@@ -74,6 +74,28 @@ def test_fresh_adapter_changes_nothing(mode, storage):
         assert relative(made(x), base(storage)(x)) < 1e-5
 
 
+@pytest.mark.parametrize("storage", ["none", "int8", "fp6"])
+@modes
+def test_rows_of_zeros_give_zeros_and_finite_gradients(mode, storage):
+    """As attention's output is in a new model, whose rows have no direction."""
+    torch.manual_seed(0)
+    layer = Linear(IN, OUT)
+    torch.nn.init.normal_(layer.weight)
+    layer.weight.data[::2] = 0
+    layer.requires_grad_(False)
+    if storage != "none":
+        layer.store_as(make_store(storage, layer.weight))
+    if mode == "pissa" and storage != "none":
+        pytest.skip("it takes directions out before a weight is stored")
+    made = make_adapter(mode, layer, rank=RANK, scale=2.0)
+    y = made(rows())
+    assert y[..., ::2].abs().max() < 1e-5 < y[..., 1::2].abs().max()
+    y.square().sum().backward()
+    for part in made.PARTS:
+        assert getattr(made, part).grad.isfinite().all(), part
+    assert made.merged_weight().isfinite().all()
+
+
 @storages
 @modes
 def test_merged_weight_gives_the_same_output(mode, storage):

@@ -553,6 +553,18 @@ def sft_command(folder: Path, profile: Path, n_layer: int, n_embd: int) -> list[
     return ["" if word == '""' else word for word in text.split()]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_dry_run_plans_for_a_kernel_of_another_machine(good, tmp_path, capsys):
+    words = ["--load_model", str(good / "base.pth"), "--train_data_file", str(good / "train.jsonl")]
+    words += ["--cache_dir", str(tmp_path), "--ctx_len", "64", "--sft", "1", "--fla", "1"]
+    assert cli.run(lambda: train.main([*words, "--dry_run", "1"])) == 0
+    assert "wkv7: --kernel fla cannot run here (fla: needs a GPU" in capsys.readouterr().err
+    assert cli.run(lambda: train.main(words)) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: wkv7: --kernel fla cannot run here (fla: needs a GPU")
+    assert lines[-1].endswith("; use --kernel auto")
+
+
 @pytest.mark.parametrize("name", ["24_TEST_lora.csv", "24_TEST_bone.csv"])
 def test_the_sft_command_of_rwkv_lm_rlhf_starts(assets, tmp_path, capsys, name):
     """Word for word but for sizes and paths, on two blocks of the published models' shape."""

@@ -1,5 +1,6 @@
 """Training from the command line: files written, resuming, stopping, several processes."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import train
 from data.store_cache import StoreSettings, open_store
 from rwkv.checkpoint import load_model, read_metadata, read_tensors, write_tensors
 from rwkv.config import RWKVConfig, default_ranks
+from rwkv.errors import RunError
 from rwkv.init import initialize
 from rwkv.model import RWKV
 from rwkv.tokenizer import load_tokenizer
@@ -354,6 +356,18 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
     assert not (tmp_path / "dry").exists()
     shown = capsys.readouterr().err
     assert "RWKV-7 L2-D32" in shown and "lora" in shown and "8 steps" in shown
+
+
+def test_a_logger_without_its_package(folder, tmp_path, monkeypatch, capsys):
+    """TensorBoard's is asked for; a run goes on without Weights & Biases, and says so."""
+    found = importlib.util.find_spec
+    absent = {"tensorboard", "tensorboardX", "wandb"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in absent else found(n))
+    words = flags(folder, tmp_path / "out", epoch_steps=2, epoch_count=1)
+    with pytest.raises(RunError, match="needs the package tensorboard; pip install"):
+        train.main([*words, "--tensorboard", "1"])
+    assert train.main([*words, "--wandb", "mine"]) == 0
+    assert "--wandb mine: wandb is not installed; logging goes on" in capsys.readouterr().err
 
 
 def test_config_file_gives_flags(folder, tmp_path, capsys):

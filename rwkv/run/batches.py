@@ -67,7 +67,8 @@ def open_preferences(
     if objective == "kto" and not live:
         raise InputError(
             "--kto 1: compares with the model before training on answers that no file has scores "
-            "of; use a profile like layerprofile/lora-adapters-only.json, without --load_adapter"
+            "of; use a profile like layerprofile/lora-adapters-only.json, without --load_adapter, "
+            "--state and --prefix_tuning"
         )
     if objective in REFERENCED:
         base = fingerprint(read_tensors(path)) if path else "new"

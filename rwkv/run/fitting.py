@@ -19,7 +19,7 @@ from peft.flags import StateFlags
 from peft.groups import parameter_groups
 from peft.plan import trained_count
 from rwkv.cli import say
-from rwkv.errors import InputError
+from rwkv.errors import InputError, RunError
 from rwkv.flags import Settings
 from rwkv.generate import generate
 from rwkv.model import RWKV
@@ -178,10 +178,18 @@ def make_evaluation(
 
 
 def make_loggers(settings: Settings, folder: Path) -> list[Any]:
-    """Lightning's loggers beside train_log.jsonl: TensorBoard and Weights & Biases."""
+    """Lightning's loggers beside train_log.jsonl: TensorBoard and Weights & Biases.
+
+    Raises:
+        RunError: TensorBoard's package is missing.
+    """
     flags = settings[EvaluationFlags]
     loggers: list[Any] = []
     if flags.tensorboard:
+        if not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
+            raise RunError(
+                "--tensorboard 1: needs the package tensorboard; pip install tensorboard"
+            )
         from pytorch_lightning.loggers import TensorBoardLogger
 
         loggers.append(TensorBoardLogger(folder, name=None, version="tensorboard"))

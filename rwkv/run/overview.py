@@ -10,6 +10,7 @@ from peft.plan import Plan
 from peft.plan import describe as describe_layers
 from peft.tuned_state import describe_prefix, describe_state
 from rwkv.config import RWKVConfig
+from rwkv.errors import RunError
 from rwkv.flags import Settings
 from rwkv.ops.backends import describe_choice
 from rwkv.run.batches import Batches
@@ -60,7 +61,11 @@ class Run(NamedTuple):
 
 
 def describe(run: Run) -> Iterable[str]:
-    """The plan of a run: model, kernel, what trains, data and steps."""
+    """The plan of a run: model, kernel, what trains, data and steps.
+
+    Raises:
+        RunError: the kernel asked for cannot run here, and the run is no dry one.
+    """
     settings, config, layers, batches, steps, device, _ = run
     plan = batches.training
     data, trainer = settings[DataFlags], settings[TrainerFlags]
@@ -69,14 +74,19 @@ def describe(run: Run) -> Iterable[str]:
         f"model: {config.name}, head size {config.head_size}, vocabulary {config.vocab_size:,}, "
         f"{dtype} on {device.kind}"
     )
-    yield describe_choice(
-        f"wkv{config.version}",
-        (1, plan.micro_bsz * data.ctx_len, config.n_head, config.head_size),
-        device=device.kind,
-        dtype=device.dtype,
-        packed=plan.packing,
-        backend=settings[ModelFlags].backend,
-    )
+    try:
+        yield describe_choice(
+            f"wkv{config.version}",
+            (1, plan.micro_bsz * data.ctx_len, config.n_head, config.head_size),
+            device=device.kind,
+            dtype=device.dtype,
+            packed=plan.packing,
+            backend=settings[ModelFlags].backend,
+        )
+    except RunError as error:
+        if not trainer.dry_run:  # which may plan for another machine
+            raise
+        yield str(error)
     yield from describe_layers(layers, device.dtype)
     start = settings[StateFlags]
     if start.state:
