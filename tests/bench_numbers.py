@@ -44,6 +44,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lengths": "1-50:4,51-60:14,61-66:1",
         "flags": {"micro_bsz": 512, "epoch_steps": 600, "lr_init": 3e-5, "lr_final": 1e-7},
     },
+    "wide": {
+        "lengths": "1-50:40,51-60:140,61-66:9,67-72:1",
+        "flags": {"micro_bsz": 256, "epoch_steps": 330, "lr_init": 3e-5, "lr_final": 1e-7},
+    },
     "kept": {
         "lengths": "1-50:8,51-56:6,57-60:8,61-72:1",
         "flags": {"micro_bsz": 512, "epoch_steps": 600, "lr_init": 3e-5, "lr_final": 1e-7},
