@@ -1,7 +1,11 @@
 """Shared by the tests: random operator inputs, an operator's gradients, and a relative error that
 names what differs."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +87,19 @@ def skip_unless_able(
         choose_backend(op, table, backend, sample, packed)
     except RunError as error:
         pytest.skip(str(error))
+
+
+def pass_in_the_interpreter(file: str, *words: str) -> None:
+    """Pass a file's tests, chosen by pytest's `words`, in a process whose Triton interprets."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", file, "-q", "-p", "no:cacheprovider", *words],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 def assert_close(name: str, got: Tensor, want: Tensor, ratio: float) -> None:

@@ -5,13 +5,10 @@ this file then runs itself in a process of its own (`test_in_the_interpreter`).
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, pass_in_the_interpreter
 from test_recompute import adapted_model
 from torch import Tensor
 
@@ -32,16 +29,7 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"]
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="runs the others where there is no GPU")
 def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        command,
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(__file__)
 
 
 def drawn(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:

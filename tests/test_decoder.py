@@ -6,13 +6,10 @@ process of its own (`test_in_the_interpreter`).
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, pass_in_the_interpreter
 from oracle import random_tensors
 
 from rwkv.checkpoint import load_model, write_tensors
@@ -34,16 +31,7 @@ DRAWN = Sampling(0.8, top_p=0.9, presence_penalty=0.5, frequency_penalty=0.2, pe
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="runs the others where there is no GPU")
 def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        command + ["-k", "triton"],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(__file__, "-k", "triton")
 
 
 def small_model(tmp_path, version: int, *, dtype=torch.float32, backend="auto", **sizes) -> RWKV:

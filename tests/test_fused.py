@@ -7,15 +7,12 @@ what the interpreter shows of the formulas is not shown again there: real sizes,
 """
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import assert_all_close, assert_close
+from helpers import assert_all_close, assert_close, pass_in_the_interpreter
 from torch import Tensor, nn
 
 from rwkv.config import LowRanks, RWKVConfig
@@ -51,17 +48,8 @@ PARTS = ("norm_mix", "wkv7_inputs", "head_output", "")  # by a word in the test'
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="runs the others where there is no GPU")
 @pytest.mark.parametrize("part", range(len(PARTS)), ids=[*PARTS[:-1], "rest"])
 def test_in_the_interpreter(part):
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
     words = [f"not {word}" for word in PARTS[:part]] + [word for word in PARTS[part:][:1] if word]
-    done = subprocess.run(
-        [*command, "-k", " and ".join(words)],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(__file__, "-k", " and ".join(words))
 
 
 def draw(seed: int, dtype: torch.dtype, **shapes: tuple[int, ...]) -> Tensors:

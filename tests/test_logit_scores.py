@@ -6,13 +6,10 @@ chosen before triton is imported, so this file then runs itself in a process of 
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, pass_in_the_interpreter
 from test_sft import V, small_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,16 +34,7 @@ pytestmark = pytest.mark.gpu if ON_GPU else []
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="runs the others where there is no GPU")
 def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "-k", "kernels"],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(__file__, "-k", "kernels")
 
 
 def drawn(n: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,10 @@
 """Adapters' kernels of one pass against torch: on a GPU, and in Triton's interpreter."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, pass_in_the_interpreter
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -17,16 +14,7 @@ pytestmark = pytest.mark.gpu if ON_GPU else []
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="runs the others where there is no GPU")
 def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        command,
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(__file__)
 
 
 @kernels

@@ -6,15 +6,13 @@ in a process of its own (`test_in_the_interpreter`) and skips everything else.
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
     assert_all_close,
     assert_close,
+    pass_in_the_interpreter,
     random_state,
     with_gradients,
     wkv6_inputs,
@@ -45,16 +43,7 @@ DECAYS = {
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="runs the others where there is no GPU")
 def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        command,
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(__file__)
 
 
 def run7(**tensors):

@@ -34,7 +34,6 @@ def text_lengths(cu_seqlens: Tensor) -> list[int]:
     Args:
         cu_seqlens: where each text starts, and the end of the last, [Q + 1].
     """
-
     return known(cu_seqlens, "lengths", lambda: cu_seqlens.diff().tolist())
 
 
