@@ -285,7 +285,8 @@ def published(options: argparse.Namespace) -> None:
         "and offloads": {"limited": True, "offload": True},
         "and small layers": {"limited": False},
     }
-    for kind, numbers in PUBLISHED.items():
+    for kind in options.stores.split(","):
+        numbers = PUBLISHED[kind]
         for shape, number in zip(("1.5B", "2.9B"), numbers, strict=True):
             for name, keys in variants.items():
                 if time.perf_counter() - start > options.seconds:
@@ -323,6 +324,7 @@ def main() -> int:
     some.add_argument("--steps", type=int, default=4)
     some.set_defaults(run=speed)
     some = commands.add_parser("published", help=published.__doc__)
+    some.add_argument("--stores", default=",".join(PUBLISHED), help="commas between")
     some.set_defaults(run=published)
     for name in ("speed", "published"):
         some = commands.choices[name]
