@@ -355,6 +355,8 @@ def test_a_profile_that_is_no_profile(fails, tmp_path):
             ["--grad_cp", "0", "--grad_cp_offload", "1"],
             "moves what --grad_cp keeps, and --grad_cp is",
         ),
+        (["--cuda_graphs", "1"], "--cuda_graphs 1: records a GPU's work, and the model is on cpu"),
+        (["--cuda_graphs", "yess"], "--cuda_graphs yess: is not 1 or 0 or auto; write one"),
         (["--infctx", "1", "--grad_cp_offload", "1"], "--infctx 1 recomputes blocks of one chunk"),
         (["--lr_final", "0"], "an exponential schedule cannot go from 0.0001 to 0"),
         (["--lr_init", "-1"], "--lr_init -1: must be at least 0"),
