@@ -33,6 +33,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -250,13 +251,10 @@ class Training:
     def step(self) -> tuple[Clock, torch.Tensor]:
         clock = Clock(self.device)
         clock.mark()
-        replayed = None if self.graphs is None else self.graphs.replay(self.batch)
-        loss = self.objective(self.model, self.batch)[0] if replayed is None else replayed.loss
+        run = partial(self.objective, self.model) if self.graphs is None else self.graphs
+        loss, _ = run(self.batch)
         clock.mark()
-        if replayed is None:
-            loss.backward()
-        else:
-            replayed.hand_over()
+        loss.backward()
         clock.mark()
         self.optimizer.step()
         self.optimizer.zero_grad()

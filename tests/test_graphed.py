@@ -20,7 +20,7 @@ from rwkv.ops.packing import remember_lengths, text_lengths
 from rwkv.ops.wkv6 import wkv6
 from rwkv.ops.wkv7 import wkv7
 from rwkv.training.flags import OptimizerFlags
-from rwkv.training.graphed import GraphedSteps, Replayed, padded
+from rwkv.training.graphed import GraphedSteps, _HandOver, padded
 from rwkv.training.lit import LitModel
 
 
@@ -76,33 +76,24 @@ def test_empty_texts_change_nothing(op):
         assert torch.equal(got[name][:2] if "state" in name else got[name], value), name
 
 
-class Replays:
-    """Stands for GraphedSteps: what it returns has no history, as what a graph returns."""
+class Replays(GraphedSteps):
+    """Runs the pass where a graph would be replayed, and some passes as usual."""
 
-    def __init__(self, model: nn.Module, objective):
-        self.model, self.objective, self.sums, self.calls = model, objective, {}, 0
+    calls = 0
 
-    def replay(self, batch):
+    def __call__(self, batch):
         self.calls += 1
-        if self.calls % 3 == 2:  # some run as usual
-            return None
-        parameters = list(self.model.parameters())
-        own = [self.sums.setdefault(p, torch.zeros_like(p)) for p in parameters]
-        loss, metrics = self.objective(self.model, batch)
-        for p, into, more in zip(
-            parameters, own, torch.autograd.grad(loss, parameters), strict=True
-        ):
-            if p.grad is None:
-                into.zero_()
-            elif p.grad is not into:
-                into.copy_(p.grad)
-            into += more
-
-        def hand_over():
-            for p, into in zip(parameters, own, strict=True):
-                p.grad = into
-
-        return Replayed(loss.detach(), metrics, hand_over)
+        if self.calls % 3 == 2:
+            return self._objective(self._model, batch)
+        trained = list(self._model.parameters())
+        for p in trained:
+            self._sums.setdefault(p, torch.zeros_like(p))
+        self._begin(trained)
+        loss, metrics = self._objective(self._model, batch)
+        for p, more in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+            self._sums[p] += more
+        anchor = torch.zeros((), requires_grad=True)
+        return _HandOver.apply(anchor, loss.detach(), self._sums, trained), metrics
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -183,17 +174,11 @@ def test_a_graph_gives_the_bits_of_the_pass(version, mode, quant, tmp_path):
             config, PeftFlags(layer_profile=str(profile)), device="cuda", dtype=torch.bfloat16
         )
         model.grad_cp = True
-        graphs, seen, replays = GraphedSteps(model, SFT()), [], 0
+        graphs, seen = GraphedSteps(model, SFT()), []
         trained = [p for p in model.parameters() if p.requires_grad]
         for number, batch in enumerate(batches):
-            replayed = graphs.replay(batch) if graphed else None
-            if replayed is None:
-                loss, metrics = SFT()(model, batch)
-                loss.backward()
-            else:
-                loss, metrics = replayed.loss, replayed.metrics
-                replayed.hand_over()
-                replays += 1
+            loss, metrics = graphs(batch) if graphed else SFT()(model, batch)
+            loss.backward()
             seen += [loss.detach(), *metrics.values()]
             if number % 2:
                 seen += [p.grad.clone() for p in trained if p.grad is not None]
@@ -202,7 +187,9 @@ def test_a_graph_gives_the_bits_of_the_pass(version, mode, quant, tmp_path):
                         if p.grad is not None:
                             p -= 0.1 * p.grad
                 model.zero_grad()
-        assert replays == (len(batches) - 1) * graphed, graphs.failed
+            del loss  # whose history would keep a node of each parameter from stream to stream
+        assert not graphs.failed
+        assert [held is not None for held in graphs._recorded.values()] == [True] * graphed
         found.append(seen)
     for got, want in zip(*found, strict=True):
         assert torch.equal(got, want)
@@ -220,8 +207,10 @@ def test_a_step_that_waits_for_the_gpu_goes_on_without(capsys):
     graphs = GraphedSteps(model, waits)
     some = torch.ones(1, 4, dtype=torch.int64, device="cuda")
     batch = TokenBatch(some, some, some > 0, None, some.sum(), torch.arange(4, device="cuda"))
-    assert graphs.replay(batch) is None and graphs.replay(batch) is None
-    assert graphs.failed and "cannot be recorded" in capsys.readouterr().err
-    loss, _ = waits(model, batch)
-    loss.backward()
-    assert model.weight.grad is not None and graphs.replay(batch) is None
+    for _ in range(3):
+        loss, _ = graphs(batch)
+        loss.backward()
+        assert model.weight.grad is not None
+        model.zero_grad()
+        del loss
+    assert graphs.failed and capsys.readouterr().err.count("cannot be recorded") == 1

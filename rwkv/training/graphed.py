@@ -23,14 +23,6 @@ FEWEST_TEXTS = 8  # packed texts are rounded up to a power of two from here
 UNSCORED = -1  # a target that scores nothing: see losses.logprobs
 
 
-class Replayed(NamedTuple):
-    """What a replayed micro-batch gives; its gradients are there once `hand_over` is called."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-    hand_over: Callable[[], None]
-
-
 class _Recorded(NamedTuple):
     """A graph, where it reads its batch, the loss and metrics it writes, and what it trains."""
 
@@ -66,8 +58,28 @@ class GraphedSteps:
         self._pool: Any = None
         self.failed = ""
 
-    def replay(self, batch: TokenBatch) -> Replayed | None:
-        """Run a micro-batch that `padded` gave; None where it is to be run as usual."""
+    def __call__(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the objective gives for a micro-batch.
+
+        After a replay the gradients are there already; the loss's backward pass, whose own
+        gradient must be 1, hands them over to the parameters.
+        """
+        batch = padded(batch)
+        recorded = self._recording(batch)
+        if recorded is None:
+            return self._objective(self._model, batch)
+        for into, field in zip(recorded.batch, batch, strict=True):
+            if into is not None and field is not None:
+                into.copy_(field)
+        self._begin(recorded.trained)
+        recorded.graph.replay()
+        metrics = {name: value.clone() for name, value in recorded.metrics.items()}
+        anchor = recorded.loss.new_zeros((), requires_grad=True)
+        loss: Tensor = _HandOver.apply(anchor, recorded.loss, self._sums, recorded.trained)
+        return loss, metrics
+
+    def _recording(self, batch: TokenBatch) -> _Recorded | None:
+        """The graph of a batch's shape; None where it is to be run as usual."""
         key = tuple(None if field is None else field.shape for field in batch)
         if self.failed or batch.places is None:
             return None
@@ -75,19 +87,9 @@ class GraphedSteps:
             if len(self._recorded) < MOST:
                 self._recorded[key] = None
             return None
-        recorded = self._recorded[key]
-        if recorded is None:
-            recorded = self._recorded[key] = self._record(batch)
-            if recorded is None:
-                return None
-        for into, field in zip(recorded.batch, batch, strict=True):
-            if into is not None and field is not None:
-                into.copy_(field)
-        self._begin(recorded.trained)
-        recorded.graph.replay()
-        metrics = {name: value.clone() for name, value in recorded.metrics.items()}
-        trained = recorded.trained
-        return Replayed(recorded.loss.clone(), metrics, lambda: self._hand_over(trained))
+        if self._recorded[key] is None:
+            self._recorded[key] = self._record(batch)
+        return self._recorded[key]
 
     def _record(self, batch: TokenBatch) -> _Recorded | None:
         """Record the work on a batch, without doing it."""
@@ -130,9 +132,30 @@ class GraphedSteps:
         if empty:
             torch._foreach_zero_(empty)
 
-    def _hand_over(self, trained: Sequence[nn.Parameter]) -> None:
-        for parameter in trained:
-            parameter.grad = self._sums[parameter]
+
+class _HandOver(torch.autograd.Function):
+    """The loss of a replay; its backward pass lets parameters have the sums as gradients.
+
+    Not before, for Lightning forgets all gradients between a step's first forward and backward
+    pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        loss: Tensor,
+        sums: dict[nn.Parameter, Tensor],
+        trained: list[nn.Parameter],
+    ) -> Tensor:
+        ctx.sums, ctx.trained = sums, trained
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        for parameter in ctx.trained:
+            parameter.grad = ctx.sums[parameter]
+        return None, None, None, None
 
 
 def padded(batch: TokenBatch) -> TokenBatch:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -59,6 +60,8 @@ def all_ranks(devices: int, num_nodes: int, folder: Path) -> Iterator[None]:
     if is_started_elsewhere() or is_child():
         if is_child():
             threading.Thread(target=_leave_with_parent, daemon=True).start()
+        else:
+            _meet_anew()
         try:
             yield
         except BaseException:
@@ -200,6 +203,20 @@ def _leave_with_parent() -> None:
     """End this process when the one that started it is gone, even by kill -9."""
     os.read(0, 1)  # nothing is ever written: it returns when the pipe's other end is closed
     os._exit(1)
+
+
+_meetings = count()
+
+
+def _meet_anew() -> None:
+    """Have the processes of torchrun meet at a port of their own from their second run on.
+
+    In torchrun's own store they would read what the group of the run before has left there.
+    """
+    number = next(_meetings)
+    if number and "TORCHELASTIC_RUN_ID" in os.environ:
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
 
 
 def _leave_group() -> None:

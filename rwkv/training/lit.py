@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from rwkv.errors import InputError
 from rwkv.ops.packing import remember_lengths, text_lengths
 from rwkv.training.flags import OptimizerFlags
-from rwkv.training.graphed import GraphedSteps, Replayed, padded
+from rwkv.training.graphed import GraphedSteps
 from rwkv.training.optimizer import make_optimizer
 from rwkv.training.strategy import scatter
 
@@ -103,7 +103,6 @@ class LitModel(pl.LightningModule):
         self.groups, self.flags, self.strategy = groups, flags, strategy
         self.loader, self.first_step = loader, first_step
         self.graphs = graphs
-        self._replayed: Replayed | None = None
         self.step_sums: dict[str, Tensor] = {}
         self.gradient_norm: Tensor | None = None
 
@@ -132,30 +131,14 @@ class LitModel(pl.LightningModule):
         return moved
 
     def training_step(self, batch: Any, index: int) -> Tensor:
-        replayed: Replayed | None = None
-        if self.graphs is not None:
-            batch = padded(batch)
-            replayed = self.graphs.replay(batch)
-        self._replayed = replayed
-        if replayed is None:
+        if self.graphs is None:
             loss, metrics = self.objective(self.model, batch)
         else:
-            loss, metrics = replayed.loss, replayed.metrics
+            loss, metrics = self.graphs(batch)
         for name, value in {"loss": loss.detach(), **metrics}.items():
             held = self.step_sums.get(name)
             self.step_sums[name] = value if held is None else held + value
         return loss * self._divided_by()
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Lightning's, or what stands for it after a replay, which has run the backward pass.
-
-        What Lightning divides by has been multiplied back, so that a graph's gradients are right.
-        """
-        if self._replayed is None:
-            super().backward(loss, *args, **kwargs)
-        else:
-            self._replayed.hand_over()
-            self._replayed = None
 
     def _divided_by(self) -> int:
         """What the trainer divides a gradient by between here and the optimizer."""
