@@ -89,6 +89,7 @@ def make_texts(folder: Path) -> None:
     (folder / "val.jsonl").write_text("".join(rows[::10][:5]))
 
 
+KERNELS = {"gpu": ("cuda", "triton", "fla", "torch"), "cpu": ("torch", "reference")}
 DATA = {"quickstart": make_quickstart, "texts": make_texts}
 
 
@@ -256,9 +257,8 @@ def draw(curves: dict[str, Curve], picture: Path) -> None:
 def main() -> int:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    usual = ["cuda", "triton", "fla", "torch"] if on_gpu else ["torch", "reference"]
     parser.add_argument("--work", type=Path, required=True, help="folder for data and runs")
-    parser.add_argument("--kernels", nargs="+", choices=BACKENDS, default=usual, metavar="KERNEL")
+    parser.add_argument("--kernels", nargs="+", choices=BACKENDS, metavar="KERNEL")
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rows", type=int, default=2, help="of 512 tokens, a step")
@@ -269,8 +269,8 @@ def main() -> int:
     options = parser.parse_args()
     options.on_gpu = options.device == "gpu"
     work = options.work.resolve()
-    runs = {kernel: {"kernel": kernel} for kernel in options.kernels}
-    first = options.kernels[0]
+    first, *_ = kernels = options.kernels or KERNELS[options.device]
+    runs: dict[str, dict[str, Any]] = {kernel: {"kernel": kernel} for kernel in kernels}
     runs[f"{first}, row by row"] = {
         "kernel": first,
         "micro_bsz": 1,
