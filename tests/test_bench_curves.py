@@ -38,8 +38,8 @@ def test_curves_are_judged_by_the_first_that_trained(tmp_path, capsys):
     bench_curves.compare("quickstart", curves, tmp_path / "curves.png")
     out = capsys.readouterr().out
     assert "| cuda |  |  |  |  | 1 | error: no GPU |" in out
-    assert "| triton | 0.50% at 20 |" in out and "| 0.1000 |" in out
-    assert "of torch, within 1%: triton; not within 1%: fla" in out
+    assert "| triton | 0.5% at 20 |" in out and "| 0.1 |" in out
+    assert "unfinished: cuda, fla; within 1% of torch: triton; not within 1% of torch: fla" in out
     assert (tmp_path / "curves.png").stat().st_size > 0
 
 
@@ -73,4 +73,4 @@ def test_a_kernel_that_cannot_run_costs_only_its_own_line(tmp_path, monkeypatch,
     assert bench_curves.main() == 0
     out = capsys.readouterr().out
     assert "error: wkv7: --kernel fla cannot run here" in out
-    assert "of torch, within 1%: torch, row by row" in out
+    assert "unfinished: fla; within 1% of torch: torch row by row" in out
