@@ -441,15 +441,15 @@ def resume_across(bench: Bench) -> None:
         copy(bench, f"half {strategy}", f"half {strategy} on one")
         on_one.append(Run(f"half {strategy} on one", one | {"strategy": "auto"}))
         copy(bench, "half auto", f"half auto on {strategy}")
-        on_two.append(Run(f"half auto on {strategy}", two | {"strategy": strategy}))
-        if strategy != DDP:
-            on_two.append(Run(f"half {strategy}", two | {"strategy": strategy}))
-    with ThreadPoolExecutor(1 if bench.cpu else 2) as pool:
+        names = (f"half auto on {strategy}", f"half {strategy}")
+        on_two.append([Run(name, two | {"strategy": strategy}) for name in names])
+    with ThreadPoolExecutor(1 if bench.cpu else 6) as pool:
         pool.submit(bench.go_on, "resume-on-one", on_one, 1, 100, "0")
-        pool.submit(bench.go_on, "resume-on-two", on_two, 2, 100, "0,1")
+        for strategy, runs in zip((DDP, *STAGES), on_two, strict=True):
+            pool.submit(bench.go_on, f"resume-on-{strategy}", runs, 2, 100, "0,1")
     want = [line["loss"] for line in bench.log("SFT full auto")]
     rows = []
-    for run in (*on_one, *on_two):
+    for run in (*on_one, *sum(on_two, [])):
         losses = [line["loss"] for line in bench.log(run.name)]
         rows.append([run.name, farthest(losses, want), bench.error(run.name)])
     bench.table(
