@@ -220,8 +220,17 @@ def _meet_anew() -> None:
 
 
 def _leave_group() -> None:
-    """Take leave of the other ranks, which NCCL waits for: all do it before any waits otherwise."""
-    if torch.distributed.is_initialized():
+    """Take leave of the other ranks, which NCCL waits for: all do it before any waits otherwise.
+
+    DeepSpeed forgets its groups too, for this process may have a next run.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    comm = sys.modules.get("deepspeed.comm.comm")
+    if comm is not None and comm.cdb is not None:
+        comm.destroy_process_group()
+        comm.cdb = None
+    else:
         torch.distributed.destroy_process_group()
 
 
