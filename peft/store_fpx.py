@@ -30,8 +30,8 @@ class PackedFloatStore(Store):
     """A weight as codes of 6 or 5 bits.
 
     Weights are taken row after row, padded with zeros to a whole number of blocks. A block's scale
-    is the one of SCALES with the least squared error: the largest weight lies at the format's top or
-    below it, where most of the block may meet narrower steps.
+    is the one of SCALES with the least squared error: the largest weight lies at the format's top
+    or below it, where most of the block may meet narrower steps.
 
     low: [weights / 2], uint8, the lower 4 bits of two weights, the first in the lower half.
     high: the other 2 bits of four weights or 1 bit of eight, uint8, in the same order.

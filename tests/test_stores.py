@@ -17,6 +17,7 @@ from peft.plan import Plan
 from peft.quantize import main
 from peft.quantized import read_store
 from peft.store import Store
+from peft.store_bnb import _table
 from peft.store_fp8 import LARGEST, TINY, native_gradient, native_product, to_e4m3
 from peft.store_fpx import BLOCK, FORMATS, SCALES, PackedFloatStore
 from peft.stores import STORES, make_store, store_class, stored_size
@@ -132,6 +133,18 @@ def test_a_store_is_restored_bit_for_bit(kind):
     again = store_class(kind).restored(kind, store.tensors(), shape=store.shape, dtype=store.dtype)
     assert torch.equal(again.dense(torch.float32), store.dense(torch.float32))
     assert (again.shape, again.dtype, again.bytes()) == (store.shape, store.dtype, store.bytes())
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 96), (8, 224), (3, 22), (7, 37)], ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_blocks_of_4_bits_run_on_from_row_to_row(kind, shape):
+    """Each code looked up and multiplied by hand; bitsandbytes 0.50's CPU kernel counts by rows."""
+    w = weight(shape=shape) * torch.logspace(-2, 2, shape[0]).unsqueeze(1)
+    store = make_store(kind, w)
+    codes = torch.stack([store.codes >> 4, store.codes & 15], dim=-1).flatten()[: w.numel()].long()
+    scale = store.scale.repeat_interleave(64)[: w.numel()]
+    by_hand = _table(kind, w.device)[codes] * scale
+    torch.testing.assert_close(store.dense(torch.float32).flatten(), by_hand, rtol=1e-6, atol=0)
 
 
 def test_int8_error_bound():
