@@ -16,7 +16,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -147,6 +147,7 @@ def weights_of(model: RWKV | None, device: str) -> list[torch.Tensor]:
 def errors(options: argparse.Namespace) -> None:
     """Errors of weights and outputs beside the bound, KL of a model's logits, gradient cosines."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    stores = options.stores.split(",")
     found = {"random": weights_of(None, device)}
     if options.model:
         model = load_frozen(options.model, device=device, dtype=torch.float32)
@@ -154,7 +155,7 @@ def errors(options: argparse.Namespace) -> None:
     print(f"{device}; root mean square, relative; bound: the most that the format allows")
     heads = [head for name in found for head in (f"{name}: weight", "bound", "output")]
     print(f"{'storage':<12}" + "".join(f"{head:>{max(len(head) + 2, 9)}}" for head in heads))
-    for kind in STORES:
+    for kind in stores:
         cells = [cell for weights in found.values() for cell in layer_errors(kind, weights)]
         shown = zip(cells, heads, strict=True)
         print(
@@ -174,6 +175,7 @@ def errors(options: argparse.Namespace) -> None:
         lambda flags, dtype: random_with_profile(config, flags, dtype=dtype, **keys)[0],
         tokens_of(options.vocabulary, "", options),
         device,
+        stores,
     )
     if options.model:
         whole_models(
@@ -181,6 +183,7 @@ def errors(options: argparse.Namespace) -> None:
             lambda flags, dtype: load_with_profile(options.model, flags, dtype=dtype, **keys)[0],
             tokens_of(model.config.vocab_size, options.text, options),
             device,
+            stores,
         )
 
 
@@ -258,6 +261,7 @@ def whole_models(
     make: Callable[[PeftFlags, torch.dtype], RWKV],
     tokens: tuple[torch.Tensor, torch.Tensor],
     device: str,
+    stores: Sequence[str] = tuple(STORES),
 ) -> None:
     """A model over each storage: KL of its logits, cosine of the adapters' gradients.
 
@@ -272,6 +276,7 @@ def whole_models(
         make: it, from profile and dtype.
         tokens: as of tokens_of.
         device: to run on.
+        stores: the storages.
     """
     dtypes = [torch.bfloat16, torch.float32]
     dtype, other = dtypes if device == "cuda" else dtypes[::-1]
@@ -307,7 +312,7 @@ def whole_models(
         f"{'storage':<15}  KL nats  top-1  cosine of gradients  least of a tensor  "
         "weight error  (1 - cosine) / its square"
     )
-    for kind in ("none", *STORES):
+    for kind in ("none", *stores):
         model, found, got = run(kind, other if kind == "none" else dtype)
         kl = F.kl_div(found, exact, log_target=True, reduction="batchmean").item()
         top = (found.argmax(-1) == exact.argmax(-1)).float().mean().item()
@@ -399,6 +404,7 @@ def main() -> int:
     some.add_argument("--tokens", type=int, default=512)
     some.add_argument("--context", type=int, default=128, help="tokens that are read before these")
     some.add_argument("--text", default="", help="a file whose bytes --model reads; else random")
+    some.add_argument("--stores", default=",".join(STORES), help="commas between")
     some.set_defaults(run=errors)
     some = commands.add_parser("speed", help=speed.__doc__)
     some.add_argument("--shapes", default="1.5B,2.9B,7.2B")

@@ -38,9 +38,9 @@ ERROR = {
     "fp4": 0.1221,
     "int8": 0.0079,
     "fp8": 0.0264,
-    "fp6": 0.0450,
-    "fp6_e2m3": 0.0240,
-    "fp5": 0.0487,
+    "fp6": 0.0436,
+    "fp6_e2m3": 0.0234,
+    "fp5": 0.0476,
 }
 BITS = {"nf4": 4.5, "nf4_double": 4.15, "fp4": 4.5, "int8": 8.1, "fp8": 8.1, "fp5": 5.3}
 BITS |= {"fp6": 6.3, "fp6_e2m3": 6.3}
@@ -183,7 +183,7 @@ def test_a_weight_goes_to_the_nearest_value(kind):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_block_has_the_best_of_the_scales_that_are_tried(kind):
-    """Each scale of SCALES by itself, the nearest value written out; none clips."""
+    """Each scale of SCALES by itself, the nearest value written out."""
     w = weight(shape=(16, 64))
     store = make_store(kind, w)
     assert isinstance(store, PackedFloatStore)
@@ -194,9 +194,9 @@ def test_a_block_has_the_best_of_the_scales_that_are_tried(kind):
         nearest = (w.unsqueeze(-1) - scaled.unsqueeze(1)).abs().amin(dim=-1)
         errors.append(nearest.square().sum(dim=1))
     got = (w - store.dense(torch.float32)).square().sum(dim=1)
-    torch.testing.assert_close(got, torch.stack(errors).amin(dim=0))
-    assert min(SCALES[kind]) == 1
-    assert len({min(range(3), key=lambda n: errors[n][row]) for row in range(16)}) > 1
+    best = torch.stack(errors).min(dim=0)
+    torch.testing.assert_close(got, best.values, rtol=1e-3, atol=0)  # chosen on float16
+    assert SCALES[kind][0] == 1 and len(best.indices.unique()) > 2
 
 
 def test_native_fp8_products_are_near_the_dense_ones():
