@@ -54,14 +54,17 @@ class FourBitStore(Store):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         out: Tensor = _functional().dequantize_4bit(self.codes, self._state(dtype))
-        return out
+        return out.view(self.shape)
 
     def _state(self, dtype: torch.dtype) -> Any:
         functional = _functional()
         buffers = self.tensors()
+        # bitsandbytes' CPU kernel (0.50) starts a block at each row: here a row is a block
+        total = self.shape[0] * self.shape[1]
+        rows = (1, total) if total % BLOCK else (total // BLOCK, BLOCK)
         first = functional.QuantState(
             absmax=buffers["scale"],
-            shape=torch.Size(self.shape),
+            shape=torch.Size(rows),
             code=_table(_table_name(self.kind), self.codes.device),
             blocksize=BLOCK,
             quant_type=_table_name(self.kind),

@@ -6,22 +6,25 @@
     python -m tests.bench_stores published                RWKV-PEFT's table of memory, on a GPU
 
 The last two begin nothing more after 110 seconds (--seconds); `speed` wants one call a shape.
-Weights are random numbers but for those of --model. Reserved memory is that of segments that grow,
-as in training; with PYTORCH_ALLOC_CONF=expandable_segments:False it is that of torch's own way.
+Weights are random numbers but for those of --model; of these, the first table leaves out weights
+that are all zeros, as in blocks that a model does not use. Reserved memory is that of segments that
+grow, as in training; with PYTORCH_ALLOC_CONF=expandable_segments:False it is that of torch's own
+way.
 """
 
 import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from peft import store_fp8
-from peft.apply import load_frozen, random_with_profile
+from peft.apply import load_frozen, load_with_profile, random_with_profile
+from peft.flags import PeftFlags
 from peft.memory import GIB
 from peft.store_bnb import BLOCK as FOUR_BIT_BLOCK
 from peft.store_fpx import BLOCK as FLOAT_BLOCK
@@ -133,49 +136,71 @@ def bound(kind: str, weight: torch.Tensor) -> float:
 
 
 def weights_of(model: RWKV | None, device: str) -> list[torch.Tensor]:
-    """Linear weights to store: a model's, or Gaussian ones."""
+    """Linear weights to store: a model's that are not all zeros, or Gaussian ones."""
     if model is None:
         draw = torch.Generator(device).manual_seed(0)
         return [torch.randn(512, 1024, generator=draw, device=device) * 0.02]
     found = [m.weight.detach() for m in model.blocks.modules() if isinstance(m, Linear)]
-    return [w for w in found if w is not None and w.numel() % FLOAT_BLOCK == 0]
+    return [w for w in found if w.numel() % FLOAT_BLOCK == 0 and w.any()]
 
 
 def errors(options: argparse.Namespace) -> None:
     """Errors of weights and outputs beside the bound, KL of a model's logits, gradient cosines."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = (
-        load_frozen(options.model, device=device, dtype=torch.float32) if options.model else None
-    )
-    name = Path(options.model).name if options.model else ""
-    tokens = torch.randint(
-        model.config.vocab_size if model else 2,
-        (1, 256),
-        generator=torch.Generator().manual_seed(0),
-    ).to(device)
-    exact = logits_of(model, tokens) if model else None
+    stores = options.stores.split(",")
+    found = {"random": weights_of(None, device)}
+    if options.model:
+        model = load_frozen(options.model, device=device, dtype=torch.float32)
+        found[Path(options.model).name] = weights_of(model, device)
     print(f"{device}; root mean square, relative; bound: the most that the format allows")
-    heads = ["random: weight", "bound", "output"]
-    heads += [f"{name}: weight", "bound", "output", "KL nats", "top-1"] if model else []
+    heads = [head for name in found for head in (f"{name}: weight", "bound", "output")]
     print(f"{'storage':<12}" + "".join(f"{head:>{max(len(head) + 2, 9)}}" for head in heads))
-    for kind in STORES:
-        cells = layer_errors(kind, weights_of(None, device))
-        if model:
-            cells += layer_errors(kind, weights_of(model, device))
-            stored = load_frozen(options.model, device=device, dtype=torch.float32)
-            for layer in stored.blocks.modules():
-                if isinstance(layer, Linear) and layer.weight is not None:
-                    layer.store_as(make_store(kind, layer.weight))
-            found = logits_of(stored, tokens)
-            kl = F.kl_div(
-                found.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="batchmean"
-            )
-            cells += [kl.item(), (found.argmax(-1) == exact.argmax(-1)).float().mean().item()]
+    for kind in stores:
+        cells = [cell for weights in found.values() for cell in layer_errors(kind, weights)]
         shown = zip(cells, heads, strict=True)
         print(
             f"{kind:<12}" + "".join(f"{c:>{max(len(h) + 2, 9)}.4f}" for c, h in shown), flush=True
         )
-    whole_models(options, device)
+    config = RWKVConfig(
+        version=7,
+        n_layer=options.layers,
+        n_embd=options.channels,
+        dim_ffn=4 * options.channels,
+        vocab_size=options.vocabulary,
+        ranks=default_ranks(7, options.channels),
+    )
+    keys = {"device": device, "backend": "auto"}
+    whole_models(
+        f"{config.name}, random",
+        lambda flags, dtype: random_with_profile(config, flags, dtype=dtype, **keys)[0],
+        tokens_of(options.vocabulary, "", options),
+        device,
+        stores,
+    )
+    if options.model:
+        whole_models(
+            Path(options.model).name,
+            lambda flags, dtype: load_with_profile(options.model, flags, dtype=dtype, **keys)[0],
+            tokens_of(model.config.vocab_size, options.text, options),
+            device,
+            stores,
+        )
+
+
+def tokens_of(
+    vocabulary: int, text: str, options: argparse.Namespace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is read before, [1, context], and after it with one more to predict, [1, tokens + 1].
+
+    They are a file's first bytes, or random without one.
+    """
+    count = options.context + options.tokens + 1
+    if text:
+        tokens = torch.tensor([*Path(text).read_bytes()[:count]]).unsqueeze(0)
+    else:
+        draw = torch.Generator().manual_seed(1)
+        tokens = torch.randint(vocabulary, (1, count), generator=draw)
+    return tokens[:, : options.context], tokens[:, options.context :]
 
 
 def layer_errors(kind: str, weights: list[torch.Tensor]) -> list[float]:
@@ -191,54 +216,116 @@ def layer_errors(kind: str, weights: list[torch.Tensor]) -> list[float]:
     return [statistics.mean(column) for column in zip(*rows, strict=True)]
 
 
-@torch.no_grad()
-def logits_of(model: RWKV, tokens: torch.Tensor) -> torch.Tensor:
-    return model.logits(model(tokens)[0])[0].float()
+class RoundedFp8(store_fp8.Fp8Store):
+    """An fp8 store whose products round activations and gradients as 8-bit tensor cores do.
+
+    In float32, on any device.
+    """
+
+    def forward_product(self, x: torch.Tensor) -> torch.Tensor:
+        codes, scale = store_fp8.to_e4m3(x.flatten(0, -2))
+        return F.linear((codes.float() * scale).view(x.shape), self.dense(torch.float32))
+
+    def backward_product(self, grad: torch.Tensor) -> torch.Tensor:
+        codes, scale = store_fp8.to_e4m3(grad.flatten(0, -2), self.scale.T)
+        return (codes.float() * scale @ self.codes.float()).unflatten(0, grad.shape[:-1])
 
 
-def whole_models(options: argparse.Namespace, device: str) -> None:
-    """A random model over each storage: KL of its logits, cosine of the adapters' gradients."""
-    layers, channels = options.layers, options.channels
-    config = RWKVConfig(
-        version=7,
-        n_layer=layers,
-        n_embd=channels,
-        dim_ffn=4 * channels,
-        vocab_size=options.vocabulary,
-        ranks=default_ranks(7, channels),
-    )
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    tokens = torch.randint(
-        options.vocabulary, (1, options.tokens + 1), generator=torch.Generator().manual_seed(1)
-    )
+def round_in_float32(model: RWKV) -> None:
+    """Let fp8 stores round what they multiply, where their own products dequantize."""
+    for layer in model.modules():
+        store = getattr(layer, "store", None)
+        if isinstance(layer, Linear) and isinstance(store, store_fp8.Fp8Store):
+            parts, keys = store.tensors(), {"shape": store.shape, "dtype": store.dtype}
+            layer.store_as(RoundedFp8.restored(store.kind, parts, **keys))
 
-    def run(kind: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Log-probabilities [T, V], and the gradient of each adapter."""
-        torch.manual_seed(2)
+
+def cosine_of(got: torch.Tensor, want: torch.Tensor) -> float:
+    """In float64: sums of millions of squares."""
+    return F.cosine_similarity(got.double(), want.double(), dim=0).item()
+
+
+def weight_error(model: RWKV, plain: RWKV) -> float:
+    """Relative error of all stored weights together."""
+    wrong = size = 0.0
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear) and layer.store is not None:
+            want = plain.get_submodule(name).dense_weight()
+            wrong += (layer.dense_weight() - want).square().sum().item()
+            size += want.square().sum().item()
+    return (wrong / size) ** 0.5 if size else 0.0
+
+
+def whole_models(
+    name: str,
+    make: Callable[[PeftFlags, torch.dtype], RWKV],
+    tokens: tuple[torch.Tensor, torch.Tensor],
+    device: str,
+    stores: Sequence[str] = tuple(STORES),
+) -> None:
+    """A model over each storage: KL of its logits, cosine of the adapters' gradients.
+
+    Both are taken behind a context. At a text's first token the wkv state holds one outer product,
+    so that the head's norm reads (r k) v and gives little more than the sign of r k: where that is
+    near 0, one head's gradient outweighs a tensor, in bfloat16 without any storage too.
+
+    On a GPU all is bfloat16, on a CPU float32; the other of them is the first row, without storage.
+
+    Args:
+        name: of the model.
+        make: it, from profile and dtype.
+        tokens: as of tokens_of.
+        device: to run on.
+        stores: the storages.
+    """
+    dtypes = [torch.bfloat16, torch.float32]
+    dtype, other = dtypes if device == "cuda" else dtypes[::-1]
+    context, scored = (part.to(device) for part in tokens)
+
+    def run(
+        kind: str, cast: torch.dtype = dtype
+    ) -> tuple[RWKV, torch.Tensor, dict[str, torch.Tensor]]:
+        """The model, log-probabilities [T, V], and the gradient of each adapter."""
         setting = Setting("0.4B", quant=kind, limited=True, rank=16)
-        model, _ = random_with_profile(config, peft_flags(setting), device=device, dtype=dtype)
+        torch.manual_seed(2)
+        model = make(peft_flags(setting), dtype)
+        if dtype == torch.float32:  # where fp8 stores dequantize instead of rounding
+            round_in_float32(model)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        for parameter in trained.values():  # both factors away from 0
-            torch.nn.init.normal_(parameter, std=0.02)
-        hidden = model(tokens[:, :-1].to(device))[0]
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for parameter in trained.values():  # both factors away from 0
+                torch.nn.init.normal_(parameter, std=0.02)
+            if cast != dtype:
+                model.to(cast)
+            state = model(context)[1] if context.shape[1] else None
+        hidden = model(scored[:, :-1], state)[0]
         found = model.logits(hidden)[0].float().log_softmax(-1)
-        F.nll_loss(found, tokens[0, 1:].to(device)).backward()
-        return found.detach(), {
-            n: p.grad.float().flatten() for n, p in trained.items() if p.grad is not None
-        }
+        F.nll_loss(found, scored[0, 1:]).backward()
+        grads = {n: p.grad.float().flatten() for n, p in trained.items() if p.grad is not None}
+        return model, found.detach(), grads
 
-    exact, want = run("none")
+    plain, exact, want = run("none")
     print(
-        f"whole models, {config.name}, random, LoRA of rank 16, {options.tokens} tokens, {dtype}:\n"
-        f"{'storage':<12}  KL nats  top-1  cosine of gradients  least of a tensor"
+        f"whole models, {name}, LoRA of rank 16, {scored.shape[1] - 1} tokens behind "
+        f"{context.shape[1]}, {dtype}:\n"
+        f"{'storage':<15}  KL nats  top-1  cosine of gradients  least of a tensor  "
+        "weight error  (1 - cosine) / its square"
     )
-    for kind in STORES:
-        found, got = run(kind)
+    for kind in ("none", *stores):
+        model, found, got = run(kind, other if kind == "none" else dtype)
         kl = F.kl_div(found, exact, log_target=True, reduction="batchmean").item()
         top = (found.argmax(-1) == exact.argmax(-1)).float().mean().item()
-        whole = F.cosine_similarity(torch.cat([*got.values()]), torch.cat([*want.values()]), dim=0)
-        least = min(F.cosine_similarity(got[n], want[n], dim=0).item() for n in want)
-        print(f"{kind:<12}{kl:9.5f}{top:7.3f}{whole.item():21.4f}{least:19.4f}", flush=True)
+        whole = cosine_of(torch.cat([*got.values()]), torch.cat([*want.values()]))
+        least = min(cosine_of(got[n], want[n]) for n in want if want[n].any())
+        error = weight_error(model, plain)
+        del model
+        print(
+            f"{f'none, {other}'.replace('torch.', '') if kind == 'none' else kind:<15}{kl:9.5f}"
+            f"{top:7.3f}{whole:21.4f}{least:19.4f}{error:14.4f}"
+            + (f"{(1 - whole) / error**2:27.1f}" if error else ""),
+            flush=True,
+        )
 
 
 def speed(options: argparse.Namespace) -> None:
@@ -315,6 +402,9 @@ def main() -> int:
     some.add_argument("--channels", type=int, default=1024)
     some.add_argument("--vocabulary", type=int, default=65536)
     some.add_argument("--tokens", type=int, default=512)
+    some.add_argument("--context", type=int, default=128, help="tokens that are read before these")
+    some.add_argument("--text", default="", help="a file whose bytes --model reads; else random")
+    some.add_argument("--stores", default=",".join(STORES), help="commas between")
     some.set_defaults(run=errors)
     some = commands.add_parser("speed", help=speed.__doc__)
     some.add_argument("--shapes", default="1.5B,2.9B,7.2B")
