@@ -83,7 +83,7 @@ class _BlockAffine(torch.autograd.Function):
         if unread:
             return unread_output(x, layer.out_features, residual)
         mixed, total = mix(x.reshape(-1, x.shape[-1]), bone.to(x.dtype))
-        out = layer.product(mixed.view(x.shape), residual)
+        out = layer.product_beside(mixed.view(x.shape), residual)
         add_to_blocks(out.view(-1, layer.out_features), total)
         return out
 

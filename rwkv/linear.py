@@ -5,7 +5,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rwkv.ops.activation import squared_relu
 
@@ -20,12 +19,16 @@ class WeightStore(Protocol):
 
     kind: str
 
-    def forward_product(self, x: Tensor) -> Tensor:
-        """x W^T, without history: [..., in] -> a new tensor [..., out]."""
+    def adds_freely(self, x: Tensor) -> bool:
+        """Whether products of x's kind add to a tensor without another pass over it."""
         ...
 
-    def backward_product(self, grad: Tensor) -> Tensor:
-        """grad W, without history: [..., out] -> a new tensor [..., in]."""
+    def forward_product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """x W^T, without history, [..., in] -> [..., out]: a new tensor, or `into` += it."""
+        ...
+
+    def backward_product(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
+        """grad W, without history, [..., out] -> [..., in]: a new tensor, or `into` += it."""
         ...
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -75,25 +78,37 @@ class Linear(nn.Module):
         """The weight [out, in] with which a plain Linear gives this layer's output."""
         return self.dense_weight(dtype)
 
-    def product(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x W^T + residual, without history and adapter: [..., in] -> a new tensor [..., out]."""
-        if self.weight is None:
-            assert self.store is not None
-            out = self.store.forward_product(x)
-        elif residual is not None and residual.dtype == x.dtype:
-            rows = residual.reshape(-1, self.out_features)
-            out = torch.addmm(rows, x.reshape(-1, self.in_features), self.weight.T)
-            return out.view(residual.shape)
-        else:
-            out = F.linear(x, self.weight)
-        return out if residual is None else residual + out
+    def adds_freely(self, x: Tensor) -> bool:
+        """Whether `product` and `gradient` of x's kind add to `into` without another pass."""
+        return self.store is None or self.store.adds_freely(x)
 
-    def gradient(self, grad: Tensor) -> Tensor:
-        """grad W, without history and adapter: [..., out] -> a new tensor [..., in]."""
+    def product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """x W^T, without history and adapter: [..., in] -> a new tensor [..., out].
+
+        into: of that shape and x's dtype, contiguous: what it is added to, in place.
+        """
         if self.weight is not None:
-            return grad @ self.weight
+            return matrix_product(x, self.weight.T, into)
         assert self.store is not None
-        return self.store.backward_product(grad)
+        return self.store.forward_product(x, into)
+
+    def gradient(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
+        """grad W, without history and adapter: [..., out] -> a new tensor [..., in].
+
+        into: as in `product`.
+        """
+        if self.weight is not None:
+            return matrix_product(grad, self.weight, into)
+        assert self.store is not None
+        return self.store.backward_product(grad, into)
+
+    def product_beside(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """x W^T + residual, without history and adapter: a new tensor [..., out]."""
+        if residual is None:
+            return self.product(x)
+        if residual.dtype == x.dtype and self.adds_freely(x):
+            return self.product(x, residual.clone(memory_format=torch.contiguous_format))
+        return residual + self.product(x)
 
     def is_unread(self) -> bool:
         """Whether the output may be left out: the values of this run go nowhere."""
@@ -128,6 +143,14 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
+
+
+def matrix_product(x: Tensor, matrix: Tensor, into: Tensor | None) -> Tensor:
+    """x [..., n] matrix [n, m]: a new tensor or, where `into` [..., m] is given, `into` += it."""
+    if into is None:
+        return x @ matrix
+    into.view(-1, matrix.shape[1]).addmm_(x.reshape(-1, matrix.shape[0]), matrix)
+    return into
 
 
 _unread: ContextVar[bool] = ContextVar("unread", default=False)
@@ -168,7 +191,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None)
         if unread:
             return unread_output(x, layer.out_features, residual)
-        return layer.product(x, residual)
+        return layer.product_beside(x, residual)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
