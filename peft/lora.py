@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft.adapter import AdapterLinear, check_rank
+from rwkv.keeper import kept_result
 from rwkv.linear import Linear, unread_output
 from rwkv.ops.activation import squared_relu_gradient
 from rwkv.ops.fused import uses_kernels
@@ -93,19 +94,12 @@ class _LowRank(torch.autograd.Function):
         layer: LoraLinear,
         unread: bool,
     ) -> Tensor:
-        low = _product(x.reshape(-1, x.shape[-1]), A.to(x.dtype).T, layer.scale)  # [n, rank]
+        low = _low(x, A, layer)
         ctx.layer, ctx.scale = layer, layer.scale
         ctx.save_for_backward(x, low, A, B)
         if unread:
             return unread_output(x, layer.out_features, residual)
-        shape = (*x.shape[:-1], layer.out_features)
-        if layer.adds_freely(x) and (residual is None or residual.dtype == x.dtype):
-            before = None if residual is None else residual.reshape(-1, shape[-1])
-            return layer.product(x, plus_product(before, low, B.to(x.dtype).T).view(shape))
-        out = layer.product_beside(x, residual)
-        flat = out.view(-1, shape[-1])
-        plus_product(flat, low.to(out.dtype), B.to(out.dtype).T, out=flat)
-        return out
+        return layer.kept(lambda: _low_rank_output(x, residual, low, B, layer))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,10 +115,8 @@ class _Activated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, layer: LoraLinear) -> Tensor:
-        low = _product(x.reshape(-1, x.shape[-1]), A.to(x.dtype).T, layer.scale)  # [n, rank]
-        y = layer.product(x)
-        flat = y.view(-1, layer.out_features)
-        plus_product(flat, low, B.to(y.dtype).T, out=flat, activated=True)
+        low = _low(x, A, layer)
+        y = layer.kept(lambda: _activated_output(x, low, B, layer))
         ctx.layer, ctx.scale = layer, layer.scale
         ctx.save_for_backward(x, low, A, B, y)
         return y
@@ -134,6 +126,32 @@ class _Activated(torch.autograd.Function):
         *saved, y = ctx.saved_tensors
         grad = squared_relu_gradient(y, grad)
         return *_gradients(ctx, saved, grad, ctx.needs_input_grad[1:3]), None
+
+
+def _low(x: Tensor, A: Tensor, layer: LoraLinear) -> Tensor:
+    """scale x A^T, [n, rank]. It is small, and kept where that spares a layer the reading of x."""
+    rows = x.reshape(-1, x.shape[-1])
+    return kept_result(lambda: _product(rows, A.to(x.dtype).T, layer.scale), large=not layer.closes)
+
+
+def _low_rank_output(
+    x: Tensor, residual: Tensor | None, low: Tensor, B: Tensor, layer: LoraLinear
+) -> Tensor:
+    shape = (*x.shape[:-1], layer.out_features)
+    if layer.adds_freely(x) and (residual is None or residual.dtype == x.dtype):
+        before = None if residual is None else residual.reshape(-1, shape[-1])
+        return layer.product(x, plus_product(before, low, B.to(x.dtype).T).view(shape))
+    out = layer.product_beside(x, residual)
+    flat = out.view(-1, shape[-1])
+    plus_product(flat, low.to(out.dtype), B.to(out.dtype).T, out=flat)
+    return out
+
+
+def _activated_output(x: Tensor, low: Tensor, B: Tensor, layer: LoraLinear) -> Tensor:
+    y = layer.product(x)
+    flat = y.view(-1, layer.out_features)
+    plus_product(flat, low, B.to(y.dtype).T, out=flat, activated=True)
+    return y
 
 
 def _gradients(

@@ -1,11 +1,12 @@
 """The one linear layer of the model; adapters and quantized storage both build on it."""
 
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from rwkv.keeper import in_second_run, kept_result
 from rwkv.ops.activation import squared_relu
 
 
@@ -49,7 +50,7 @@ class Linear(nn.Module):
 
     Attributes:
         closes: whether nothing but the stream reads the output: it is the last of a part of the
-            model that `results_unread` may run again.
+            model that may be run again, and its result is then left out.
     """
 
     weight: nn.Parameter | None
@@ -110,9 +111,16 @@ class Linear(nn.Module):
             return self.product(x, residual.clone(memory_format=torch.contiguous_format))
         return residual + self.product(x)
 
+    def kept(self, output: Callable[[], Tensor]) -> Tensor:
+        """output(), or what it gave when a part was run for the first time, where that is kept.
+
+        The output of a layer that closes its part is not.
+        """
+        return output() if self.closes else kept_result(output)
+
     def is_unread(self) -> bool:
         """Whether the output may be left out: the values of this run go nowhere."""
-        return self.closes and _unread.get()
+        return self.closes and in_second_run()
 
     def base_output(
         self, x: Tensor, residual: Tensor | None = None, *, unread: bool = False
@@ -153,22 +161,6 @@ def matrix_product(x: Tensor, matrix: Tensor, into: Tensor | None) -> Tensor:
     return into
 
 
-_unread: ContextVar[bool] = ContextVar("unread", default=False)
-
-
-class results_unread:  # noqa: N801  # a context manager, named like those of contextlib
-    """Within the block, layers that close their part leave out their result, not its gradient.
-
-    For a second run whose values nobody reads. It may be entered again and again.
-    """
-
-    def __enter__(self) -> None:
-        self._before = _unread.set(True)
-
-    def __exit__(self, *_: object) -> None:
-        _unread.reset(self._before)
-
-
 def unread_output(x: Tensor, features: int, residual: Tensor | None) -> Tensor:
     """What stands for an output [..., features] that is left out: memory as it was found."""
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -191,7 +183,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None)
         if unread:
             return unread_output(x, layer.out_features, residual)
-        return layer.product_beside(x, residual)
+        return layer.kept(lambda: layer.product_beside(x, residual))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
