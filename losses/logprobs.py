@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rwkv.gradients import leaves
 from rwkv.ops.logit_scores import LogitScores, logit_gradient, read_logits, without_copies
 from rwkv.recompute import recomputed
 from rwkv.scattered import is_scattered, most_of_all_ranks
@@ -45,6 +46,8 @@ class TokenScores(NamedTuple):
 def score_logits(logits: Tensor, targets: Tensor) -> TokenScores:
     """Score targets [n] under logits [n, V]; the softmax runs in float32 at least.
 
+    A target below 0 scores nothing: all its scores are 0.
+
     `targets` are the inputs moved one to the left: the logits at position t score the token that
     follows t. No function below this one shifts again.
     """
@@ -56,10 +59,10 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        read = read_logits(logits, targets)
+        read = read_logits(logits, targets.clamp_min(0))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, targets, *read)
-        scores = _token_scores(read)
+        scores = _token_scores(read, targets)
         ctx.mark_non_differentiable(scores.hit)
         return tuple(scores)
 
@@ -71,10 +74,11 @@ class _Scores(torch.autograd.Function):
         return _logit_gradient(logits.contiguous(), targets, LogitScores(*read), grads, out), None
 
 
-def _token_scores(read: LogitScores) -> TokenScores:
+def _token_scores(read: LogitScores, targets: Tensor) -> TokenScores:
+    """In new memory, for a function's outputs may not share any with what it saves."""
     hit = (read.target >= read.largest).to(read.lse.dtype)
-    # cloned, for a function's outputs may not share memory with what it saves
-    return TokenScores(read.target - read.lse, read.mean - read.lse, read.largest.clone(), hit)
+    scores = (read.target - read.lse, read.mean - read.lse, read.largest, hit)
+    return TokenScores(*(torch.where(targets >= 0, score, 0.0) for score in scores))
 
 
 def _logit_gradient(
@@ -86,11 +90,12 @@ def _logit_gradient(
 ) -> Tensor:
     """The logits' gradient into `out`, from that of the TokenScores; None for none."""
     by_target, by_mean, by_largest = (
-        torch.zeros_like(read.lse) if grad is None else grad for grad in grads[:3]
+        torch.zeros_like(read.lse) if grad is None else torch.where(targets >= 0, grad, 0.0)
+        for grad in grads[:3]
     )
     return logit_gradient(
         logits,
-        targets,
+        targets.clamp_min(0),
         read,
         target=by_target,
         mean=by_mean,
@@ -130,7 +135,7 @@ def sum_scores(
         return sums(score_tokens(model, hidden, targets))
     with _kept_as_it_is():
         probe = model.logits(hidden[:0].detach())
-    total: Tensor = _Sums.apply(hidden, targets, model, sums, probe.detach(), *_leaves(probe))
+    total: Tensor = _Sums.apply(hidden, targets, model, sums, probe.detach(), *leaves(probe))
     return total
 
 
@@ -159,16 +164,16 @@ class _Sums(torch.autograd.Function):
                 piece = some.detach().requires_grad_(wants_hidden)
                 logits = model.logits(piece)
             values = logits.detach()
-            read = read_logits(values, right)
+            read = read_logits(values, right.clamp_min(0))
             with torch.enable_grad(), _kept_as_it_is():
-                scores = _token_scores(read)
-                leaves = [field.requires_grad_() for field in scores[:3]]
+                scores = _token_scores(read, right)
+                fields = [field.requires_grad_() for field in scores[:3]]
                 quantities = sums(scores)
                 first = quantities[0]
             total = quantities.detach() if total is None else total + quantities.detach()
             if not logits.requires_grad:
                 continue
-            flows = torch.autograd.grad(first, leaves, allow_unused=True)
+            flows = torch.autograd.grad(first, fields, allow_unused=True)
             # nothing reads the logits any more, so their gradient takes their place
             _logit_gradient(values, right, read, flows, values)
             wanted = [*([piece] if wants_hidden else []), *parameters]
@@ -215,21 +220,6 @@ def _kept_as_it_is() -> Any:
     start that run in the middle of the first.
     """
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-
-
-def _leaves(result: Tensor) -> list[Tensor]:
-    """The parameters that a result has gradients for, in the order in which they are found."""
-    found: dict[int, Tensor] = {}
-    waiting, seen = [result.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        waiting += [after for after, _ in node.next_functions]
-    return list(found.values())
 
 
 def map_logits(

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tests.train_runs import flag_words
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "example"
 TOKENIZER = ["--tokenizer", "chars:0123456789,#"]
@@ -87,8 +89,7 @@ def teach(name: str, options: argparse.Namespace) -> dict[str, str]:
         "cache_dir": work / "cache",
         "accelerator": options.device,
     }
-    words = [w for k, v in (values | COMMON | flags).items() for w in (f"--{k}", str(v))]
-    command = [sys.executable, "train.py", *words, *TOKENIZER]
+    command = [sys.executable, "train.py", *flag_words(values | COMMON | flags), *TOKENIZER]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1]}

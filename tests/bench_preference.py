@@ -43,9 +43,10 @@ def main() -> int:
     persona.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="for train.py")
     for command in (reversal, persona):
         command.add_argument("--output", type=Path, required=True)
-        command.add_argument("--objectives", nargs="+", default=["dpo", "orpo"])
     on_gpu = torch.cuda.is_available()
     sharing = commands.add_parser("sharing")
+    for command in (reversal, persona, sharing):
+        command.add_argument("--objectives", nargs="+", default=["dpo", "orpo"])
     sharing.add_argument("--shape", default="32,2560" if on_gpu else "2,256", help="layers, width")
     sharing.add_argument("--vocab", type=int, default=65536 if on_gpu else 1024)
     sharing.add_argument("--prompt", type=int, default=1024)
@@ -331,7 +332,9 @@ def run_sharing(options: argparse.Namespace) -> None:
     print("| objective | prompts read | ms a step | tokens/s | pairs/s | GiB | loss | times |")
     print("|---|---|---|---|---|---|---|---|")
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    for name, loss in (("DPO", DPO()), ("ORPO", ORPO())):
+    losses: dict[str, DPO | ORPO] = {"DPO": DPO(), "ORPO": ORPO()}
+    for name in map(str.upper, options.objectives):
+        loss = losses[name]
         objective = Preference(loss, float(name == "ORPO"))
         slower = 0.0
         for way in ("once an answer", "once"):

@@ -6,8 +6,9 @@
 
 A step is what train.py does for one optimizer step, without Lightning, data and clipping: the SFT
 objective on random tokens (every token scored, vocabulary 65,536, 4,096 tokens a row), its
-gradient with --grad_cp 1 (rows that end in -kept: 0, in -selective: selective), and fused AdamW
-with float32 masters. The model is bfloat16 with random weights.
+gradient with --grad_cp 1 (rows that end in -kept: 0; in -selective: selective; in -graph: as a CUDA
+graph, all of it under "forward"), and fused AdamW with float32 masters. The model is bfloat16 with
+random weights.
 
 Columns: tokens a second (median step); milliseconds of forward, backward, optimizer; TFLOP/s of
 the model and its share of 989 TFLOP/s (an H100's dense bfloat16); peak GiB; the loss, which shows
@@ -32,6 +33,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -51,6 +53,7 @@ from rwkv.config import RWKVConfig, default_ffn, default_ranks
 from rwkv.errors import InputError
 from rwkv.model import RWKV
 from rwkv.training.flags import OptimizerFlags
+from rwkv.training.graphed import GraphedSteps
 from rwkv.training.optimizer import make_optimizer
 
 PEAK = 989e12  # an H100 SXM's dense bfloat16 products, FLOP/s, from NVIDIA's data sheet
@@ -65,6 +68,7 @@ class Row:
     small: norms and small vectors train beside the adapters, as without --limited_lora.
     grad_cp: as --grad_cp.
     offload: --grad_cp_offload.
+    graph: --cuda_graphs.
     """
 
     mode: str
@@ -77,6 +81,7 @@ class Row:
     vocabulary: int = 65536
     grad_cp: bool | str = True
     offload: bool = False
+    graph: bool = False
 
     def config(self) -> RWKVConfig:
         return RWKVConfig(
@@ -94,10 +99,12 @@ SMALLER, LARGER = (24, 2048), (32, 2560)
 ROWS = {
     "full-1.5B-8": Row("full", *SMALLER, rows=8),
     "full-1.5B-1": Row("full", *SMALLER, rows=1),
+    "full-1.5B-1-graph": Row("full", *SMALLER, rows=1, graph=True),
     "full-2.9B-8": Row("full", *LARGER, rows=8),
     "lora-1.5B-8": Row("lora", *SMALLER, rows=8),
     "lora-only-1.5B-8": Row("lora", *SMALLER, rows=8, small=False),
     "lora-1.5B-1": Row("lora", *SMALLER, rows=1),
+    "lora-1.5B-1-graph": Row("lora", *SMALLER, rows=1, graph=True),
     "lora-1.5B-1-kept": Row("lora", *SMALLER, rows=1, grad_cp=False),
     "full-1.5B-8-selective": Row("full", *SMALLER, rows=8, grad_cp="selective"),
     "lora-1.5B-8-selective": Row("lora", *SMALLER, rows=8, grad_cp="selective"),
@@ -230,6 +237,7 @@ class Training:
         on_gpu = device.startswith("cuda")
         self.optimizer = make_optimizer(groups, flags, strategy="auto", on_gpu=on_gpu)
         self.objective = SFT()
+        self.graphs = GraphedSteps(self.model, self.objective) if row.graph else None
         self.batch = self.random_batch(row, device)
 
     @staticmethod
@@ -248,7 +256,8 @@ class Training:
     def step(self) -> tuple[Clock, torch.Tensor]:
         clock = Clock(self.device)
         clock.mark()
-        loss, _ = self.objective(self.model, self.batch)
+        run = partial(self.objective, self.model) if self.graphs is None else self.graphs
+        loss, _ = run(self.batch)
         clock.mark()
         loss.backward()
         clock.mark()

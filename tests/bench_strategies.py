@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.train_runs import flag_words, logged_steps, run_within
+
 ROOT = Path(__file__).resolve().parent.parent
 DDP, STAGES = "ddp", [f"deepspeed_stage_{s}" for s in ("1", "2", "2_offload", "3")]
 BIG = {  # name -> version, layers, channels
@@ -104,7 +106,7 @@ class Bench:
             "micro_bsz": self.micro,
             "num_workers": 0,
         } | run.flags
-        return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+        return flag_words(values)
 
     def call(
         self, command: list[str], limit: float, *, log: str, gpus: str | None = None
@@ -120,27 +122,9 @@ class Bench:
             environment["DS_ACCELERATOR"] = "cpu"
         elif gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpus
-        with path.open("a") as file:
-            file.write(f"\n$ {shlex.join(command)}\n")
-            file.flush()
-            process = subprocess.Popen(
-                command,
-                cwd=self.work,
-                env=environment,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            )
-            try:
-                status: int | None = process.wait(self.left(limit))
-            except subprocess.TimeoutExpired:
-                status = None
-            finally:
-                if process.poll() is None or status != 0:
-                    end_group(process.pid)
-                process.wait()
-        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
-        return status, lines[-1][:160]
+        return run_within(
+            command, self.left(limit), cwd=self.work, log=path, environment=environment
+        )
 
     def start(self, group: str, runs: list[Run], devices: int, limit: float, gpus: str) -> None:
         """Do runs one after the other in one process a rank; an error costs only its own run."""
@@ -187,11 +171,7 @@ class Bench:
         return {line["name"]: line for line in lines}
 
     def log(self, name: str) -> list[dict]:
-        path = self.work / "runs" / name / "train_log.jsonl"
-        if not path.exists():
-            return []
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        return [line for line in lines if "loss" in line]
+        return logged_steps(self.work / "runs" / name)
 
     def error(self, name: str) -> str:
         found = [line["error"] for line in self.reports.get(name, []) if "error" in line]
@@ -210,13 +190,6 @@ class Bench:
             shown = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row]
             print("| " + " | ".join(shown) + " |", flush=True)
             self.rows.append({"table": title} | dict(zip(head, row, strict=True)))
-
-
-def end_group(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def prepare(bench: Bench, sizes: list[str], ops: bool) -> None:
@@ -468,15 +441,15 @@ def resume_across(bench: Bench) -> None:
         copy(bench, f"half {strategy}", f"half {strategy} on one")
         on_one.append(Run(f"half {strategy} on one", one | {"strategy": "auto"}))
         copy(bench, "half auto", f"half auto on {strategy}")
-        on_two.append(Run(f"half auto on {strategy}", two | {"strategy": strategy}))
-        if strategy != DDP:
-            on_two.append(Run(f"half {strategy}", two | {"strategy": strategy}))
-    with ThreadPoolExecutor(1 if bench.cpu else 2) as pool:
+        names = (f"half auto on {strategy}", f"half {strategy}")
+        on_two.append([Run(name, two | {"strategy": strategy}) for name in names])
+    with ThreadPoolExecutor(1 if bench.cpu else 6) as pool:
         pool.submit(bench.go_on, "resume-on-one", on_one, 1, 100, "0")
-        pool.submit(bench.go_on, "resume-on-two", on_two, 2, 100, "0,1")
+        for strategy, runs in zip((DDP, *STAGES), on_two, strict=True):
+            pool.submit(bench.go_on, f"resume-on-{strategy}", runs, 2, 100, "0,1")
     want = [line["loss"] for line in bench.log("SFT full auto")]
     rows = []
-    for run in (*on_one, *on_two):
+    for run in (*on_one, *sum(on_two, [])):
         losses = [line["loss"] for line in bench.log(run.name)]
         rows.append([run.name, farthest(losses, want), bench.error(run.name)])
     bench.table(
@@ -640,5 +613,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     sys.exit(main())

@@ -49,8 +49,8 @@ from rwkv.run.models import plan_layers
 from rwkv.run.settings import FLAGS
 from rwkv.tokenizer import load_tokenizer
 from rwkv.training.lit import LitModel
-from rwkv.training.step_log import read_log
 from tests.bench_step import RANK, ROWS, Row, Training, emptied, random_model
+from tests.train_runs import flag_words, logged_steps
 
 BARE, STRATEGIES = ("full", "packed"), ("auto", "deepspeed_stage_2")
 SKIPPED = 3  # steps in which kernels are compiled and memory is found
@@ -78,7 +78,7 @@ def words(row: Row, work: Path, strategy: str, steps: int, device: str) -> list[
     }
     if row.mode != "full":
         flags["layer_profile"] = work / "profile.json"
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return flag_words(flags)
 
 
 def prepare(row: Row, work: Path, device: str, steps: int) -> None:
@@ -138,7 +138,7 @@ def through(command: list[str], run: Path) -> list[dict]:
         torch.cuda.empty_cache()
     if train.main(command):
         raise InputError(f"{run}: train.py failed")
-    return [line for line in read_log(run / "train_log.jsonl") if "loss" in line]
+    return logged_steps(run)
 
 
 @contextmanager

@@ -15,7 +15,17 @@ OURS = {
     "rwkv": (),
     "losses": tuple(
         f"rwkv.{name}"
-        for name in ("batch", "chunks", "errors", "flags", "ops", "recompute", "scattered", "state")
+        for name in (
+            "batch",
+            "chunks",
+            "errors",
+            "flags",
+            "gradients",
+            "ops",
+            "recompute",
+            "scattered",
+            "state",
+        )
     ),
     "peft": ("rwkv",),
     "data": ("rwkv", "losses.logprobs", "losses.preference"),

@@ -360,6 +360,8 @@ def test_a_profile_that_is_no_profile(fails, tmp_path):
             "more than the way to host memory carries beside a step; use --grad_cp 1, or drop",
         ),
         (["--grad_cp", "some"], "--grad_cp some: is not 1 or 0 or selective; write one"),
+        (["--cuda_graphs", "1"], "--cuda_graphs 1: records a GPU's work, and the model is on cpu"),
+        (["--cuda_graphs", "yess"], "--cuda_graphs yess: is not 1 or 0 or auto; write one"),
         (["--infctx", "1", "--grad_cp_offload", "1"], "--infctx 1 recomputes blocks of one chunk"),
         (["--lr_final", "0"], "an exponential schedule cannot go from 0.0001 to 0"),
         (["--lr_init", "-1"], "--lr_init -1: must be at least 0"),

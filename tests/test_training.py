@@ -257,13 +257,32 @@ def test_two_processes_give_what_one_gives(folder, alone, tmp_path):
 
 
 def test_torchrun_reads_every_row_once_in_an_epoch(folder, tmp_path):
-    """A pass over the data; its last step has fewer rows than the ranks could take."""
+    """A pass over the data; its last step has fewer rows than the ranks could take. The processes
+    do it twice, as in rounds of --iterate."""
     words = {"epoch_steps": 0, "lr_init": 1e-3}
     assert train.main(full(folder, tmp_path / "one", **ONE | words)) == 0
-    process = start(full(folder, tmp_path / "two", **TWO | words), *TORCHRUN)
-    _, errors = process.communicate(timeout=250)
-    assert process.returncode == 0, errors
-    assert_same_run(tmp_path / "two", tmp_path / "one")
+    runs = [
+        {"name": name, "words": full(folder, tmp_path / name, **TWO | words)}
+        for name in ("two", "again")
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    done = subprocess.run(
+        [
+            sys.executable,
+            *TORCHRUN,
+            "tests/several_runs.py",
+            tmp_path / "runs.json",
+            tmp_path / "r",
+        ],
+        cwd=ROOT,
+        env=ONE_THREAD | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("two", "again"):
+        assert_same_run(tmp_path / name, tmp_path / "one")
     counts = [
         [line["tokens"] for line in read_log(tmp_path / name / "train_log.jsonl")]
         for name in ("one", "two")

@@ -24,6 +24,7 @@ from rwkv.flags import Settings
 from rwkv.generate import generate
 from rwkv.model import RWKV
 from rwkv.plain_text import read_text
+from rwkv.run.graphs import uses_graphs
 from rwkv.run.models import build, building_place, load_teacher
 from rwkv.run.overview import Run, Steps
 from rwkv.sampling_flags import Sampling
@@ -32,6 +33,7 @@ from rwkv.tokenizer import Tokenizer
 from rwkv.training import resume
 from rwkv.training.evaluation import Evaluation
 from rwkv.training.flags import EvaluationFlags, OptimizerFlags, TrainerFlags
+from rwkv.training.graphed import GraphedSteps
 from rwkv.training.launch import all_ranks
 from rwkv.training.lit import LitModel, quiet_lightning
 from rwkv.training.saving import Saving
@@ -97,6 +99,7 @@ def fit_ranks(run: Run, strategy: Any, point: Path | None) -> int:
         strategy=flags.strategy,
         loader=lambda rank: make_loader(plan, rank, *micro_batches, data.num_workers),
         first_step=first,
+        graphs=GraphedSteps(model, objective) if uses_graphs(run) else None,
     )
     loggers = make_loggers(settings, folder)
     log = StepLog(

@@ -14,6 +14,7 @@ from rwkv.errors import RunError
 from rwkv.flags import Settings
 from rwkv.ops.backends import describe_choice
 from rwkv.run.batches import Batches
+from rwkv.run.graphs import uses_graphs
 from rwkv.run.models import Device
 from rwkv.tokenizer import Tokenizer
 from rwkv.training.flags import ModelFlags, TrainerFlags
@@ -99,6 +100,8 @@ def describe(run: Run) -> Iterable[str]:
         f"rows: {plan.rows_per_pass:,} of {plan.pieces.room:,} tokens, {plan.fill:.0%} full; "
         f"{plan.rows_per_step} a step"
     )
+    if uses_graphs(run):
+        yield "launches: a micro-batch is one CUDA graph (--cuda_graphs 0 for kernel by kernel)"
     yield (
         f"run: {steps.total:,} steps, {steps.total / plan.steps_per_pass:.2f} passes over the "
         f"data, strategy {trainer.strategy}, into {trainer.proj_dir}"

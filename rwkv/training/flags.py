@@ -80,6 +80,11 @@ class TrainerFlags:
     grad_cp_offload: bool = flag(
         False, "keep what --grad_cp keeps in host memory: less memory yet, of the GPU"
     )
+    cuda_graphs: bool | str = flag(
+        "auto",
+        "launch a micro-batch's kernels all at once; auto: where that is faster, in SFT on one GPU",
+        also=("auto",),
+    )
     epoch_steps: int = flag(
         0, "micro-batches of an epoch; 0: one pass over the data", within="[0, inf)"
     )

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -59,6 +60,8 @@ def all_ranks(devices: int, num_nodes: int, folder: Path) -> Iterator[None]:
     if is_started_elsewhere() or is_child():
         if is_child():
             threading.Thread(target=_leave_with_parent, daemon=True).start()
+        else:
+            _meet_anew()
         try:
             yield
         except BaseException:
@@ -202,9 +205,32 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
+_meetings = count()
+
+
+def _meet_anew() -> None:
+    """Have the processes of torchrun meet at a port of their own from their second run on.
+
+    In torchrun's own store they would read what the group of the run before has left there.
+    """
+    number = next(_meetings)
+    if number and "TORCHELASTIC_RUN_ID" in os.environ:
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+
+
 def _leave_group() -> None:
-    """Take leave of the other ranks, which NCCL waits for: all do it before any waits otherwise."""
-    if torch.distributed.is_initialized():
+    """Take leave of the other ranks, which NCCL waits for: all do it before any waits otherwise.
+
+    DeepSpeed forgets its groups too, for this process may have a next run.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    comm = sys.modules.get("deepspeed.comm.comm")
+    if comm is not None and comm.cdb is not None:
+        comm.destroy_process_group()
+        comm.cdb = None
+    else:
         torch.distributed.destroy_process_group()
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from rwkv.errors import InputError
 from rwkv.ops.packing import remember_lengths, text_lengths
 from rwkv.training.flags import OptimizerFlags
+from rwkv.training.graphed import GraphedSteps
 from rwkv.training.optimizer import make_optimizer
 from rwkv.training.strategy import scatter
 
@@ -67,6 +68,7 @@ class LitModel(pl.LightningModule):
         strategy: --strategy.
         loader: rank -> its micro-batches, from the first that is still to be done.
         first_step: steps done before this process started (--resume).
+        graphs: what runs micro-batches as CUDA graphs; None where none are.
 
     Raises:
         InputError: a tuned state or prefix under ZeRO-3.
@@ -87,6 +89,7 @@ class LitModel(pl.LightningModule):
         strategy: str,
         loader: Callable[[int], Iterable[Any]],
         first_step: int = 0,
+        graphs: GraphedSteps | None = None,
     ):
         super().__init__()
         names = [name for name, _ in model.named_parameters()]
@@ -99,6 +102,7 @@ class LitModel(pl.LightningModule):
         self.model, self.objective = model, objective
         self.groups, self.flags, self.strategy = groups, flags, strategy
         self.loader, self.first_step = loader, first_step
+        self.graphs = graphs
         self.step_sums: dict[str, Tensor] = {}
         self.gradient_norm: Tensor | None = None
 
@@ -127,7 +131,10 @@ class LitModel(pl.LightningModule):
         return moved
 
     def training_step(self, batch: Any, index: int) -> Tensor:
-        loss, metrics = self.objective(self.model, batch)
+        if self.graphs is None:
+            loss, metrics = self.objective(self.model, batch)
+        else:
+            loss, metrics = self.graphs(batch)
         for name, value in {"loss": loss.detach(), **metrics}.items():
             held = self.step_sums.get(name)
             self.step_sums[name] = value if held is None else held + value

@@ -1,0 +1,65 @@
+"""Whether a run's micro-batches become CUDA graphs."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from data.flags import DataFlags
+from losses.flags import ChunkFlags
+from losses.objectives import chosen_objective
+from rwkv.errors import InputError, RunError
+from rwkv.ops.backends import choose_backend
+from rwkv.training.flags import ModelFlags, TrainerFlags
+
+if TYPE_CHECKING:
+    from rwkv.run.overview import Run
+
+# Tokens of a micro-batch times channels squared, from which on the GPU takes longer than the host
+# anyway: an H100 at 4,096 tokens and 4,096 channels.
+LARGEST = 2**36
+
+
+def uses_graphs(run: "Run") -> bool:
+    """Whether --cuda_graphs, or what it leaves to us, wants graphs.
+
+    Raises:
+        InputError: --cuda_graphs 1 in a run that cannot have them.
+    """
+    wanted = run.settings[TrainerFlags].cuda_graphs
+    if not wanted:
+        return False
+    reason = why_not(run)
+    if reason and wanted != "auto":
+        raise InputError(f"--cuda_graphs 1: {reason}; use --cuda_graphs auto")
+    tokens = run.batches.training.micro_bsz * run.settings[DataFlags].ctx_len
+    return not reason and (wanted != "auto" or tokens * run.config.n_embd**2 <= LARGEST)
+
+
+def why_not(run: "Run") -> str:
+    """Why micro-batches cannot be recorded; "" if they can."""
+    settings, flags, plan = run.settings, run.settings[TrainerFlags], run.batches.training
+    if run.device.kind != "cuda":
+        return f"records a GPU's work, and the model is on {run.device.kind}"
+    if flags.strategy != "auto" or flags.devices * flags.num_nodes > 1:
+        return "records what one GPU does under --strategy auto"
+    if chosen_objective(settings) != "sft" or settings[ChunkFlags].infctx:
+        return "records --sft 1 without --infctx 1"
+    if flags.grad_cp_offload:
+        return "--grad_cp_offload 1 copies beside what is recorded"
+    if any(layer.dropout for layer in run.layers.plans.values()):
+        return "the layer profile asks for dropout, which draws anew at every step"
+    return _why_not_kernel(run, plan.micro_bsz * settings[DataFlags].ctx_len, plan.packing)
+
+
+def _why_not_kernel(run: "Run", tokens: int, packed: bool) -> str:
+    config, op = run.config, f"wkv{run.config.version}"
+    sample = torch.empty((), device=run.device.kind, dtype=run.device.dtype)
+    sample = sample.expand(1, tokens, config.n_head, config.head_size)
+    table = importlib.import_module(f"rwkv.ops.{op}").BACKENDS
+    wanted = run.settings[ModelFlags].backend
+    try:
+        name = choose_backend(op, table, wanted, sample, packed).name
+    except RunError as error:
+        return str(error)
+    return "" if name in ("cuda", "triton") else f"--kernel {name} waits for the GPU"

@@ -1,0 +1,187 @@
+"""Micro-batches as CUDA graphs: all kernels of a forward and backward pass in one launch.
+
+A small micro-batch takes a GPU less time than Python takes to launch its kernels one by one. So
+each shape of a micro-batch is run once as usual, recorded at its second coming, and replayed from
+then on: the same kernels on the same numbers. To keep the shapes few, `padded` rounds up what
+differs from one batch to the next.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rwkv.batch import TokenBatch
+from rwkv.cli import say
+from rwkv.gradients import leaves
+from rwkv.ops.packing import remember_lengths, text_lengths
+
+MOST = 16  # shapes that are recorded; others run as usual
+SHARES = 8  # scored tokens are rounded up to an eighth of all
+FEWEST_TEXTS = 8  # packed texts are rounded up to a power of two from here
+UNSCORED = -1  # a target that scores nothing: see losses.logprobs
+
+
+class _Recorded(NamedTuple):
+    """A graph, where it reads its batch, the loss and metrics it writes, and what it trains."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: TokenBatch
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    trained: list[nn.Parameter]
+
+
+class GraphedSteps:
+    """Runs `objective(model, batch)` and its backward pass as graphs, for TokenBatches.
+
+    Every parameter's gradient is summed in a tensor that stays, for the graphs write to it. The
+    graphs share their memory, and run one after another.
+
+    Args:
+        model: on the GPU on which it trains, without random draws.
+        objective: as LitModel has it.
+
+    Attributes:
+        failed: why nothing is recorded any more; "" as long as all goes well.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]],
+    ):
+        self._model, self._objective = model, objective
+        self._recorded: dict[Any, _Recorded | None] = {}
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._pool: Any = None
+        self.failed = ""
+
+    def __call__(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the objective gives for a micro-batch.
+
+        After a replay the gradients are there already; the loss's backward pass, whose own
+        gradient must be 1, hands them over to the parameters.
+        """
+        batch = padded(batch)
+        recorded = self._recording(batch)
+        if recorded is None:
+            return self._objective(self._model, batch)
+        for into, field in zip(recorded.batch, batch, strict=True):
+            if into is not None and field is not None:
+                into.copy_(field)
+        self._begin(recorded.trained)
+        recorded.graph.replay()
+        metrics = {name: value.clone() for name, value in recorded.metrics.items()}
+        anchor = recorded.loss.new_zeros((), requires_grad=True)
+        loss: Tensor = _HandOver.apply(anchor, recorded.loss, self._sums, recorded.trained)
+        return loss, metrics
+
+    def _recording(self, batch: TokenBatch) -> _Recorded | None:
+        """The graph of a batch's shape; None where it is to be run as usual."""
+        key = tuple(None if field is None else field.shape for field in batch)
+        if self.failed or batch.places is None:
+            return None
+        if key not in self._recorded:
+            if len(self._recorded) < MOST:
+                self._recorded[key] = None
+            return None
+        if self._recorded[key] is None:
+            self._recorded[key] = self._record(batch)
+        return self._recorded[key]
+
+    def _record(self, batch: TokenBatch) -> _Recorded | None:
+        """Record the work on a batch, without doing it."""
+        fields = batch._asdict().items()
+        held = batch._replace(**{name: x.clone() for name, x in fields if x is not None})
+        if held.cu_seqlens is not None and batch.cu_seqlens is not None:
+            remember_lengths(held.cu_seqlens, text_lengths(batch.cu_seqlens))
+        for parameter in self._model.parameters():
+            if parameter.requires_grad and parameter not in self._sums:
+                self._sums[parameter] = torch.zeros_like(parameter)
+        before = {parameter: parameter.grad for parameter in self._sums}
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            for parameter, own in self._sums.items():
+                parameter.grad = own
+            # other threads, which load data, may pin memory meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                loss, metrics = self._objective(self._model, held)
+                trained = [p for p in leaves(loss) if p in self._sums]
+                loss.backward()
+        except RuntimeError as error:
+            self.failed = str(error).splitlines()[0]
+            say(f"--cuda_graphs: this step cannot be recorded ({self.failed}); going on without")
+            return None
+        finally:
+            for parameter, grad in before.items():
+                parameter.grad = grad
+        return _Recorded(graph, held, loss.detach(), metrics, trained)
+
+    def _begin(self, trained: Sequence[nn.Parameter]) -> None:
+        """Let the sums hold what the step's earlier micro-batches gave."""
+        empty = []
+        for parameter in trained:
+            own = self._sums[parameter]
+            if parameter.grad is None:
+                empty.append(own)
+            elif parameter.grad is not own:
+                own.copy_(parameter.grad)
+        if empty:
+            torch._foreach_zero_(empty)
+
+
+class _HandOver(torch.autograd.Function):
+    """The loss of a replay; its backward pass lets parameters have the sums as gradients.
+
+    Not before, for Lightning forgets all gradients between a step's first forward and backward
+    pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        loss: Tensor,
+        sums: dict[nn.Parameter, Tensor],
+        trained: list[nn.Parameter],
+    ) -> Tensor:
+        ctx.sums, ctx.trained = sums, trained
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        for parameter in ctx.trained:
+            parameter.grad = ctx.sums[parameter]
+        return None, None, None, None
+
+
+def padded(batch: TokenBatch) -> TokenBatch:
+    """The batch with empty texts behind its texts, and with places that score nothing.
+
+    It gives the same loss and gradients. The numbers of texts and of places are rounded up, so
+    that few shapes are left.
+    """
+    places, borders, targets = batch.places, batch.cu_seqlens, batch.targets
+    if places is None:
+        return batch
+    tokens = batch.inputs.numel()
+    room = min(_rounded_up(len(places), -(-tokens // SHARES)), tokens)
+    if room > len(places):
+        unscored = (~batch.mask).flatten().to(torch.uint8).argmax()
+        places = torch.cat([places, unscored.expand(room - len(places))])
+        targets = torch.where(batch.mask, targets, UNSCORED)
+    if borders is not None:
+        texts = len(borders) - 1
+        more = max(FEWEST_TEXTS, 1 << (texts - 1).bit_length()) - texts
+        if more:
+            lengths = text_lengths(borders)
+            borders = torch.cat([borders, borders[-1:].expand(more)])
+            remember_lengths(borders, lengths)
+    return batch._replace(places=places, cu_seqlens=borders, targets=targets)
+
+
+def _rounded_up(number: int, step: int) -> int:
+    return -(-number // step) * step
