@@ -3,6 +3,7 @@
 DeepSpeed itself is tried in test_deepspeed.py; here its mark on the parameters alone.
 """
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -16,7 +17,7 @@ from peft import lora
 from peft.apply import random_with_profile
 from peft.flags import PeftFlags
 from peft.registry import make_adapter
-from rwkv.config import LowRanks, RWKVConfig
+from rwkv.config import LowRanks, RWKVConfig, default_ranks
 from rwkv.keeper import Keeper, keeping
 from rwkv.linear import Linear
 from rwkv.offload import HostPlace
@@ -155,6 +156,44 @@ def test_what_waits_in_host_memory_leaves_the_gpu():
     assert kept[0] - kept[2] > 24 << 20
     for name, gradient in gradients[0].items():
         assert torch.equal(gradients[2][name], gradient), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("version", "kernel"), [(6, "triton"), (7, "triton"), (7, "cuda")])
+@pytest.mark.parametrize(
+    ("mode", "quant"), [("full", ""), ("lora", "none"), ("lora", "nf4"), ("bone", "fp8")]
+)
+def test_a_gpu_gives_the_same_bits(version, kernel, mode, quant, tmp_path):
+    """And holds between the passes more with `selective` than with 1, and less than with 0."""
+    rule = {"match": "blocks.*", "mode": mode, "rank": 16, "quant": quant}
+    if mode == "full":
+        rule = {"match": "*", "mode": mode}
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps({"rules": [rule]}))
+    config = RWKVConfig(
+        version=version, n_layer=3, n_embd=256, dim_ffn=1024, vocab_size=64, head_size=64,
+        ranks=default_ranks(version, 256),
+    )  # fmt: skip
+    model, _ = random_with_profile(
+        config, PeftFlags(layer_profile=str(profile)), device="cuda", dtype=torch.bfloat16,
+        backend=kernel,
+    )  # fmt: skip
+    tokens = torch.randint(64, (1, 2048), device="cuda")
+    borders = torch.tensor([0, 700, 701, 2048], device="cuda")
+    kept, gradients = [], []
+    for model.grad_cp in (False, False, "selective", True):  # the first pass compiles
+        model.zero_grad()
+        before = torch.cuda.memory_allocated()
+        hidden = model(tokens, None, borders)[0]
+        kept.append(torch.cuda.memory_allocated() - before)
+        hidden.float().square().sum().backward()
+        del hidden
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert kept[1] > kept[2] > kept[3]
+    for again in gradients[1:]:
+        assert again.keys() == gradients[0].keys()
+        for name, gradient in gradients[0].items():
+            assert torch.equal(again[name], gradient), name
 
 
 @pytest.mark.parametrize("version", [6, 7])
