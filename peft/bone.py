@@ -82,10 +82,7 @@ class _BlockAffine(torch.autograd.Function):
         ctx.save_for_backward(x, bone)
         if unread:
             return unread_output(x, layer.out_features, residual)
-        mixed, total = mix(x.reshape(-1, x.shape[-1]), bone.to(x.dtype))
-        out = layer.product(mixed.view(x.shape), residual)
-        add_to_blocks(out.view(-1, layer.out_features), total)
-        return out
+        return layer.kept(lambda: _block_affine_output(x, residual, bone, layer))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -98,6 +95,15 @@ class _BlockAffine(torch.autograd.Function):
         dx, d_bone = unmix(inner, total, rows, G)
         d_residual = grad if ctx.needs_input_grad[1] else None
         return dx.view(x.shape), d_residual, d_bone.to(bone.dtype), None, None
+
+
+def _block_affine_output(
+    x: Tensor, residual: Tensor | None, bone: Tensor, layer: BoneLinear
+) -> Tensor:
+    mixed, total = mix(x.reshape(-1, x.shape[-1]), bone.to(x.dtype))
+    out = layer.product_beside(mixed.view(x.shape), residual)
+    add_to_blocks(out.view(-1, layer.out_features), total)
+    return out
 
 
 def mix(rows: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:

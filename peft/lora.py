@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft.adapter import AdapterLinear, check_rank
+from rwkv.keeper import kept_result
 from rwkv.linear import Linear, unread_output
 from rwkv.ops.activation import squared_relu_gradient
 from rwkv.ops.fused import uses_kernels
@@ -79,8 +80,8 @@ class LoraLinear(AdapterLinear):
 class _LowRank(torch.autograd.Function):
     """residual + x W^T + scale x A^T B^T, keeping x and x A^T alone.
 
-    The products of the update add to those of the base in place, so that neither the output nor
-    the gradient of x is read and written once more for an addition.
+    The update is written first and the base's product, which adds at no cost, to it: neither the
+    output nor the gradient of x is read and written once more for an addition.
     """
 
     @staticmethod
@@ -93,14 +94,12 @@ class _LowRank(torch.autograd.Function):
         layer: LoraLinear,
         unread: bool,
     ) -> Tensor:
-        low = _product(x.reshape(-1, x.shape[-1]), A.to(x.dtype).T, layer.scale)  # [n, rank]
+        low = _low(x, A, layer)
         ctx.layer, ctx.scale = layer, layer.scale
         ctx.save_for_backward(x, low, A, B)
         if unread:
             return unread_output(x, layer.out_features, residual)
-        out = layer.product(x, residual)
-        add_product(out.view(-1, layer.out_features), low.to(out.dtype), B.to(out.dtype).T)
-        return out
+        return layer.kept(lambda: _low_rank_output(x, residual, low, B, layer))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,10 +115,8 @@ class _Activated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, layer: LoraLinear) -> Tensor:
-        low = _product(x.reshape(-1, x.shape[-1]), A.to(x.dtype).T, layer.scale)  # [n, rank]
-        y = layer.product(x)
-        flat, factor = y.view(-1, layer.out_features), B.to(y.dtype).T
-        add_product(flat, low.to(y.dtype), factor, activated=True)
+        low = _low(x, A, layer)
+        y = layer.kept(lambda: _activated_output(x, low, B, layer))
         ctx.layer, ctx.scale = layer, layer.scale
         ctx.save_for_backward(x, low, A, B, y)
         return y
@@ -129,6 +126,32 @@ class _Activated(torch.autograd.Function):
         *saved, y = ctx.saved_tensors
         grad = squared_relu_gradient(y, grad)
         return *_gradients(ctx, saved, grad, ctx.needs_input_grad[1:3]), None
+
+
+def _low(x: Tensor, A: Tensor, layer: LoraLinear) -> Tensor:
+    """scale x A^T, [n, rank]. It is small, and kept where that spares a layer the reading of x."""
+    rows = x.reshape(-1, x.shape[-1])
+    return kept_result(lambda: _product(rows, A.to(x.dtype).T, layer.scale), large=not layer.closes)
+
+
+def _low_rank_output(
+    x: Tensor, residual: Tensor | None, low: Tensor, B: Tensor, layer: LoraLinear
+) -> Tensor:
+    shape = (*x.shape[:-1], layer.out_features)
+    if layer.adds_freely(x) and (residual is None or residual.dtype == x.dtype):
+        before = None if residual is None else residual.reshape(-1, shape[-1])
+        return layer.product(x, plus_product(before, low, B.to(x.dtype).T).view(shape))
+    out = layer.product_beside(x, residual)
+    flat = out.view(-1, shape[-1])
+    plus_product(flat, low.to(out.dtype), B.to(out.dtype).T, out=flat)
+    return out
+
+
+def _activated_output(x: Tensor, low: Tensor, B: Tensor, layer: LoraLinear) -> Tensor:
+    y = layer.product(x)
+    flat = y.view(-1, layer.out_features)
+    plus_product(flat, low, B.to(y.dtype).T, out=flat, activated=True)
+    return y
 
 
 def _gradients(
@@ -143,8 +166,12 @@ def _gradients(
     d_low = _product(g, B.to(g.dtype), ctx.scale)
     dx = None
     if ctx.needs_input_grad[0]:
-        dx = ctx.layer.gradient(g.view(grad.shape))
-        add_product(dx.view(rows.shape), d_low.to(dx.dtype), A.to(dx.dtype))
+        factor, wide = A.to(g.dtype), g.view(grad.shape)
+        if ctx.layer.adds_freely(g):
+            dx = ctx.layer.gradient(wide, plus_product(None, d_low, factor).view(x.shape))
+        else:
+            dx = ctx.layer.gradient(wide)
+            plus_product(dx.view(rows.shape), d_low, factor, out=dx.view(rows.shape))
     dA = (d_low.T @ rows).to(A.dtype) if wanted[0] else None
     dB = (g.T @ low).to(B.dtype) if wanted[1] else None
     return dx, dA, dB
@@ -155,17 +182,33 @@ def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=factor)  # 0 times it is never read
 
 
-def add_product(out: Tensor, low: Tensor, factor: Tensor, *, activated: bool = False) -> None:
-    """out [n, columns] += low [n, rank] factor [rank, columns], in place.
+def plus_product(
+    before: Tensor | None,
+    low: Tensor,
+    factor: Tensor,
+    *,
+    out: Tensor | None = None,
+    activated: bool = False,
+) -> Tensor:
+    """before [n, columns] + low [n, rank] factor [rank, columns], all of one dtype.
 
-    activated: then out = max(out, 0)^2.
+    Args:
+        before: None for zeros.
+        low, factor: of a product of low rank.
+        out: where the sum goes, contiguous; it may be `before`. None for a new tensor.
+        activated: max(sum, 0)^2 in place of the sum.
     """
+    if out is None:
+        out = low.new_empty(low.shape[0], factor.shape[1])
     if uses_kernels(out):
         from peft import low_rank_triton
 
         if low_rank_triton.fits(out, low.shape[1]):
-            low_rank_triton.add_product(out, low.contiguous(), factor, activated=activated)
-            return
-    out.addmm_(low, factor)
-    if activated:
-        out.relu_().square_()
+            before = None if before is None else before.contiguous()
+            low_rank_triton.plus_product(before, low.contiguous(), factor, out, activated=activated)
+            return out
+    if before is None:
+        torch.mm(low, factor, out=out)
+    else:
+        torch.addmm(before, low, factor, out=out)
+    return out.relu_().square_() if activated else out

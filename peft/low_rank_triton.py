@@ -1,4 +1,4 @@
-"""Adding a product of low rank to a large matrix in one pass over it, a Triton kernel.
+"""A large matrix plus a product of low rank in one pass over it, a Triton kernel.
 
 cuBLAS takes 2.6 times as long as the bytes do where the summed side has 64 numbers.
 """
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv.ops.triton_chunks import INTERPRETED
+from rwkv.ops.triton_chunks import INTERPRETED, narrow, product
 
 # Tile and warps by bytes of a number and rank: what fits into 99 KiB of shared memory and leaves no
 # register to memory on sm_90. Wider float32 factors find no such tile.
@@ -25,8 +25,9 @@ LAUNCH = {
 
 
 @triton.jit(do_not_specialize=["T"])
-def _add_product_kernel(
+def _plus_product_kernel(
     out,
+    before,
     low,
     factor,
     T,
@@ -38,7 +39,10 @@ def _add_product_kernel(
     COLUMNS: tl.constexpr,
     ACTIVATED: tl.constexpr,
 ):
-    """A tile of out [T, N] += low [T, R] factor [R, N]; ACTIVATED: then out = max(out, 0)^2."""
+    """A tile of out [T, N] = before + low [T, R] factor [R, N]; ACTIVATED: max(that, 0)^2.
+
+    before: as out, and it may be out; None for zeros.
+    """
     tiles = tl.cdiv(N, COLUMNS)
     t = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
@@ -50,13 +54,14 @@ def _add_product_kernel(
     )
     if INTERPRETED:  # which multiplies bfloat16 as integers
         left, right = left.to(tl.float32), right.to(tl.float32)
-    at = out + t[:, None] * N + n[None, :]
-    before = tl.load(at, mask=rows & columns, other=0.0)
-    total = before.to(tl.float32) + tl.dot(left, right, input_precision="tf32x3")
+    at = t[:, None] * N + n[None, :]
+    total = product(left, right)
+    if before is not None:
+        total += tl.load(before + at, mask=rows & columns, other=0.0).to(tl.float32)
     if ACTIVATED:
         total = tl.where(total < 0.0, 0.0, total)  # a NaN stays one
         total = total * total
-    tl.store(at, total.to(out.dtype.element_ty), mask=rows & columns)
+    tl.store(out + at, narrow(total, out.dtype.element_ty), mask=rows & columns)
 
 
 def fits(out: Tensor, rank: int) -> bool:
@@ -64,15 +69,18 @@ def fits(out: Tensor, rank: int) -> bool:
     return (out.dtype.itemsize, rank) in LAUNCH and out.is_contiguous()
 
 
-def add_product(out: Tensor, low: Tensor, factor: Tensor, *, activated: bool = False) -> None:
-    """out [T, N] += low [T, R] factor [R, N], all of one dtype; out and low contiguous.
+def plus_product(
+    before: Tensor | None, low: Tensor, factor: Tensor, out: Tensor, *, activated: bool = False
+) -> None:
+    """out [T, N] = before + low [T, R] factor [R, N], all of one dtype.
 
-    activated: then out = max(out, 0)^2.
+    before: may be out; None for zeros. It, out and low are contiguous.
+    activated: out = max(that, 0)^2.
     """
     (T, N), R = out.shape, low.shape[1]
     launch = LAUNCH[out.dtype.itemsize, R]
     grid = (triton.cdiv(T, launch["ROWS"]) * triton.cdiv(N, launch["COLUMNS"]),)
     with torch.cuda.device_of(out):
-        _add_product_kernel[grid](
-            *(out, low, factor, T, N, *factor.stride()), R=R, ACTIVATED=activated, **launch
+        _plus_product_kernel[grid](
+            *(out, before, low, factor, T, N, *factor.stride()), R=R, ACTIVATED=activated, **launch
         )

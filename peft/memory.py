@@ -45,6 +45,7 @@ WORKSPACES = 2 * 2**25  # cuBLAS's, one for the thread of each pass, as torch ha
 ON_THEIR_WAY = 3  # inputs of halves that are being copied to host memory or back
 MAX_LOGITS = 2**26  # of a piece, as in losses.logprobs
 QUANTIZING_BYTES = 14  # for each weight while its codes are made: itself, float32 copies
+LOW_RANK = ("lora", "dora", "dora_column", "pissa")  # they keep x A^T
 KEEPS_INPUT = ("full", "lora", "dora", "dora_column", "bone", "pissa")
 
 
@@ -57,7 +58,7 @@ class Step:
     chunk: tokens of a row that are walked at once; 0 for all.
     packed: the rows of a micro-batch lie end to end in one, which chunks cut.
     host_states: the states between chunks lie in host memory.
-    grad_cp: blocks are recomputed.
+    grad_cp: blocks are recomputed; "selective": but for their large products and wkv.
     host_blocks: and what they start from lies in host memory.
     accumulate: micro-batches a step.
     tuned_state: the initial states train.
@@ -72,7 +73,7 @@ class Step:
     chunk: int = 0
     packed: bool = True
     host_states: bool = False
-    grad_cp: bool = True
+    grad_cp: bool | str = True
     host_blocks: bool = False
     accumulate: int = 1
     tuned_state: bool = False
@@ -98,6 +99,11 @@ class Step:
     def _walked(self) -> tuple[int, int]:
         """Rows and their length, as the model sees them."""
         return (1, self.rows * self.ctx_len) if self.packed else (self.rows, self.ctx_len)
+
+    @property
+    def selective(self) -> bool:
+        """Large products and wkv are kept; ZeRO-3 recomputes them."""
+        return self.grad_cp == "selective" and self.stage != 3
 
     @property
     def stage(self) -> int:
@@ -319,14 +325,42 @@ def between_blocks(config: RWKVConfig, plan: Plan, step: Step) -> int:
     """What all blocks keep until the backward pass reaches them.
 
     Recomputed blocks keep the inputs of their two halves, under ZeRO-3 that of the whole; of those
-    that lie in host memory a few are on their way.
+    that lie in host memory a few are on their way. Beside them are `kept_for_second_run`.
     """
     vector = step.tokens * config.n_embd * step.dtype.itemsize
     blocks = learning_blocks(config, plan, step)
     if step.grad_cp:
         count = blocks * (1 if step.stage == 3 else 2)
-        return vector * (min(count, ON_THEIR_WAY) if step.host_blocks else count)
+        beside = sum(kept_for_second_run(config, plan, step, part) for part in ("att", "ffn"))
+        return vector * (min(count, ON_THEIR_WAY) if step.host_blocks else count) + blocks * beside
     return max(blocks - 1, 0) * kept_by_block(config, plan, step)
+
+
+def kept_for_second_run(config: RWKVConfig, plan: Plan, step: Step, part: str) -> int:
+    """Bytes of results that a recomputed half keeps, of the block that keeps most.
+
+    LoRA's x A^T of the layer that closes the half; selective: the outputs of all other layers with
+    theirs, and of wkv its output and what its backward pass reads. Nothing under ZeRO-3.
+    """
+    if step.stage == 3:
+        return 0
+    closing = ("att.output", "ffn.value") if config.version == 7 else ("att.output",)
+    most = 0
+    for block in range(config.n_layer):
+        numbers = 0
+        for name, layer in plan.layers.items():
+            if not name.startswith(f"blocks.{block}.{part}.") or layer.kind != "linear":
+                continue
+            mine, closes = plan.plans[name], name.endswith(closing)
+            if mine.mode in LOW_RANK and (closes or step.selective):
+                numbers += mine.rank
+            if step.selective and not closes:
+                numbers += layer.shape[0]
+        most = max(most, numbers)
+    wkv = 0
+    if step.selective and part == "att":
+        wkv = config.dim_att * (step.dtype.itemsize + WKV_BYTES[config.version])
+    return step.tokens * (most * step.dtype.itemsize + wkv)
 
 
 def kept_on_host(config: RWKVConfig, plan: Plan, step: Step) -> int:
@@ -337,13 +371,21 @@ def kept_on_host(config: RWKVConfig, plan: Plan, step: Step) -> int:
 
 
 def blocks_at_work(config: RWKVConfig, plan: Plan, step: Step) -> int:
-    """A block, or the larger half of it, with what it keeps and its backward pass makes."""
+    """A block, or the larger half of it, with what it keeps and its backward pass makes.
+
+    Of a recomputed half without what `between_blocks` has of this block: the channel mix has used
+    up its own when the time mix is at work.
+    """
     of_time, of_channels = PASSING[config.version, step.fused]
     vector = step.tokens * step.dtype.itemsize
     passing = int(of_time * vector * config.dim_att), int(of_channels * vector * config.dim_ffn)
     halves = kept_by_time_mix(config, plan, step), kept_by_channel_mix(config, plan, step)
     if step.grad_cp and step.stage != 3:
-        return max(kept + made for kept, made in zip(halves, passing, strict=True))
+        of_both, of_one = (
+            sum(kept_for_second_run(config, plan, step, part) for part in parts)
+            for parts in (("att", "ffn"), ("ffn",))
+        )
+        return max(halves[0] + passing[0] - of_both, halves[1] + passing[1] - of_one)
     return sum(halves) + max(passing)
 
 

@@ -51,14 +51,16 @@ def fewer_rows(run: Choice) -> Iterator[Choice]:
 
 
 def recomputation(run: Choice) -> Iterator[Choice]:
-    """--grad_cp 1."""
-    if not run.step.grad_cp:
+    """--grad_cp selective, which costs less time than --grad_cp 1, and that."""
+    if not run.step.grad_cp and run.step.stage != 3:
+        yield _changed(run, "--grad_cp selective", step=replace(run.step, grad_cp="selective"))
+    if run.step.grad_cp is not True:
         yield _changed(run, "--grad_cp 1", step=replace(run.step, grad_cp=True))
 
 
 def host_memory(run: Choice) -> Iterator[Choice]:
     """--grad_cp_offload 1."""
-    if run.step.grad_cp and not run.step.chunk and not run.step.host_blocks:
+    if run.step.grad_cp is True and not run.step.chunk and not run.step.host_blocks:
         yield _changed(run, OFFLOAD, step=replace(run.step, host_blocks=True))
 
 

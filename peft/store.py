@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from rwkv.linear import matrix_product
 
 
 class Store(nn.Module):
@@ -49,13 +50,17 @@ class Store(nn.Module):
         """The weight [out, in], dequantized."""
         raise NotImplementedError
 
-    def forward_product(self, x: Tensor) -> Tensor:
-        """x W^T, without history: [..., in] -> a new tensor [..., out]."""
-        return F.linear(x, self.dense(x.dtype))
+    def adds_freely(self, x: Tensor) -> bool:
+        """Whether products of x's kind add to a tensor without another pass over it."""
+        return True
 
-    def backward_product(self, grad: Tensor) -> Tensor:
-        """grad W, the gradient of the input: [..., out] -> a new tensor [..., in]."""
-        return grad @ self.dense(grad.dtype)
+    def forward_product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """x W^T, without history, [..., in] -> [..., out]: a new tensor, or `into` += it."""
+        return matrix_product(x, self.dense(x.dtype).T, into)
+
+    def backward_product(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
+        """grad W, the gradient of the input, [..., out] -> [..., in]: likewise."""
+        return matrix_product(grad, self.dense(grad.dtype), into)
 
     def bytes(self) -> int:
         """Bytes that codes and scales occupy."""

@@ -41,15 +41,20 @@ class Fp8Store(Store):
     def dense(self, dtype: torch.dtype) -> Tensor:
         return (self.codes.float() * self.scale).to(dtype)
 
-    def forward_product(self, x: Tensor) -> Tensor:
-        if not multiplies_natively(x, self.codes):
-            return super().forward_product(x)
-        return native_product(x, self.codes, self.scale).to(x.dtype)
+    def adds_freely(self, x: Tensor) -> bool:
+        return not multiplies_natively(x, self.codes)
 
-    def backward_product(self, grad: Tensor) -> Tensor:
+    def forward_product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        if not multiplies_natively(x, self.codes):
+            return super().forward_product(x, into)
+        out = native_product(x, self.codes, self.scale).to(x.dtype)
+        return out if into is None else into.add_(out)
+
+    def backward_product(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
         if not multiplies_natively(grad, self.codes):
-            return super().backward_product(grad)
-        return native_gradient(grad, self.codes, self.scale).to(grad.dtype)
+            return super().backward_product(grad, into)
+        out = native_gradient(grad, self.codes, self.scale).to(grad.dtype)
+        return out if into is None else into.add_(out)
 
 
 def to_e4m3(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:

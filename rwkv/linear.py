@@ -1,12 +1,12 @@
 """The one linear layer of the model; adapters and quantized storage both build on it."""
 
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from rwkv.keeper import in_second_run, kept_result
 from rwkv.ops.activation import squared_relu
 
 
@@ -20,12 +20,16 @@ class WeightStore(Protocol):
 
     kind: str
 
-    def forward_product(self, x: Tensor) -> Tensor:
-        """x W^T, without history: [..., in] -> a new tensor [..., out]."""
+    def adds_freely(self, x: Tensor) -> bool:
+        """Whether products of x's kind add to a tensor without another pass over it."""
         ...
 
-    def backward_product(self, grad: Tensor) -> Tensor:
-        """grad W, without history: [..., out] -> a new tensor [..., in]."""
+    def forward_product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """x W^T, without history, [..., in] -> [..., out]: a new tensor, or `into` += it."""
+        ...
+
+    def backward_product(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
+        """grad W, without history, [..., out] -> [..., in]: a new tensor, or `into` += it."""
         ...
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -46,7 +50,7 @@ class Linear(nn.Module):
 
     Attributes:
         closes: whether nothing but the stream reads the output: it is the last of a part of the
-            model that `results_unread` may run again.
+            model that may be run again, and its result is then left out.
     """
 
     weight: nn.Parameter | None
@@ -75,29 +79,48 @@ class Linear(nn.Module):
         """The weight [out, in] with which a plain Linear gives this layer's output."""
         return self.dense_weight(dtype)
 
-    def product(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x W^T + residual, without history and adapter: [..., in] -> a new tensor [..., out]."""
-        if self.weight is None:
-            assert self.store is not None
-            out = self.store.forward_product(x)
-        elif residual is not None and residual.dtype == x.dtype:
-            rows = residual.reshape(-1, self.out_features)
-            out = torch.addmm(rows, x.reshape(-1, self.in_features), self.weight.T)
-            return out.view(residual.shape)
-        else:
-            out = F.linear(x, self.weight)
-        return out if residual is None else residual + out
+    def adds_freely(self, x: Tensor) -> bool:
+        """Whether `product` and `gradient` of x's kind add to `into` without another pass."""
+        return self.store is None or self.store.adds_freely(x)
 
-    def gradient(self, grad: Tensor) -> Tensor:
-        """grad W, without history and adapter: [..., out] -> a new tensor [..., in]."""
+    def product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """x W^T, without history and adapter: [..., in] -> a new tensor [..., out].
+
+        into: of that shape and x's dtype, contiguous: what it is added to, in place.
+        """
         if self.weight is not None:
-            return grad @ self.weight
+            return matrix_product(x, self.weight.T, into)
         assert self.store is not None
-        return self.store.backward_product(grad)
+        return self.store.forward_product(x, into)
+
+    def gradient(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
+        """grad W, without history and adapter: [..., out] -> a new tensor [..., in].
+
+        into: as in `product`.
+        """
+        if self.weight is not None:
+            return matrix_product(grad, self.weight, into)
+        assert self.store is not None
+        return self.store.backward_product(grad, into)
+
+    def product_beside(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """x W^T + residual, without history and adapter: a new tensor [..., out]."""
+        if residual is None:
+            return self.product(x)
+        if residual.dtype == x.dtype and self.adds_freely(x):
+            return self.product(x, residual.clone(memory_format=torch.contiguous_format))
+        return residual + self.product(x)
+
+    def kept(self, output: Callable[[], Tensor]) -> Tensor:
+        """output(), or what it gave when a part was run for the first time, where that is kept.
+
+        The output of a layer that closes its part is not.
+        """
+        return output() if self.closes else kept_result(output)
 
     def is_unread(self) -> bool:
         """Whether the output may be left out: the values of this run go nowhere."""
-        return self.closes and _unread.get()
+        return self.closes and in_second_run()
 
     def base_output(
         self, x: Tensor, residual: Tensor | None = None, *, unread: bool = False
@@ -130,20 +153,12 @@ class Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}"
 
 
-_unread: ContextVar[bool] = ContextVar("unread", default=False)
-
-
-class results_unread:  # noqa: N801  # a context manager, named like those of contextlib
-    """Within the block, layers that close their part leave out their result, not its gradient.
-
-    For a second run whose values nobody reads. It may be entered again and again.
-    """
-
-    def __enter__(self) -> None:
-        self._before = _unread.set(True)
-
-    def __exit__(self, *_: object) -> None:
-        _unread.reset(self._before)
+def matrix_product(x: Tensor, matrix: Tensor, into: Tensor | None) -> Tensor:
+    """x [..., n] matrix [n, m]: a new tensor or, where `into` [..., m] is given, `into` += it."""
+    if into is None:
+        return x @ matrix
+    into.view(-1, matrix.shape[1]).addmm_(x.reshape(-1, matrix.shape[0]), matrix)
+    return into
 
 
 def unread_output(x: Tensor, features: int, residual: Tensor | None) -> Tensor:
@@ -168,7 +183,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None)
         if unread:
             return unread_output(x, layer.out_features, residual)
-        return layer.product(x, residual)
+        return layer.kept(lambda: layer.product_beside(x, residual))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -11,7 +11,7 @@ from rwkv.channel_mix import ChannelMix6, ChannelMix7
 from rwkv.config import RWKVConfig
 from rwkv.linear import Linear
 from rwkv.offload import HostPlace
-from rwkv.recompute import recomputed_from
+from rwkv.recompute import recomputed
 from rwkv.scattered import is_scattered
 from rwkv.state import LayerState, State, zero_state
 from rwkv.time_mix6 import TimeMix6
@@ -47,18 +47,22 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None,
         *,
         in_halves: bool = False,
+        selective: bool = False,
         place: HostPlace | None = None,
     ) -> tuple[Tensor, Tensor | None, LayerState]:
         """x [B, T, C] and this layer's state in; x, v_first and the state after T tokens out.
 
         in_halves: recompute time mix and channel mix in the backward pass, each by itself, so that
             the activations of only one of them exist at a time.
+        selective: and keep what is dear to compute again.
         place: for what the halves start from; None to keep it on the device.
         """
         run: Callable[..., Any] = _call
         if in_halves:
             draws = any(m.p and m.training for m in self.modules() if isinstance(m, nn.Dropout))
-            run = partial(recomputed_from, place, model=self, closed=True, draws=draws)
+            run = partial(
+                recomputed, model=self, closed=True, draws=draws, selective=selective, place=place
+            )
         x, v_first, att_shift, wkv = run(
             self._mix_time, x, v_first, state.att_shift, state.wkv, cu_seqlens
         )
@@ -91,15 +95,17 @@ class RWKV(nn.Module):
     Attributes:
         config: the sizes.
         grad_cp: recompute each half of a block in the backward pass instead of keeping its
-            activations; only the stream before and within each block is kept.
-        grad_cp_offload: and this is kept in host memory.
+            activations; only the stream before and within each block is kept. "selective" keeps
+            the results of its large products and of wkv too, and computes the rest again.
+        grad_cp_offload: and the stream is kept in host memory.
         prefix: embeddings [n, C] that are read before every text, only where they are tuned.
     """
 
     def __init__(self, config: RWKVConfig, backend: str = "auto"):
         super().__init__()
         self.config = config
-        self.grad_cp = self.grad_cp_offload = False
+        self.grad_cp: bool | str = False
+        self.grad_cp_offload = False
         self.prefix: nn.Parameter | None = None
         self.emb = nn.Embedding(
             config.vocab_size, config.n_embd, _weight=torch.empty(config.vocab_size, config.n_embd)
@@ -144,12 +150,18 @@ class RWKV(nn.Module):
         after = []
         for block, before in zip(self.blocks, state, strict=True):
             if self.grad_cp and scattered:  # DeepSpeed's hooks want the whole block
-                x, v_first, new = recomputed_from(
-                    place, block, x, v_first, before, cu_seqlens, model=block
+                x, v_first, new = recomputed(
+                    block, x, v_first, before, cu_seqlens, model=block, place=place
                 )
             else:
                 x, v_first, new = block(
-                    x, v_first, before, cu_seqlens, in_halves=self.grad_cp, place=place
+                    x,
+                    v_first,
+                    before,
+                    cu_seqlens,
+                    in_halves=bool(self.grad_cp),
+                    selective=self.grad_cp == "selective",
+                    place=place,
                 )
             after.append(new)
         return self.ln_out(x), after

@@ -2,6 +2,8 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from rwkv.linear import results_unread
+from rwkv.keeper import Keeper, first_run, second_run
 from rwkv.offload import HostPlace
 from rwkv.scattered import is_scattered
 
@@ -20,6 +22,8 @@ def recomputed(
     model: Any,
     closed: bool = False,
     draws: bool = True,
+    selective: bool = False,
+    place: HostPlace | None = None,
 ) -> Any:
     """Return function(*args), keeping for the backward pass no more than the arguments.
 
@@ -32,9 +36,14 @@ def recomputed(
         args: its arguments; the tensors among them stay alive until the backward pass.
         model: the module whose parameters `function` reads.
         closed: in the second run, leave out the results of linear layers that close their part:
-            for a function in which nothing but the stream reads them.
+            for a function in which nothing but the stream reads them. What is small and spares
+            such layers their work is kept too.
         draws: whether `function` may draw random numbers; keeping the generators' states takes the
             host longer than launching some kernels.
+        selective: of a closed function keep large results that are dear to compute as well, those
+            of linear layers and of wkv, and compute again what is element-wise. Not under ZeRO-3,
+            which runs all of it again.
+        place: where args[0] waits, in place of the device.
     """
     if not torch.is_grad_enabled():
         return function(*args)
@@ -45,11 +54,17 @@ def recomputed(
     def call(*again: Any) -> Any:
         return function(*tree_unflatten(list(again), form))
 
+    contexts = _plain_contexts
+    if closed:  # made before the hooks of `place` act: what the keeper keeps stays on the device
+        contexts = partial(_closed_contexts, Keeper(selective))
+    waiting: AbstractContextManager[Any] = contextlib.nullcontext()
+    if place is not None:
+        waiting = place.of_piece(*(x for x in tree_flatten(args[1:])[0] if isinstance(x, Tensor)))
     if not is_scattered(model):
-        contexts = _closed_contexts if closed else _plain_contexts
-        return checkpoint(
-            call, *flat, use_reentrant=False, context_fn=contexts, preserve_rng_state=draws
-        )
+        with waiting:
+            return checkpoint(
+                call, *flat, use_reentrant=False, context_fn=contexts, preserve_rng_state=draws
+            )
 
     def run(*again: Any) -> Any:
         results, structure = tree_flatten(call(*again))
@@ -61,22 +76,10 @@ def recomputed(
         return tree_unflatten(results, structure)
 
     # Stopping early would jump over DeepSpeed's hooks behind each module.
-    return checkpoint(
-        run, *flat, use_reentrant=False, early_stop=False, context_fn=_scattered_contexts
-    )
-
-
-def recomputed_from(
-    place: HostPlace | None, function: Callable[..., Any], x: Tensor, *args: Any, **options: Any
-) -> Any:
-    """`recomputed(function, x, *args, **options)` with x kept in `place`, if that is not None.
-
-    The tensors in `args` stay on the device.
-    """
-    if place is None:
-        return recomputed(function, x, *args, **options)
-    with place.of_piece(*(arg for arg in tree_flatten(args)[0] if isinstance(arg, Tensor))):
-        return recomputed(function, x, *args, **options)
+    with waiting:
+        return checkpoint(
+            run, *flat, use_reentrant=False, early_stop=False, context_fn=_scattered_contexts
+        )
 
 
 class _RecomputeFirst(torch.autograd.Function):
@@ -104,8 +107,8 @@ def _plain_contexts() -> tuple[Any, Any]:
     return contextlib.nullcontext(), contextlib.nullcontext()
 
 
-def _closed_contexts() -> tuple[Any, Any]:
-    return contextlib.nullcontext(), results_unread()
+def _closed_contexts(keeper: Keeper) -> tuple[Any, Any]:
+    return first_run(keeper), second_run(keeper)
 
 
 def _scattered_contexts() -> tuple[Any, Any]:

@@ -54,7 +54,7 @@ class Setting(NamedTuple):
     rows: int = 1
     ctx_len: int = 4096
     chunk: int = 0
-    grad_cp: bool = True
+    grad_cp: bool | str = True
     accumulate: int = 1
     limited: bool = False
     optim: str = ""
@@ -64,7 +64,7 @@ class Setting(NamedTuple):
     def __str__(self) -> str:
         words = [self.shape, self.mode, self.quant, f"{self.rows} x {self.ctx_len}"]
         words += [f"in {self.chunk}"] if self.chunk else []
-        words += [] if self.grad_cp else ["kept"]
+        words += {True: [], False: ["kept"]}.get(self.grad_cp, [self.grad_cp])
         words += [f"{self.accumulate} batches"] if self.accumulate > 1 else []
         words += ["limited"] if self.limited else []
         words += ["offloaded"] if self.offload else []
@@ -94,6 +94,9 @@ SETTINGS = (
     Setting("13.3B", quant="nf4", limited=True, offload=True),
     Setting("2.9B", rows=4),
     Setting("2.9B", rows=4, offload=True),
+    Setting("1.5B", grad_cp="selective"),
+    Setting("1.5B", "bone", "nf4", rows=2, grad_cp="selective"),
+    Setting("1.5B", "full", grad_cp="selective"),
 )
 
 

@@ -6,9 +6,9 @@
 
 A step is what train.py does for one optimizer step, without Lightning, data and clipping: the SFT
 objective on random tokens (every token scored, vocabulary 65,536, 4,096 tokens a row), its
-gradient with --grad_cp 1 (rows that end in -kept: 0; in -graph: as a CUDA graph, all of it under
-"forward"), and fused AdamW with float32 masters. The
-model is bfloat16 with random weights.
+gradient with --grad_cp 1 (rows that end in -kept: 0; in -selective: selective; in -graph: as a CUDA
+graph, all of it under "forward"), and fused AdamW with float32 masters. The model is bfloat16 with
+random weights.
 
 Columns: tokens a second (median step); milliseconds of forward, backward, optimizer; TFLOP/s of
 the model and its share of 989 TFLOP/s (an H100's dense bfloat16); peak GiB; the loss, which shows
@@ -79,7 +79,7 @@ class Row:
     small: bool = True
     tokens: int = 4096
     vocabulary: int = 65536
-    grad_cp: bool = True
+    grad_cp: bool | str = True
     offload: bool = False
     graph: bool = False
 
@@ -106,6 +106,9 @@ ROWS = {
     "lora-1.5B-1": Row("lora", *SMALLER, rows=1),
     "lora-1.5B-1-graph": Row("lora", *SMALLER, rows=1, graph=True),
     "lora-1.5B-1-kept": Row("lora", *SMALLER, rows=1, grad_cp=False),
+    "full-1.5B-8-selective": Row("full", *SMALLER, rows=8, grad_cp="selective"),
+    "lora-1.5B-8-selective": Row("lora", *SMALLER, rows=8, grad_cp="selective"),
+    "lora-1.5B-1-selective": Row("lora", *SMALLER, rows=1, grad_cp="selective"),
     "lora-1.5B-8-host": Row("lora", *SMALLER, rows=8, offload=True),
     "lora-2.9B-4": Row("lora", *LARGER, rows=4),
     "lora-only-2.9B-4": Row("lora", *LARGER, rows=4, small=False),
@@ -129,6 +132,8 @@ PEERS: dict[str, dict[str, tuple[int, float]]] = {
     "lora-2.9B-4": {"RWKV-PEFT": (9676, 16.8), "RLHF": (8819, 17.2)},
 }
 PEERS |= {
+    "full-1.5B-8-selective": PEERS["full-1.5B-8"],
+    "lora-1.5B-8-selective": PEERS["lora-1.5B-8"],
     "lora-1.5B-8-host": PEERS["lora-1.5B-8"],
     "lora-only-2.9B-4": PEERS["lora-2.9B-4"],
     "lora-2.9B-4-host": PEERS["lora-2.9B-4"],
@@ -306,7 +311,7 @@ def line(name: str, row: Row, found: Measured) -> str:
         for who, (tokens, gib) in PEERS.get(name, {}).items()
     )
     return (
-        f"{name:18} {speed:8,.0f} {found.forward:8.1f} {found.backward:9.1f} "
+        f"{name:22} {speed:8,.0f} {found.forward:8.1f} {found.backward:9.1f} "
         f"{found.optimizer:6.1f} {teraflops:8.1f} {1e12 * teraflops / PEAK:6.1%} "
         f"{found.peak / 2**30:6.1f} {found.loss:7.3f}  {peers}"
     )
@@ -393,7 +398,7 @@ def main() -> int:
         return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(
-        "row                tokens/s  forward  backward    opt  TFLOP/s    MFU    GiB    loss"
+        "row                    tokens/s  forward  backward    opt  TFLOP/s    MFU    GiB    loss"
         "  others: tokens/s, GiB, ours over theirs"
     )
     for name in flags.only:
@@ -402,7 +407,7 @@ def main() -> int:
             try:
                 print(line(name, row, measure(row, device, flags.steps)), flush=True)
             except Exception as error:  # the other rows are worth having
-                print(f"{name:18} {type(error).__name__}: {str(error)[:300]}", flush=True)
+                print(f"{name:22} {type(error).__name__}: {str(error)[:300]}", flush=True)
     return 0
 
 

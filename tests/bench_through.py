@@ -71,7 +71,7 @@ def words(row: Row, work: Path, strategy: str, steps: int, device: str) -> list[
         "micro_bsz": row.rows,
         "epoch_steps": steps,
         "num_workers": 0,
-        "grad_cp": int(row.grad_cp),
+        "grad_cp": row.grad_cp,
         "strategy": strategy,
         "accelerator": "gpu" if device == "cuda" else "cpu",
         "limited_lora": int(not row.small),

@@ -148,7 +148,8 @@ def gpu_batch(lengths: list[int], scored: int, seed: int) -> TokenBatch:
 @pytest.mark.parametrize(
     ("mode", "quant"), [("full", ""), ("lora", "none"), ("lora", "nf4"), ("bone", "fp8")]
 )
-def test_a_graph_gives_the_bits_of_the_pass(version, mode, quant, tmp_path):
+@pytest.mark.parametrize("grad_cp", [True, "selective"])
+def test_a_graph_gives_the_bits_of_the_pass(version, mode, quant, grad_cp, tmp_path):
     """Batches of one shape that differ in all else, two to a step, weights changed in between."""
     rule = {"match": "blocks.*", "mode": mode, "rank": 16, "quant": quant}
     if mode == "full":
@@ -173,7 +174,7 @@ def test_a_graph_gives_the_bits_of_the_pass(version, mode, quant, tmp_path):
         model, _ = random_with_profile(
             config, PeftFlags(layer_profile=str(profile)), device="cuda", dtype=torch.bfloat16
         )
-        model.grad_cp = True
+        model.grad_cp = grad_cp
         graphs, seen = GraphedSteps(model, SFT()), []
         trained = [p for p in model.parameters() if p.requires_grad]
         for number, batch in enumerate(batches):

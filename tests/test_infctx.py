@@ -24,6 +24,7 @@ from rwkv.checkpoint import write_tensors
 from rwkv.chunks import ChunkPlan, walk
 from rwkv.config import RWKVConfig, default_ranks
 from rwkv.init import initialize
+from rwkv.keeper import Keeper
 from rwkv.model import RWKV
 from rwkv.training.step_log import read_log
 
@@ -177,10 +178,12 @@ def test_truncated_equals_each_chunk_with_a_state_from_outside():
     assert_equal_gradients(found, {n: p.grad for n, p in model.named_parameters()})
 
 
-def test_nested_recomputation_changes_nothing():
-    model = with_state(7)
+@pytest.mark.parametrize("grad_cp", [True, "selective"])
+@pytest.mark.parametrize("version", [6, 7])
+def test_nested_recomputation_changes_nothing(version, grad_cp):
+    model = with_state(version)
     _, expected = gradients(model, BATCHES["packed"], SFT(chunks=ChunkPlan(7)))
-    model.grad_cp = True
+    model.grad_cp = grad_cp
     _, found = gradients(model, BATCHES["packed"], SFT(chunks=ChunkPlan(7)))
     assert_equal_gradients(found, expected)
 
@@ -194,7 +197,7 @@ def test_evaluation_in_chunks(length):
 
 
 @pytest.mark.parametrize("how", BATCHES)
-@pytest.mark.parametrize("grad_cp", [False, True])
+@pytest.mark.parametrize("grad_cp", [False, True, "selective"])
 def test_states_in_host_memory_change_nothing(how, grad_cp):
     model = with_state(7)
     model.grad_cp = grad_cp
@@ -222,13 +225,13 @@ def most_states(T: int, *, grad_cp: bool) -> int:
     return most
 
 
-@pytest.mark.parametrize("grad_cp", [False, True])
+@pytest.mark.parametrize("grad_cp", [False, True, "selective"])
 def test_states_in_host_memory_leave_the_device(grad_cp):
     assert most_states(256, grad_cp=grad_cp) == most_states(64, grad_cp=grad_cp)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("grad_cp", [False, True])
+@pytest.mark.parametrize("grad_cp", [False, True, "selective"])
 def test_memory_of_a_gpu_does_not_grow(grad_cp):
     """48 chunks more, and less than the state of one of them more; the gradients are the same."""
     config = RWKVConfig(
@@ -253,6 +256,29 @@ def test_memory_of_a_gpu_does_not_grow(grad_cp):
     assert peaks[2] - peaks[1] < state + 2**20
     assert peaks[3] - peaks[2] > 30 * state
     assert all(torch.equal(found[2][name], gradient) for name, gradient in found[3].items())
+
+
+def most_kept(T: int, monkeypatch) -> int:
+    """How many results that second runs will take live at once in a training step over T tokens."""
+    model, kept, most = small_model(7), [], 0
+    model.grad_cp = "selective"
+    real = Keeper.keep
+
+    def note(keeper, results):
+        nonlocal most
+        kept.extend(StorageWeakRef(x.untyped_storage()) for x in results)
+        most = max(most, sum(not one.expired() for one in kept))
+        return real(keeper, results)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Keeper, "keep", note)
+        SFT(chunks=ChunkPlan(16, offload=True))(model, padded(texts([T]), T))[0].backward()
+    assert all(one.expired() for one in kept)
+    return most
+
+
+def test_what_second_runs_take_lives_as_long_as_a_chunk(monkeypatch):
+    assert most_kept(256, monkeypatch) == most_kept(64, monkeypatch)
 
 
 def most_alive(T: int) -> int:
@@ -288,7 +314,7 @@ class Work(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("grad_cp", [False, True])
+@pytest.mark.parametrize("grad_cp", [False, True, "selective"])
 @pytest.mark.parametrize("version", [6, 7])
 def test_work_is_linear(version, grad_cp):
     """Each chunk more is the same work more, wherever in the text it stands."""

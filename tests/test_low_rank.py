@@ -21,9 +21,10 @@ def test_in_the_interpreter():
 @pytest.mark.parametrize("T, N, R", [(1, 16, 16), (130, 200, 64), (256, 128, 32), (3, 384, 128)])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("activated", [False, True])
+@pytest.mark.parametrize("where", ["in place", "in a new tensor", "to nothing"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_product_is_added_in_place(T, N, R, transposed, activated, dtype):
-    from peft.lora import add_product
+def test_a_product_is_added(T, N, R, transposed, activated, where, dtype):
+    from peft.lora import plus_product
 
     g = torch.Generator().manual_seed(0)
     device = "cuda" if ON_GPU else "cpu"
@@ -31,12 +32,27 @@ def test_a_product_is_added_in_place(T, N, R, transposed, activated, dtype):
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=g).to(device, dtype)
 
-    out, low = draw(T, N), draw(T, R)
+    some, low = draw(T, N), draw(T, R)
     factor = draw(N, R).T if transposed else draw(R, N)
-    want = out.double() + low.double() @ factor.double()
+    before, kept = (None if where == "to nothing" else some), some.clone()
+    want = low.double() @ factor.double() + (0 if before is None else some.double())
     want = want.relu().square() if activated else want
-    add_product(out, low, factor, activated=activated)
+    into = some if where == "in place" else None
+    out = plus_product(before, low, factor, out=into, activated=activated)
     assert_close("out", out, want, 1e-6 if dtype == torch.float32 else 4e-3)
+    assert out is into or torch.equal(some, kept)
+
+
+@kernels
+def test_a_stream_that_is_not_contiguous_is_added_to():
+    from peft.lora import plus_product
+
+    g = torch.Generator().manual_seed(0)
+    wide, low, factor = (torch.randn(shape, generator=g) for shape in ((7, 128), (7, 16), (16, 64)))
+    device = "cuda" if ON_GPU else "cpu"
+    before, low, factor = (x.to(device) for x in (wide[:, ::2], low, factor))
+    out = plus_product(before, low, factor)
+    torch.testing.assert_close(out, before + low @ factor, rtol=1e-5, atol=1e-5)
 
 
 BLOCKS = [(1, 32, 8), (13, 192, 64), (9, 1088, 64), (8, 640, 128), (17, 768, 256), (5, 144, 48)]

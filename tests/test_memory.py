@@ -23,6 +23,7 @@ from peft.memory_fit import read_size, what_fits
 from peft.plan import Plan, make_plan
 from rwkv.config import LowRanks, RWKVConfig
 from rwkv.errors import InputError, RunError
+from rwkv.keeper import keeping
 from rwkv.model import RWKV
 from rwkv.ops import wkv6, wkv7
 from rwkv.run.memory import compared
@@ -113,9 +114,15 @@ class Operator(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, state, v, *others):
-        own = torch.empty(memory.WKV_BYTES[2 + len(others)] * v.numel(), dtype=torch.uint8)
+        y, final, own = Operator.results(state, v, memory.WKV_BYTES[2 + len(others)])
         ctx.save_for_backward(state, v, *others, own)
-        return torch.zeros_like(v), torch.zeros_like(state)
+        return y, final
+
+    @staticmethod
+    @keeping
+    def results(state, v, size):
+        own = torch.empty(size * v.numel(), dtype=torch.uint8)
+        return torch.zeros_like(v), torch.zeros_like(state), own
 
 
 @pytest.fixture
@@ -134,7 +141,9 @@ def operator(monkeypatch):
     return "traced"
 
 
-def kept(config: RWKVConfig, flags: PeftFlags, backend: str, tokens: int, grad_cp: bool) -> int:
+def kept(
+    config: RWKVConfig, flags: PeftFlags, backend: str, tokens: int, grad_cp: bool | str
+) -> int:
     """Bytes alive after the forward pass over a packed text."""
     model, _ = random_with_profile(config, flags, dtype=torch.bfloat16, backend=backend)
     model.grad_cp = grad_cp
@@ -165,16 +174,38 @@ def test_a_block_keeps_what_is_counted(tmp_path, operator, version, mode, limite
     assert counted == pytest.approx(three - two, rel=0.03)
 
 
-def test_a_recomputed_block_keeps_what_is_counted(tmp_path, operator):
-    flags, tokens = flags_of(tmp_path), 512
-    three, two = (kept(config_of(7, layers), flags, operator, tokens, True) for layers in (3, 2))
-    plans = [plan_of(tmp_path, config_of(7, layers)) for layers in (3, 2)]
+@pytest.mark.parametrize("grad_cp", [True, "selective"])
+@pytest.mark.parametrize("mode", ["lora", "bone", "full"])
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_recomputed_block_keeps_what_is_counted(tmp_path, operator, version, mode, grad_cp):
+    """But for the operator's state, before and after the block."""
+    flags, tokens = flags_of(tmp_path, mode), 512
+    configs = [config_of(version, layers) for layers in (3, 2)]
+    three, two = (kept(config, flags, operator, tokens, grad_cp) for config in configs)
     counted = [
-        memory.between_blocks(config_of(7, layers), plan, Step(1, tokens))
-        for layers, plan in zip((3, 2), plans, strict=True)
+        memory.between_blocks(
+            config, plan_of(tmp_path, config, mode), Step(1, tokens, grad_cp=grad_cp)
+        )
+        for config in configs
     ]
     state = 4 * 2 * 64**2
     assert counted[0] - counted[1] == pytest.approx(three - two, abs=2 * state)
+
+
+def test_selective_by_hand(tmp_path):
+    """RWKV-7: r, k, v, wkv's output and 8 bytes of its own; the key's result; x A^T, rank 8.
+
+    ZeRO-3 recomputes it all.
+    """
+    config, plan = config_of(), plan_of(tmp_path)
+    step = Step(1, 100, grad_cp="selective")
+    att, ffn = (memory.kept_for_second_run(config, plan, step, part) for part in ("att", "ffn"))
+    assert att == 100 * (2 * (4 * C + 4 * 8) + 8 * C)
+    assert ffn == 100 * 2 * (4 * C + 2 * 8)
+    vectors = 2 * 2 * 100 * C * 2
+    assert memory.between_blocks(config, plan, step) == vectors + 2 * (att + ffn)
+    scattered = replace(step, strategy="deepspeed_stage_3")
+    assert memory.between_blocks(config, plan, scattered) == vectors / 2
 
 
 @pytest.mark.parametrize(
@@ -207,7 +238,8 @@ def test_what_leaves_the_device_is_in_host_memory(tmp_path):
     config, plan = config_of(), plan_of(tmp_path)
     found = predict(config, plan, Step(1, 3000, host_blocks=True))
     assert found.host == {"between blocks": 4 << 20}
-    assert found.moments["head"]["between blocks"] == 3 * 3000 * C * 2
+    low = 2 * 2 * 3000 * 8 * 2  # of 2 layers in 2 blocks, rank 8
+    assert found.moments["head"]["between blocks"] == 3 * 3000 * C * 2 + low
     assert "gradients" in found.moments["backward pass"]
 
 
@@ -258,7 +290,9 @@ def large(tmp_path_factory):
     [
         ({}, 400, "fits 400.0 GiB: needs"),
         ({"rows": 8}, 30, "does not fit 30.0 GiB; fits with --micro_bsz 2: "),
-        ({"rows": 1}, 15, "does not fit 15.0 GiB; fits with --grad_cp 1: "),
+        ({"rows": 1}, 15, "does not fit 15.0 GiB; fits with --grad_cp selective: "),
+        ({"rows": 1}, 8, "does not fit 8.0 GiB; fits with --grad_cp 1: "),
+        ({"rows": 1, "grad_cp": "selective"}, 8, "does not fit 8.0 GiB; fits with --grad_cp 1: "),
         ({"rows": 1, "grad_cp": True, "ctx_len": 8192}, 6, "fits with --grad_cp_offload 1: "),
         ({"rows": 1, "grad_cp": True, "ctx_len": 65536}, 12, "fits with --infctx 1 --chunk_ctx "),
         ({"rows": 1, "grad_cp": True, "ctx_len": 256}, 4.2, "fits with --quant 1 --quant_mode "),
@@ -268,7 +302,9 @@ def large(tmp_path_factory):
     ids=[
         "as it is",
         "rows",
+        "selective recomputation",
         "recomputation",
+        "more recomputation",
         "host memory",
         "chunks",
         "storage",
@@ -339,7 +375,7 @@ def test_prediction_and_measurement_side_by_side(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("number", [1, 4, 6, 8, 11, 12])
+@pytest.mark.parametrize("number", [1, 4, 6, 8, 11, 12, 22, 23, 24])
 def test_predictions_are_within_a_tenth(number):
     setting = bench_memory.SETTINGS[number]
     config = bench_memory.config_of_shape(setting.shape)

@@ -81,7 +81,7 @@ PLANS = {
 
 @pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("grad_cp", [False, True], ids=["kept", "grad_cp"])
+@pytest.mark.parametrize("grad_cp", [False, True, "selective"])
 def test_shared_prompts_equal_two_passes(plan, version, grad_cp):
     model = small_model(version)
     pairs = make_pairs()

@@ -3,6 +3,7 @@
 DeepSpeed itself is tried in test_deepspeed.py; here its mark on the parameters alone.
 """
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -10,13 +11,17 @@ import pytest
 import torch
 from test_sft import small_model
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from peft import lora
 from peft.apply import random_with_profile
 from peft.flags import PeftFlags
 from peft.registry import make_adapter
-from rwkv.config import LowRanks, RWKVConfig
+from rwkv.config import LowRanks, RWKVConfig, default_ranks
+from rwkv.keeper import Keeper, keeping
 from rwkv.linear import Linear
 from rwkv.offload import HostPlace
+from rwkv.ops import wkv6_torch, wkv7_torch
 from rwkv.ops.kept import register_gradient
 from rwkv.recompute import recomputed
 from rwkv.state import LayerState
@@ -30,10 +35,11 @@ def mark_scattered(model: nn.Module) -> None:
 @pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize("scattered", [False, True], ids=["whole", "scattered"])
 @pytest.mark.parametrize("trained", ["", "att.", "ln_out"], ids=["all", "time mix", "last norm"])
-def test_recomputed_blocks_give_the_plain_gradient(version, scattered, trained):
+@pytest.mark.parametrize("grad_cp", [True, "selective"])
+def test_recomputed_blocks_give_the_plain_gradient(version, scattered, trained, grad_cp):
     """Through hidden states and every state, for all parameters that train."""
     gradients = []
-    for again in (False, True):
+    for again in (False, grad_cp):
         model = small_model(version).double()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained in name and not name.startswith("head"))
@@ -53,10 +59,12 @@ def test_recomputed_blocks_give_the_plain_gradient(version, scattered, trained):
         torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def adapted_model(version: int, mode: str) -> nn.Module:
+def adapted_model(version: int, mode: str, *, backend: str = "torch") -> nn.Module:
     """A float32 model with an adapter on every linear layer of its blocks; "full": without."""
     torch.manual_seed(0)
     model = small_model(version)
+    for block in model.blocks:
+        block.att.backend = backend
     if mode == "full":
         return model
     model.requires_grad_(False)
@@ -71,18 +79,21 @@ def adapted_model(version: int, mode: str) -> nn.Module:
     return model
 
 
-def run_backward(model: nn.Module, **options) -> dict[str, torch.Tensor]:
-    hidden, state = model(torch.arange(14).view(2, 7) % 37, **options)
+def run_backward(model: nn.Module, rows: int = 2, **options) -> dict[str, torch.Tensor]:
+    hidden, state = model(torch.arange(14).view(rows, -1) % 37, **options)
     (hidden.square().sum() + sum(layer.wkv.square().sum() for layer in state)).backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("version", [6, 7])
-@pytest.mark.parametrize("mode", ["full", "lora", "bone", "miss", "dora"])
-def test_halves_that_leave_out_their_last_product_give_the_same_bits(version, mode):
+@pytest.mark.parametrize("mode", ["full", "lora", "bone", "miss", "dora", "dora_column", "pissa"])
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("grad_cp", [True, "selective"])
+def test_halves_that_leave_out_or_keep_products_give_the_same_bits(version, mode, packed, grad_cp):
     plain, again = adapted_model(version, mode), adapted_model(version, mode)
-    again.grad_cp = True
-    want, got = run_backward(plain), run_backward(again)
+    again.grad_cp = grad_cp
+    options = {"rows": 1, "cu_seqlens": torch.tensor([0, 3, 4, 14])} if packed else {}
+    want, got = run_backward(plain, **options), run_backward(again, **options)
     assert got.keys() == want.keys() and want
     for name, gradient in want.items():
         assert torch.equal(got[name], gradient), name
@@ -91,10 +102,11 @@ def test_halves_that_leave_out_their_last_product_give_the_same_bits(version, mo
 @pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize("scattered", [False, True], ids=["whole", "scattered"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_what_waits_in_host_memory_gives_the_same_bits(version, mode, scattered):
+@pytest.mark.parametrize("grad_cp", [True, "selective"])
+def test_what_waits_in_host_memory_gives_the_same_bits(version, mode, scattered, grad_cp):
     models = [adapted_model(version, mode) for _ in range(2)]
     for model in models:
-        model.grad_cp = True
+        model.grad_cp = grad_cp
         if scattered:
             mark_scattered(model)
     models[1].grad_cp_offload = True
@@ -146,12 +158,51 @@ def test_what_waits_in_host_memory_leaves_the_gpu():
         assert torch.equal(gradients[2][name], gradient), name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("version", "kernel"), [(6, "triton"), (7, "triton"), (7, "cuda")])
+@pytest.mark.parametrize(
+    ("mode", "quant"), [("full", ""), ("lora", "none"), ("lora", "nf4"), ("bone", "fp8")]
+)
+def test_a_gpu_gives_the_same_bits(version, kernel, mode, quant, tmp_path):
+    """And holds between the passes more with `selective` than with 1, and less than with 0."""
+    rule = {"match": "blocks.*", "mode": mode, "rank": 16, "quant": quant}
+    if mode == "full":
+        rule = {"match": "*", "mode": mode}
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps({"rules": [rule]}))
+    config = RWKVConfig(
+        version=version, n_layer=3, n_embd=256, dim_ffn=1024, vocab_size=64, head_size=64,
+        ranks=default_ranks(version, 256),
+    )  # fmt: skip
+    model, _ = random_with_profile(
+        config, PeftFlags(layer_profile=str(profile)), device="cuda", dtype=torch.bfloat16,
+        backend=kernel,
+    )  # fmt: skip
+    tokens = torch.randint(64, (1, 2048), device="cuda")
+    borders = torch.tensor([0, 700, 701, 2048], device="cuda")
+    kept, gradients = [], []
+    for model.grad_cp in (False, False, "selective", True):  # the first pass compiles
+        model.zero_grad()
+        before = torch.cuda.memory_allocated()
+        hidden = model(tokens, None, borders)[0]
+        kept.append(torch.cuda.memory_allocated() - before)
+        hidden.float().square().sum().backward()
+        del hidden
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert kept[1] > kept[2] > kept[3]
+    for again in gradients[1:]:
+        assert again.keys() == gradients[0].keys()
+        for name, gradient in gradients[0].items():
+            assert torch.equal(again[name], gradient), name
+
+
 @pytest.mark.parametrize("version", [6, 7])
-@pytest.mark.parametrize("mode", ["full", "lora", "bone"])
-def test_the_last_product_of_a_half_runs_once(version, mode, monkeypatch):
-    """All others run twice; RWKV-6's channel mix multiplies its last product by a gate."""
+@pytest.mark.parametrize("mode", ["full", "lora", "bone", "miss"])
+@pytest.mark.parametrize("grad_cp", [True, "selective"])
+def test_the_last_product_of_a_half_runs_once(version, mode, grad_cp, monkeypatch):
+    """All others run twice, but if they are kept; RWKV-6's channel mix gates its last product."""
     model, runs = adapted_model(version, mode), Counter()
-    model.grad_cp = True
+    model.grad_cp = grad_cp
     real = Linear.product
 
     def counted(layer, *args):
@@ -163,13 +214,107 @@ def test_the_last_product_of_a_half_runs_once(version, mode, monkeypatch):
     once = {"att.output"} | ({"ffn.value"} if version == 7 else set())
     for name, layer in model.blocks.named_modules():
         if isinstance(layer, Linear):
-            assert runs[layer] == (1 if name[2:] in once else 2), name
+            assert runs[layer] == (1 if name[2:] in once or grad_cp == "selective" else 2), name
 
 
-def test_dropout_of_adapters_is_repeated():
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize(("grad_cp", "runs"), [(False, 2), (True, 3), ("selective", 2)])
+def test_selective_runs_wkv_once_each_way(version, grad_cp, runs, monkeypatch):
+    """Each way an operator in plain torch looks at its chunks once."""
+    module, looks = {6: wkv6_torch, 7: wkv7_torch}[version], []
+
+    class Counted(module._Local):
+        def __init__(self, *args):
+            looks.append(1)
+            super().__init__(*args)
+
+    monkeypatch.setattr(module, "_Local", Counted)
+    model = adapted_model(version, "lora")
+    model.grad_cp = grad_cp
+    run_backward(model)
+    assert len(looks) == runs * model.config.n_layer
+
+
+@pytest.mark.parametrize(("grad_cp", "products"), [(True, 2 * 6 - 2), ("selective", 6)])
+def test_products_of_low_rank_run_again_only_for_what_is_computed(grad_cp, products, monkeypatch):
+    """x A^T of a layer whose result is left out is kept: it is small, and x is wide."""
+    runs, real = [], lora._product
+    monkeypatch.setattr(lora, "_product", lambda a, b, factor: runs.append(1) or real(a, b, factor))
+    model = adapted_model(7, "lora")
+    model.grad_cp = grad_cp
+    hidden, _ = model(torch.arange(14).view(2, 7))
+    hidden.square().sum().backward()
+    backward = 6  # that of x A^T, of each layer
+    assert len(runs) == (products + backward) * model.config.n_layer
+
+
+def test_what_is_kept_is_freed_as_it_is_taken(monkeypatch):
+    """And all of it by the end, though the graph is still held."""
+    model, kept, left = adapted_model(7, "lora"), [], []
+    model.grad_cp = "selective"
+    keep, empty = Keeper.keep, Keeper.empty
+
+    def alive() -> int:
+        return sum(not one.expired() for one in kept)
+
+    def noted(keeper: Keeper, results: Any) -> Any:
+        kept.extend(StorageWeakRef(x.untyped_storage()) for x in results)
+        return keep(keeper, results)
+
+    monkeypatch.setattr(Keeper, "keep", noted)
+    monkeypatch.setattr(Keeper, "empty", lambda keeper: left.append(alive()) or empty(keeper))
+    hidden = model(torch.arange(14).view(2, 7))[0]
+    before = alive()
+    assert before == len(kept) > 0
+    total = hidden.square().sum()
+    total.backward()
+    assert len(left) == 2 * model.config.n_layer and left == sorted(left, reverse=True)
+    assert left[-1] < before / 2
+    assert alive() == 0
+
+
+@pytest.mark.parametrize("grad_cp", [True, "selective"])
+def test_a_graph_that_is_retained_is_run_again(grad_cp):
+    """The second time nothing is kept any more, and all is computed."""
+    model = adapted_model(7, "lora")
+    model.grad_cp = grad_cp
+    hidden, _ = model(torch.arange(14).view(2, 7))
+    trained = [p for p in model.parameters() if p.requires_grad and p.numel()]
+    first, second = (
+        torch.autograd.grad(hidden.square().sum(), trained, retain_graph=True, allow_unused=True)
+        for _ in range(2)
+    )
+    assert any(x is not None for x in first)
+    for one, two in zip(first, second, strict=True):
+        assert (one is None and two is None) or torch.equal(one, two)
+
+
+def test_blocks_that_nothing_learns_in_keep_nothing(monkeypatch):
+    model, kept = adapted_model(7, "full"), []
+    model.grad_cp = "selective"
+    model.requires_grad_(False)
+    model.ln_out.requires_grad_(True)
+    real = Keeper.keep
+
+    def noted(keeper: Keeper, results: Any) -> Any:
+        kept.extend(StorageWeakRef(x.untyped_storage()) for x in results)
+        return real(keeper, results)
+
+    monkeypatch.setattr(Keeper, "keep", noted)
+    hidden, state = model(torch.arange(14).view(2, 7))
+    del state
+    assert kept and all(one.expired() for one in kept)
+    with torch.no_grad():
+        kept.clear()
+        model(torch.arange(14).view(2, 7))
+    assert not kept and hidden.requires_grad
+
+
+@pytest.mark.parametrize("grad_cp", [True, "selective"])
+def test_dropout_of_adapters_is_repeated(grad_cp):
     """The gradient in lora_B is linear in what dropout left of x: it tells the masks apart."""
     gradients = []
-    for again in (False, True):
+    for again in (False, grad_cp):
         model = adapted_model(7, "lora")
         for layer in model.modules():
             if isinstance(layer, nn.Dropout):
@@ -181,11 +326,13 @@ def test_dropout_of_adapters_is_repeated():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-def test_a_model_within_another_recomputation_computes_what_is_read():
+@pytest.mark.parametrize("grad_cp", [True, "selective"])
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_model_within_another_recomputation_computes_what_is_read(version, grad_cp):
     """The pieces of a long text: the second run of the outer one has to give true values."""
     results = []
-    for outer in (False, True):
-        model = adapted_model(7, "lora")
+    for outer in (False, grad_cp):
+        model = adapted_model(version, "lora")
         model.grad_cp = outer
 
         def run(tokens, model=model):
@@ -226,11 +373,13 @@ def test_results_keep_their_structure():
     torch.testing.assert_close(layer.weight.grad, torch.full((3, 3), 4.0))
 
 
-def test_a_recomputed_operator_gets_the_borders_themselves():
+@pytest.mark.parametrize("selective", [False, True], ids=["all", "selective"])
+def test_a_recomputed_operator_gets_the_borders_themselves(selective):
     """What `packing.known` has of cu_seqlens it has of one object, all through a step."""
     seen = []
 
-    @torch.library.custom_op("test::kept_borders", mutates_args=())
+    @torch.library.custom_op(f"test::kept_borders_{selective}", mutates_args=())
+    @keeping
     def forward(
         r: Tensor,
         w: Tensor,
@@ -255,7 +404,8 @@ def test_a_recomputed_operator_gets_the_borders_themselves():
     def run(x: Tensor, borders: Tensor) -> Tensor:
         return forward(x, x, x, x, x, x, x, borders, True)[0]
 
-    recomputed(run, x, borders, model=nn.Linear(1, 1)).sum().backward()
-    assert len(seen) == 3  # the first run, the second one, the gradient
+    options = {"closed": True, "selective": selective}
+    recomputed(run, x, borders, model=nn.Linear(1, 1), **options).sum().backward()
+    assert len(seen) == 3 - selective  # the first run, the second one, the gradient
     assert all(one is borders for one in seen)
     assert x.grad is not None and x.grad.tolist() == [7.0] * 5

@@ -183,7 +183,7 @@ def test_a_prefix_is_read_before_the_text(version, state):
     ],
     ids=["packed", "two micro-batches", "chunks", "chunks in host memory", "padded chunks"],
 )
-@pytest.mark.parametrize("grad_cp", [False, True])
+@pytest.mark.parametrize("grad_cp", [False, True, "selective"])
 def test_every_text_has_the_prefix(batches, chunks, grad_cp, version):
     model = with_prefix(version).double()
     expected = state_gradients(model, [padded([text], COUNT) for text in TEXTS])

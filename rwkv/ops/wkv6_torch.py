@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkv.keeper import keeping
 from rwkv.ops.chunk_layout import ChunkLayout, Part, Room, chunk_layout, room_like
 from rwkv.ops.decayed_products import decay_rate, decayed_products
 
@@ -53,19 +54,10 @@ class _WKV6(torch.autograd.Function):
     def forward(
         ctx: Any, layout: ChunkLayout, state: Tensor, u: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        S, room = layout.sorted(state), room_like(state)
-        y, starts = layout.tokens(inputs[0]), layout.empty(S, *S.shape[1:])
-        for part in layout.parts:
-            room.clear()
-            local = _Local(layout, part, u, inputs, room)
-            S_part = starts[part.rows]
-            added = torch.bmm(local.v.mT, local.exit, out=room(*S_part.shape))
-            _scan(S, part.walk(S_part, local.kept, added))
-            y_part = torch.bmm(local.products, local.v, out=room(*local.v.shape))
-            y.add(part, y_part.baddbmm_(local.entry, S_part.mT))
+        y, final, starts = _forward(layout, state, u, *inputs)
         ctx.save_for_backward(u, *inputs, starts)
         ctx.layout = layout
-        return y.all(), layout.unsorted(S)
+        return y, final
 
     @staticmethod
     @once_differentiable
@@ -98,6 +90,22 @@ class _WKV6(torch.autograd.Function):
             for grad, value in zip(grads, (d_r, d_w, d_k, d_v), strict=True):
                 grad.add(part, value)
         return None, layout.unsorted(dS), du.to(u.dtype), *(grad.all() for grad in grads)
+
+
+@keeping
+def _forward(layout: ChunkLayout, state: Tensor, u: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """y, S_T and what the backward pass wants: the states at the starts."""
+    S, room = layout.sorted(state), room_like(state)
+    y, starts = layout.tokens(inputs[0]), layout.empty(S, *S.shape[1:])
+    for part in layout.parts:
+        room.clear()
+        local = _Local(layout, part, u, inputs, room)
+        S_part = starts[part.rows]
+        added = torch.bmm(local.v.mT, local.exit, out=room(*S_part.shape))
+        _scan(S, part.walk(S_part, local.kept, added))
+        y_part = torch.bmm(local.products, local.v, out=room(*local.v.shape))
+        y.add(part, y_part.baddbmm_(local.entry, S_part.mT))
+    return y.all(), layout.unsorted(S), starts
 
 
 def _scan(S: Tensor, steps: Iterable[tuple[Tensor, ...]]) -> None:

@@ -18,6 +18,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from rwkv.keeper import keeping
 from rwkv.ops.packing import count_slots
 from rwkv.ops.triton_chunks import slot_owners
 from rwkv.ops.wkv6_triton_kernels import (
@@ -187,6 +188,7 @@ def _scan(
 
 
 @torch.library.custom_op("rwkv::wkv6_triton", mutates_args=())
+@keeping
 def _forward(
     r: Tensor,
     w: Tensor,

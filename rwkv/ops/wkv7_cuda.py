@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv.keeper import keeping
 from rwkv.ops import cuda_build
 from rwkv.ops.kept import register_gradient
 from rwkv.ops.packing import count_slots, known
@@ -117,6 +118,7 @@ def _warps(sequences: int, H: int) -> int:
 
 
 @torch.library.custom_op("rwkv::wkv7_cuda", mutates_args=())
+@keeping
 def _forward(
     r: Tensor,
     w: Tensor,

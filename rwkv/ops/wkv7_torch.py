@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkv.keeper import keeping
 from rwkv.ops.chunk_layout import ChunkLayout, Part, Room, chunk_layout, room_like
 from rwkv.ops.decayed_products import decay_rate, decayed_products
 
@@ -55,28 +56,10 @@ class _WKV7(torch.autograd.Function):
     def forward(
         ctx: Any, layout: ChunkLayout, state: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        S, room = layout.sorted(state), room_like(state)
-        C, y = layout.C, layout.tokens(inputs[0])
-        N = S.shape[-1]
-        starts, us = layout.empty(S, N, N), layout.empty(S, C, N)
-        inverses = layout.empty(S, C, C)  # (1 - A_ab)^-1
-        for part in layout.parts:
-            room.clear()
-            local = _Local(layout, part, inputs, room)
-            entry_a, entry_r = local.entry
-            exit_b, exit_k = local.exit
-            S_part, u, inverse = starts[part.rows], us[part.rows], inverses[part.rows]
-            _invert(local.products[:, :C, :C], inverse)
-            read = torch.bmm(local.products[:, :C, C:], local.v, out=room(*u.shape))
-            added = torch.bmm(local.v.mT, exit_k, out=room(*S_part.shape))
-            steps = part.walk(S_part, local.kept, read, entry_a, inverse, u, exit_b, added)
-            _scan(S, steps)
-            local.u.copy_(u)
-            y_part = torch.bmm(entry_r, S_part.mT, out=read)
-            y.add(part, y_part.baddbmm_(local.products[:, C:], local.uv))
-        ctx.save_for_backward(*inputs, starts, us, inverses)
+        y, final, *kept = _forward(layout, state, *inputs)
+        ctx.save_for_backward(*inputs, *kept)
         ctx.layout = layout
-        return y.all(), layout.unsorted(S)
+        return y, final
 
     @staticmethod
     @once_differentiable
@@ -113,6 +96,31 @@ class _WKV7(torch.autograd.Function):
             for grad, value in zip(grads, (d_r, d_w, d_k, d_v, d_a, d_b), strict=True):
                 grad.add(part, value)
         return None, layout.unsorted(dS), *(grad.all() for grad in grads)
+
+
+@keeping
+def _forward(layout: ChunkLayout, state: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """y, S_T and what the backward pass wants: the states at the starts, u and the inverses."""
+    S, room = layout.sorted(state), room_like(state)
+    C, y = layout.C, layout.tokens(inputs[0])
+    N = S.shape[-1]
+    starts, us = layout.empty(S, N, N), layout.empty(S, C, N)
+    inverses = layout.empty(S, C, C)  # (1 - A_ab)^-1
+    for part in layout.parts:
+        room.clear()
+        local = _Local(layout, part, inputs, room)
+        entry_a, entry_r = local.entry
+        exit_b, exit_k = local.exit
+        S_part, u, inverse = starts[part.rows], us[part.rows], inverses[part.rows]
+        _invert(local.products[:, :C, :C], inverse)
+        read = torch.bmm(local.products[:, :C, C:], local.v, out=room(*u.shape))
+        added = torch.bmm(local.v.mT, exit_k, out=room(*S_part.shape))
+        steps = part.walk(S_part, local.kept, read, entry_a, inverse, u, exit_b, added)
+        _scan(S, steps)
+        local.u.copy_(u)
+        y_part = torch.bmm(entry_r, S_part.mT, out=read)
+        y.add(part, y_part.baddbmm_(local.products[:, C:], local.uv))
+    return y.all(), layout.unsorted(S), starts, us, inverses
 
 
 def _scan(S: Tensor, steps: Iterable[tuple[Tensor, ...]]) -> None:

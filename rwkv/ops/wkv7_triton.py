@@ -20,6 +20,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from rwkv.keeper import keeping
 from rwkv.ops import triton_chunks
 from rwkv.ops.kept import register_gradient
 from rwkv.ops.packing import count_slots
@@ -121,6 +122,7 @@ def _fine(r: Tensor) -> torch.dtype:
 
 
 @torch.library.custom_op("rwkv::wkv7_triton", mutates_args=())
+@keeping
 def _forward(
     r: Tensor,
     w: Tensor,

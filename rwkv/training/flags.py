@@ -71,7 +71,12 @@ class TrainerFlags:
     accumulate_grad_batches: int = flag(
         1, "micro-batches a device sums up before a step", within="[1, inf)"
     )
-    grad_cp: bool = flag(True, "recompute each half of a block in the backward pass: less memory")
+    grad_cp: bool | str = flag(
+        True,
+        "recompute each half of a block in the backward pass: less memory; selective: all but its "
+        "large products and wkv",
+        also=("selective",),
+    )
     grad_cp_offload: bool = flag(
         False, "keep what --grad_cp keeps in host memory: less memory yet, of the GPU"
     )
