@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from pytorch_lightning.plugins.environments import (
@@ -226,7 +227,7 @@ def _leave_group() -> None:
     """
     if not torch.distributed.is_initialized():
         return
-    comm = sys.modules.get("deepspeed.comm.comm")
+    comm: Any = sys.modules.get("deepspeed.comm.comm")
     if comm is not None and comm.cdb is not None:
         comm.destroy_process_group()
         comm.cdb = None
