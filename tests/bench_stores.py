@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from peft import store_fp8
-from peft.apply import load_frozen, load_with_profile, random_with_profile
+from peft.apply import load_frozen, load_with_profile, new_with_profile, random_with_profile
 from peft.flags import PeftFlags
 from peft.memory import GIB
 from peft.store_bnb import BLOCK as FOUR_BIT_BLOCK
@@ -177,6 +177,13 @@ def errors(options: argparse.Namespace) -> None:
         device,
         stores,
     )
+    whole_models(
+        f"{config.name}, new",
+        lambda flags, dtype: new_with_profile(config, flags, dtype=dtype, seed=0, **keys)[0],
+        tokens_of(options.vocabulary, "", options),
+        device,
+        stores,
+    )
     if options.model:
         whole_models(
             Path(options.model).name,
@@ -222,13 +229,17 @@ class RoundedFp8(store_fp8.Fp8Store):
     In float32, on any device.
     """
 
-    def forward_product(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_product(self, x: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
         codes, scale = store_fp8.to_e4m3(x.flatten(0, -2))
-        return F.linear((codes.float() * scale).view(x.shape), self.dense(torch.float32))
+        out = F.linear((codes.float() * scale).view(x.shape), self.dense(torch.float32))
+        return out if into is None else into.add_(out)
 
-    def backward_product(self, grad: torch.Tensor) -> torch.Tensor:
+    def backward_product(
+        self, grad: torch.Tensor, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
         codes, scale = store_fp8.to_e4m3(grad.flatten(0, -2), self.scale.T)
-        return (codes.float() * scale @ self.codes.float()).unflatten(0, grad.shape[:-1])
+        out = (codes.float() * scale @ self.codes.float()).unflatten(0, grad.shape[:-1])
+        return out if into is None else into.add_(out)
 
 
 def round_in_float32(model: RWKV) -> None:
