@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft.adapter import AdapterLinear, check_rank
-from rwkv.keeper import kept_result
+from rwkv.keeper import Kept, kept_result
 from rwkv.linear import Linear, unread_output
 from rwkv.ops.activation import squared_relu_gradient
 from rwkv.ops.fused import uses_kernels
@@ -131,7 +131,8 @@ class _Activated(torch.autograd.Function):
 def _low(x: Tensor, A: Tensor, layer: LoraLinear) -> Tensor:
     """scale x A^T, [n, rank]. It is small, and kept where that spares a layer the reading of x."""
     rows = x.reshape(-1, x.shape[-1])
-    return kept_result(lambda: _product(rows, A.to(x.dtype).T, layer.scale), large=not layer.closes)
+    kept = Kept.SMALL if layer.closes else Kept.PRODUCTS
+    return kept_result(lambda: _product(rows, A.to(x.dtype).T, layer.scale), kept)
 
 
 def _low_rank_output(

@@ -6,13 +6,14 @@ model's forward and backward pass, and `python -m tests.bench_memory` sets them 
 measurements. What torch rounds up and CUDA's own memory are OUTSIDE and SLACK.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from peft.plan import Plan, stored_bytes, trained_count, trained_sizes
 from peft.registry import ADAPTERS
 from rwkv.config import RWKVConfig
+from rwkv.model import WKV_BYTES
 from rwkv.training.optimizer import SLICE
 from rwkv.training.strategy import bucket_size
 
@@ -32,7 +33,6 @@ TIME_MIX = {
 # The same of the channel mix, beside relu's result and the inputs.
 CHANNEL_MIX = {(7, True): (1.0, 1.0), (7, False): (2.0, 1.0), (6, True): (3.0, 3.0)}
 CHANNEL_MIX[6, False] = (4.0, 3.0)
-WKV_BYTES = {7: 8, 6: 2}  # kept by the operator in bfloat16, bytes a token and channel
 # Tensors that a backward pass makes on its way, over those that it has freed by then: of the time
 # mix's width at the gradient of wkv, of the channel mix's at that of relu.
 PASSING = {(7, True): (5.0, 2.0), (6, True): (3.0, 2.0), (7, False): (10.0, 2.6)}
@@ -59,6 +59,7 @@ class Step:
     packed: the rows of a micro-batch lie end to end in one, which chunks cut.
     host_states: the states between chunks lie in host memory.
     grad_cp: blocks are recomputed; "selective": but for their large products and wkv.
+    kept_limit: bytes that "selective" may keep; 0 for no limit.
     host_blocks: and what they start from lies in host memory.
     accumulate: micro-batches a step.
     tuned_state: the initial states train.
@@ -74,6 +75,7 @@ class Step:
     packed: bool = True
     host_states: bool = False
     grad_cp: bool | str = True
+    kept_limit: int = 0
     host_blocks: bool = False
     accumulate: int = 1
     tuned_state: bool = False
@@ -331,9 +333,20 @@ def between_blocks(config: RWKVConfig, plan: Plan, step: Step) -> int:
     blocks = learning_blocks(config, plan, step)
     if step.grad_cp:
         count = blocks * (1 if step.stage == 3 else 2)
-        beside = sum(kept_for_second_run(config, plan, step, part) for part in ("att", "ffn"))
-        return vector * (min(count, ON_THEIR_WAY) if step.host_blocks else count) + blocks * beside
+        vectors = min(count, ON_THEIR_WAY) if step.host_blocks else count
+        return vector * vectors + kept_of_halves(config, plan, step, ("att", "ffn"), blocks)
     return max(blocks - 1, 0) * kept_by_block(config, plan, step)
+
+
+def kept_of_halves(
+    config: RWKVConfig, plan: Plan, step: Step, parts: tuple[str, ...], blocks: int
+) -> int:
+    """What these halves of some blocks keep for their second run, within the limit."""
+    small, most = (
+        blocks * sum(kept_for_second_run(config, plan, one, part) for part in parts)
+        for one in (replace(step, grad_cp=True), step)
+    )
+    return small + min(most - small, step.kept_limit or most)
 
 
 def kept_for_second_run(config: RWKVConfig, plan: Plan, step: Step, part: str) -> int:
@@ -382,8 +395,7 @@ def blocks_at_work(config: RWKVConfig, plan: Plan, step: Step) -> int:
     halves = kept_by_time_mix(config, plan, step), kept_by_channel_mix(config, plan, step)
     if step.grad_cp and step.stage != 3:
         of_both, of_one = (
-            sum(kept_for_second_run(config, plan, step, part) for part in parts)
-            for parts in (("att", "ffn"), ("ffn",))
+            kept_of_halves(config, plan, step, parts, 1) for parts in (("att", "ffn"), ("ffn",))
         )
         return max(halves[0] + passing[0] - of_both, halves[1] + passing[1] - of_one)
     return sum(halves) + max(passing)

@@ -4,6 +4,7 @@ import functools
 from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
+from enum import IntEnum
 from typing import Any, ParamSpec
 
 import torch
@@ -11,6 +12,14 @@ from torch import Tensor
 
 P = ParamSpec("P")
 Results = tuple[Tensor, ...]
+
+
+class Kept(IntEnum):
+    """How much a recomputed part keeps, the cheapest for its size first."""
+
+    SMALL = 0  # what takes hardly any room
+    PRODUCTS = 1  # and the results of its large products
+    ALL = 2  # and those of wkv
 
 
 class Keeper:
@@ -22,11 +31,11 @@ class Keeper:
     so that they live no longer than its own activations.
 
     Args:
-        large: keep what is dear to compute, whatever its size; otherwise what is small alone.
+        most: what is kept.
     """
 
-    def __init__(self, large: bool):
-        self.large = large
+    def __init__(self, most: Kept):
+        self.most = most
         self._kept: deque[list[Any]] = deque()
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         self._pack, self._unpack = hooks or (_same, _same)
@@ -73,7 +82,7 @@ class second_run(first_run):  # noqa: N801
 _run: ContextVar[first_run | None] = ContextVar("run", default=None)
 
 
-def kept_results(compute: Callable[[], Results], *, large: bool = True) -> Results:
+def kept_results(compute: Callable[[], Results], kept: Kept) -> Results:
     """compute(), or what it gave in the first run of the part that is being recomputed.
 
     To be called where nothing has a history, as in the forward pass of an autograd function: the
@@ -81,10 +90,10 @@ def kept_results(compute: Callable[[], Results], *, large: bool = True) -> Resul
 
     Args:
         compute: gives new tensors, the same in both runs.
-        large: whether they are too large to be kept wherever a part is recomputed.
+        kept: from where on they are.
     """
     run = _run.get()
-    if run is None or (large and not run.keeper.large):
+    if run is None or run.keeper.most < kept:
         return compute()
     if not run.second:
         return run.keeper.keep(compute())
@@ -98,18 +107,18 @@ def in_second_run() -> bool:
     return run is not None and run.second
 
 
-def kept_result(compute: Callable[[], Tensor], *, large: bool = True) -> Tensor:
+def kept_result(compute: Callable[[], Tensor], kept: Kept = Kept.PRODUCTS) -> Tensor:
     """`kept_results` of one tensor."""
-    (result,) = kept_results(lambda: (compute(),), large=large)
+    (result,) = kept_results(lambda: (compute(),), kept)
     return result
 
 
 def keeping(function: Callable[P, Results]) -> Callable[P, Results]:
-    """A function whose results are kept as by `kept_results`."""
+    """A wkv operator whose results are kept as by `kept_results`."""
 
     @functools.wraps(function)
     def run(*args: P.args, **options: P.kwargs) -> Results:
-        return kept_results(lambda: function(*args, **options))
+        return kept_results(lambda: function(*args, **options), Kept.ALL)
 
     return run
 

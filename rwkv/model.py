@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rwkv.channel_mix import ChannelMix6, ChannelMix7
 from rwkv.config import RWKVConfig
+from rwkv.keeper import Kept
 from rwkv.linear import Linear
 from rwkv.offload import HostPlace
 from rwkv.recompute import recomputed
@@ -17,6 +18,7 @@ from rwkv.state import LayerState, State, zero_state
 from rwkv.time_mix6 import TimeMix6
 from rwkv.time_mix7 import TimeMix7
 
+WKV_BYTES = {7: 8, 6: 2}  # kept by the operator in bfloat16, bytes a token and channel
 LAYERS: dict[int, tuple[Any, Any]] = {6: (TimeMix6, ChannelMix6), 7: (TimeMix7, ChannelMix7)}
 
 
@@ -47,22 +49,20 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None,
         *,
         in_halves: bool = False,
-        selective: bool = False,
+        kept: Kept = Kept.SMALL,
         place: HostPlace | None = None,
     ) -> tuple[Tensor, Tensor | None, LayerState]:
         """x [B, T, C] and this layer's state in; x, v_first and the state after T tokens out.
 
         in_halves: recompute time mix and channel mix in the backward pass, each by itself, so that
             the activations of only one of them exist at a time.
-        selective: and keep what is dear to compute again.
+        kept: and keep these results.
         place: for what the halves start from; None to keep it on the device.
         """
         run: Callable[..., Any] = _call
         if in_halves:
             draws = any(m.p and m.training for m in self.modules() if isinstance(m, nn.Dropout))
-            run = partial(
-                recomputed, model=self, closed=True, draws=draws, selective=selective, place=place
-            )
+            run = partial(recomputed, model=self, closed=True, draws=draws, kept=kept, place=place)
         x, v_first, att_shift, wkv = run(
             self._mix_time, x, v_first, state.att_shift, state.wkv, cu_seqlens
         )
@@ -82,6 +82,13 @@ class Block(nn.Module):
         return self.att(x, self.ln1, v_first, shift, wkv, cu_seqlens)
 
 
+def kept_bytes(block: Any, config: RWKVConfig, itemsize: int) -> tuple[int, int]:
+    """Bytes a token of a block's large products, and of what wkv gives and keeps."""
+    linear = [m for m in block.modules() if isinstance(m, Linear) and not m.closes]
+    wkv = config.dim_att * (itemsize + WKV_BYTES[config.version])
+    return itemsize * sum(m.out_features for m in linear), wkv
+
+
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
@@ -97,6 +104,7 @@ class RWKV(nn.Module):
         grad_cp: recompute each half of a block in the backward pass instead of keeping its
             activations; only the stream before and within each block is kept. "selective" keeps
             the results of its large products and of wkv too, and computes the rest again.
+        grad_cp_memory: bytes that "selective" may keep; 0 for no limit.
         grad_cp_offload: and the stream is kept in host memory.
         prefix: embeddings [n, C] that are read before every text, only where they are tuned.
     """
@@ -105,6 +113,7 @@ class RWKV(nn.Module):
         super().__init__()
         self.config = config
         self.grad_cp: bool | str = False
+        self.grad_cp_memory = 0
         self.grad_cp_offload = False
         self.prefix: nn.Parameter | None = None
         self.emb = nn.Embedding(
@@ -148,7 +157,8 @@ class RWKV(nn.Module):
         if self.grad_cp and self.grad_cp_offload and torch.is_grad_enabled():
             place = HostPlace(x.device)
         after = []
-        for block, before in zip(self.blocks, state, strict=True):
+        levels = self._kept_by_blocks(x)
+        for block, before, kept in zip(self.blocks, state, levels, strict=True):
             if self.grad_cp and scattered:  # DeepSpeed's hooks want the whole block
                 x, v_first, new = recomputed(
                     block, x, v_first, before, cu_seqlens, model=block, place=place
@@ -160,11 +170,34 @@ class RWKV(nn.Module):
                     before,
                     cu_seqlens,
                     in_halves=bool(self.grad_cp),
-                    selective=self.grad_cp == "selective",
+                    kept=kept,
                     place=place,
                 )
             after.append(new)
         return self.ln_out(x), after
+
+    def _kept_by_blocks(self, x: Tensor) -> list[Kept]:
+        """What each block keeps of its own run over x [B, T, C].
+
+        Within `grad_cp_memory` the products of as many blocks as fit, the last ones, whose turn
+        comes first in the backward pass; then wkv's results, which take more room for what they
+        spare.
+        """
+        count = self.config.n_layer
+        if self.grad_cp != "selective":
+            return [Kept.SMALL] * count
+        if not self.grad_cp_memory:
+            return [Kept.ALL] * count
+        levels, left = [Kept.SMALL] * count, self.grad_cp_memory
+        sizes = kept_bytes(self.blocks[-1], self.config, x.element_size())
+        for kept, size in zip((Kept.PRODUCTS, Kept.ALL), sizes, strict=True):
+            room = int(left // (x.shape[0] * x.shape[1] * size))
+            for layer in range(max(count - room, 0), count):
+                levels[layer] = kept
+            left -= min(room, count) * x.shape[0] * x.shape[1] * size
+            if room < count:
+                break
+        return levels
 
     def initial_state(self, Q: int) -> State:
         """The state of Q new texts: zeros or what was tuned, after the prefix if there is one.

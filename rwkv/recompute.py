@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from rwkv.keeper import Keeper, first_run, second_run
+from rwkv.keeper import Keeper, Kept, first_run, second_run
 from rwkv.offload import HostPlace
 from rwkv.scattered import is_scattered
 
@@ -22,7 +22,7 @@ def recomputed(
     model: Any,
     closed: bool = False,
     draws: bool = True,
-    selective: bool = False,
+    kept: Kept = Kept.SMALL,
     place: HostPlace | None = None,
 ) -> Any:
     """Return function(*args), keeping for the backward pass no more than the arguments.
@@ -36,12 +36,10 @@ def recomputed(
         args: its arguments; the tensors among them stay alive until the backward pass.
         model: the module whose parameters `function` reads.
         closed: in the second run, leave out the results of linear layers that close their part:
-            for a function in which nothing but the stream reads them. What is small and spares
-            such layers their work is kept too.
+            for a function in which nothing but the stream reads them.
         draws: whether `function` may draw random numbers; keeping the generators' states takes the
             host longer than launching some kernels.
-        selective: of a closed function keep large results that are dear to compute as well, those
-            of linear layers and of wkv, and compute again what is element-wise. Not under ZeRO-3,
+        kept: of a closed function, results that are kept and not computed again. Not under ZeRO-3,
             which runs all of it again.
         place: where args[0] waits, in place of the device.
     """
@@ -56,7 +54,7 @@ def recomputed(
 
     contexts = _plain_contexts
     if closed:  # made before the hooks of `place` act: what the keeper keeps stays on the device
-        contexts = partial(_closed_contexts, Keeper(selective))
+        contexts = partial(_closed_contexts, Keeper(kept))
     waiting: AbstractContextManager[Any] = contextlib.nullcontext()
     if place is not None:
         waiting = place.of_piece(*(x for x in tree_flatten(args[1:])[0] if isinstance(x, Tensor)))

@@ -67,6 +67,7 @@ class Row:
     mode: full, or an adapter on every linear layer of the blocks.
     small: norms and small vectors train beside the adapters, as without --limited_lora.
     grad_cp: as --grad_cp.
+    kept: GiB, as --grad_cp_memory.
     offload: --grad_cp_offload.
     graph: --cuda_graphs.
     """
@@ -80,6 +81,7 @@ class Row:
     tokens: int = 4096
     vocabulary: int = 65536
     grad_cp: bool | str = True
+    kept: float = 0.0
     offload: bool = False
     graph: bool = False
 
@@ -110,6 +112,9 @@ ROWS = {
     "lora-1.5B-8-selective": Row("lora", *SMALLER, rows=8, grad_cp="selective"),
     "lora-1.5B-1-selective": Row("lora", *SMALLER, rows=1, grad_cp="selective"),
     "lora-1.5B-8-host": Row("lora", *SMALLER, rows=8, offload=True),
+    "lora-1.5B-8-host-kept": Row(
+        "lora", *SMALLER, rows=8, offload=True, grad_cp="selective", kept=6.7
+    ),
     "lora-2.9B-4": Row("lora", *LARGER, rows=4),
     "lora-only-2.9B-4": Row("lora", *LARGER, rows=4, small=False),
     "lora-2.9B-4-host": Row("lora", *LARGER, rows=4, offload=True),
@@ -135,6 +140,7 @@ PEERS |= {
     "full-1.5B-8-selective": PEERS["full-1.5B-8"],
     "lora-1.5B-8-selective": PEERS["lora-1.5B-8"],
     "lora-1.5B-8-host": PEERS["lora-1.5B-8"],
+    "lora-1.5B-8-host-kept": PEERS["lora-1.5B-8"],
     "lora-only-2.9B-4": PEERS["lora-2.9B-4"],
     "lora-2.9B-4-host": PEERS["lora-2.9B-4"],
 }
@@ -228,6 +234,7 @@ class Training:
         self.model = random_model(row, device, dtype)
         plan = adapt(self.model, row)
         self.model.grad_cp, self.model.grad_cp_offload = row.grad_cp, row.offload
+        self.model.grad_cp_memory = int(row.kept * 2**30)
         self.model.train()
         flags = OptimizerFlags()
         groups = [

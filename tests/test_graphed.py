@@ -214,4 +214,5 @@ def test_a_step_that_waits_for_the_gpu_goes_on_without(capsys):
         assert model.weight.grad is not None
         model.zero_grad()
         del loss
+    assert torch.rand(4, device="cuda").isfinite().all()
     assert graphs.failed and capsys.readouterr().err.count("cannot be recorded") == 1

@@ -208,6 +208,18 @@ def test_selective_by_hand(tmp_path):
     assert memory.between_blocks(config, plan, scattered) == vectors / 2
 
 
+def test_what_selective_keeps_has_a_limit(tmp_path):
+    config, plan, step = config_of(), plan_of(tmp_path), Step(1, 4096, grad_cp="selective")
+    at_least, at_most = (
+        memory.between_blocks(config, plan, replace(step, grad_cp=grad_cp))
+        for grad_cp in (True, "selective")
+    )
+    limited = memory.between_blocks(config, plan, replace(step, kept_limit=1 << 20))
+    assert limited == at_least + (1 << 20) < at_most
+    for limit in (at_most, 0):
+        assert memory.between_blocks(config, plan, replace(step, kept_limit=limit)) == at_most
+
+
 @pytest.mark.parametrize(
     "more",
     [{"rows": 2}, {"ctx_len": 8192}, {"grad_cp": False}, {"accumulate": 2}],

@@ -355,10 +355,7 @@ def test_a_profile_that_is_no_profile(fails, tmp_path):
             ["--grad_cp", "0", "--grad_cp_offload", "1"],
             "moves what --grad_cp keeps, and --grad_cp is",
         ),
-        (
-            ["--grad_cp", "selective", "--grad_cp_offload", "1"],
-            "more than the way to host memory carries beside a step; use --grad_cp 1, or drop",
-        ),
+        (["--grad_cp_memory", "6"], "--grad_cp_memory 6: is for --grad_cp selective; add it, or"),
         (["--grad_cp", "some"], "--grad_cp some: is not 1 or 0 or selective; write one"),
         (["--cuda_graphs", "1"], "--cuda_graphs 1: records a GPU's work, and the model is on cpu"),
         (["--cuda_graphs", "yess"], "--cuda_graphs yess: is not 1 or 0 or auto; write one"),

@@ -18,7 +18,7 @@ from peft.apply import random_with_profile
 from peft.flags import PeftFlags
 from peft.registry import make_adapter
 from rwkv.config import LowRanks, RWKVConfig, default_ranks
-from rwkv.keeper import Keeper, keeping
+from rwkv.keeper import Keeper, Kept, keeping
 from rwkv.linear import Linear
 from rwkv.offload import HostPlace
 from rwkv.ops import wkv6_torch, wkv7_torch
@@ -218,6 +218,36 @@ def test_the_last_product_of_a_half_runs_once(version, mode, grad_cp, monkeypatc
 
 
 @pytest.mark.parametrize("version", [6, 7])
+def test_within_a_limit_late_blocks_keep_products_first(version):
+    """Two blocks of 64 numbers of ffn.key and 32 of each other product a token, in float32."""
+    model = adapted_model(version, "lora")
+    model.grad_cp = "selective"
+    x = torch.empty(2, 7, 32)
+    products = 4 * (64 + 3 * 32 + {7: 0, 6: 3 * 32}[version])  # gate, receptance, ffn.value
+    wkv = 32 * (4 + {7: 8, 6: 2}[version])
+    for limit, levels in {
+        products - 1: (Kept.SMALL, Kept.SMALL),
+        products: (Kept.SMALL, Kept.PRODUCTS),
+        2 * products: (Kept.PRODUCTS, Kept.PRODUCTS),
+        2 * products + wkv: (Kept.PRODUCTS, Kept.ALL),
+        2 * products + 2 * wkv: (Kept.ALL, Kept.ALL),
+    }.items():
+        model.grad_cp_memory = 14 * limit
+        assert model._kept_by_blocks(x) == list(levels)
+
+
+def test_a_limit_changes_no_gradient():
+    found = []
+    for limit in (0, 5000, 14 * 4 * 160, 14 * 4 * 400):
+        model = adapted_model(7, "lora")
+        model.grad_cp, model.grad_cp_memory = "selective", limit
+        run_backward(model)
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for got in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(got, found[0], strict=True))
+
+
+@pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize(("grad_cp", "runs"), [(False, 2), (True, 3), ("selective", 2)])
 def test_selective_runs_wkv_once_each_way(version, grad_cp, runs, monkeypatch):
     """Each way an operator in plain torch looks at its chunks once."""
@@ -404,7 +434,7 @@ def test_a_recomputed_operator_gets_the_borders_themselves(selective):
     def run(x: Tensor, borders: Tensor) -> Tensor:
         return forward(x, x, x, x, x, x, x, borders, True)[0]
 
-    options = {"closed": True, "selective": selective}
+    options = {"closed": True, "kept": Kept.ALL if selective else Kept.SMALL}
     recomputed(run, x, borders, model=nn.Linear(1, 1), **options).sum().backward()
     assert len(seen) == 3 - selective  # the first run, the second one, the gradient
     assert all(one is borders for one in seen)

@@ -59,6 +59,7 @@ def step_of(settings: Settings, dtype: "torch.dtype") -> "Step":
         packed=settings[DataFlags].packing,
         host_states=chunks.infctx and chunks.chunk_offload,
         grad_cp=trainer.grad_cp,
+        kept_limit=int(trainer.grad_cp_memory * 2**30),
         host_blocks=trainer.grad_cp_offload,
         accumulate=trainer.accumulate_grad_batches,
         tuned_state=settings[StateFlags].state,
@@ -134,6 +135,7 @@ def verify(
         if step.tuned_state:
             add_tuned_state(model)
         model.grad_cp, model.grad_cp_offload = step.grad_cp, step.host_blocks
+        model.grad_cp_memory = step.kept_limit
         return model
 
     def optimize(model: Any) -> Any:

@@ -82,6 +82,7 @@ def build(settings: Settings, config: RWKVConfig, device: Device) -> tuple[RWKV,
         load_adapter(model, peft.load_adapter, base=base)
     trainer = settings[TrainerFlags]
     model.grad_cp, model.grad_cp_offload = trainer.grad_cp, trainer.grad_cp_offload
+    model.grad_cp_memory = int(trainer.grad_cp_memory * 2**30)
     return model, plan, base
 
 

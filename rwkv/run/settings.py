@@ -55,10 +55,10 @@ def check(settings: Settings) -> None:
         raise InputError(
             "--grad_cp_offload 1: moves what --grad_cp keeps, and --grad_cp is 0; drop one of them"
         )
-    if trainer.grad_cp_offload and trainer.grad_cp == "selective":
+    if trainer.grad_cp_memory and trainer.grad_cp != "selective":
         raise InputError(
-            "--grad_cp_offload 1: what --grad_cp selective keeps is more than the way to host "
-            "memory carries beside a step; use --grad_cp 1, or drop --grad_cp_offload"
+            f"--grad_cp_memory {trainer.grad_cp_memory:g}: is for --grad_cp selective; add it, or "
+            "drop --grad_cp_memory"
         )
     if trainer.grad_cp_offload and settings[ChunkFlags].infctx:
         raise InputError(

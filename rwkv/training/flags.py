@@ -77,6 +77,9 @@ class TrainerFlags:
         "large products and wkv",
         also=("selective",),
     )
+    grad_cp_memory: float = flag(
+        0.0, "GiB of each GPU that --grad_cp selective may fill; 0: no limit", within="[0, inf)"
+    )
     grad_cp_offload: bool = flag(
         False, "keep what --grad_cp keeps in host memory: less memory yet, of the GPU"
     )

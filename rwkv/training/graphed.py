@@ -114,6 +114,8 @@ class GraphedSteps:
         except RuntimeError as error:
             self.failed = str(error).splitlines()[0]
             say(f"--cuda_graphs: this step cannot be recorded ({self.failed}); going on without")
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):  # lets go of the random generators
+                torch.empty(1, device=batch.inputs.device)
             return None
         finally:
             for parameter, grad in before.items():
