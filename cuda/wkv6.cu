@@ -93,22 +93,29 @@ __device__ __forceinline__ void scan(const uint16_t* keys, const uint16_t* w, co
     float* const kept = reinterpret_cast<float*>(memory + STAGES * size) + group * 2 * 68;
     const auto chunk_of = [&](int i) { return REVERSE ? chunks - 1 - i : i; };
 
+    // What this thread copies of a chunk: of v one piece in so many rows, of w and k one in all
+    const int64_t first = (sequence.begin * H + h) * SIDE;
+    const int value_row = threadIdx.x >> 3, value_step = blockDim.x >> 3;
+    const int key_row = row + (me.lane >> 1);
+    const uint16_t* const values_from = values + first + value_row * stride + (threadIdx.x & 7) * 8;
+    const int64_t keys_from = first + key_row * stride + 16 * part + 8 * (me.lane & 1);
+    const int values_to = place(value_row, threadIdx.x & 7);  // steps are whole groups of eight rows
+    const int keys_to = TILE + group * 4096 + place_in_narrow(key_row, me.lane & 1);
+    unsigned char* target = memory;
     const auto fetch = [&](int i) {
         if (i < chunks) {
             const int chunk = chunk_of(i), left = sequence.length - chunk * SIDE;
-            unsigned char* const stage = memory + i % STAGES * size;
-            unsigned char* const mine = stage + TILE + group * 4096;
-            const int64_t first = ((sequence.begin + chunk * SIDE) * H + h) * SIDE;
-            for (int n = threadIdx.x; n < TILE / 16; n += blockDim.x) {
-                const int r = n >> 3, piece = n & 7;
-                const uint16_t* const from = values + first;
-                cp_async_16(stage + place(r, piece), r < left ? from + r * stride + piece * 8 : from,
-                            r < left);
+            const int64_t ahead = chunk * (SIDE * stride);
+#pragma unroll 1
+            for (int r = 0; r < SIDE; r += value_step) {
+                const bool valid = value_row + r < left;
+                cp_async_16(target + values_to + r * 128,
+                            valid ? values_from + ahead + r * stride : values, valid);
             }
-            const int r = row + (me.lane >> 1), half = me.lane & 1;
-            const int64_t at = first + (r < left ? r * stride : 0) + 16 * part + 8 * half;
-            cp_async_16(mine + place_in_narrow(r, half), w + at, r < left);
-            cp_async_16(mine + 2048 + place_in_narrow(r, half), keys + at, r < left);
+            const bool valid = key_row < left;
+            cp_async_16(target + keys_to, valid ? w + keys_from + ahead : w, valid);
+            cp_async_16(target + keys_to + 2048, valid ? keys + keys_from + ahead : keys, valid);
+            target = target == memory + (STAGES - 1) * size ? memory : target + size;
         }
         cp_async_commit();
     };
@@ -125,10 +132,11 @@ __device__ __forceinline__ void scan(const uint16_t* keys, const uint16_t* w, co
                 *reinterpret_cast<const float2*>(initial + own + 8 * below * SIDE + 8 * j);
             S[j][2 * below] = pair.x, S[j][2 * below + 1] = pair.y;
         }
+    const unsigned char* const last = memory + (STAGES - 1) * size;
+    unsigned char* stage = memory;
 #pragma unroll 1
-    for (int i = 0; i < chunks; ++i) {
+    for (int i = 0; i < chunks; ++i, stage = stage == last ? memory : stage + size) {
         const int chunk = chunk_of(i), left = sequence.length - chunk * SIDE;
-        unsigned char* const stage = memory + i % STAGES * size;
         unsigned char* const high = stage + TILE + group * 4096;  // w becomes the keys' first part,
         unsigned char* const low = high + 2048;                   // and the keys their second
         float* const kept_now = kept + (i & 1) * 68;              // [4][16], of strips; four maxima
@@ -315,6 +323,25 @@ __device__ __forceinline__ void make_level(unsigned char* to, unsigned char* r, 
         }
 }
 
+// What stands on the diagonal of the warp's rows g and g + 8 of a product, to the sum of two operands
+// that are zero there.
+__device__ __forceinline__ void put_diagonal(Operand& high, Operand& low, const float x[2],
+                                             const Lane& me) {
+#pragma unroll
+    for (int below = 0; below < 2; ++below) {
+        const uint32_t bits = pack_bf16(x[below], 0.0f);
+        const uint32_t rest = pack_bf16(x[below] - unpack_bf16(bits).x, 0.0f);
+        const int shift = me.q != me.g >> 1 ? 32 : me.g & 1 ? 16 : 0;
+        const uint32_t first = shift == 32 ? 0 : bits << shift, second = shift == 32 ? 0 : rest << shift;
+#pragma unroll
+        for (int j = below; j < 8; j += 2) {
+            const uint32_t here = j >> 1 == me.strip ? ALL : 0u;
+            high[j >> 1][(j & 1) * 2 + below] |= first & here;
+            low[j >> 1][(j & 1) * 2 + below] |= second & here;
+        }
+    }
+}
+
 // The steep ones among all chunks, for blocks that share them.
 template <class Work>
 __device__ __forceinline__ void for_each_steep(const int* steep, int64_t units, int lane, Work work) {
@@ -451,25 +478,9 @@ __device__ __forceinline__ void make_outputs(unsigned char* memory, const Output
                         pack_bf16(x[j][e] - rounded.x, x[j][e + 1] - rounded.y) & pairs;
                 }
         }
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-#pragma unroll
-            for (int below = 0; below < 2; ++below)
-                if (j == 2 * me.strip + below && me.q == me.g >> 1) {
-                    const float value = bonus[below];
-                    const float2 rounded = unpack_bf16(pack_bf16(value, 0.0f));
-                    const int shift = 16 * (me.g & 1);
-                    high[j >> 1][(j & 1) * 2 + below] |= pack_bf16(value, 0.0f) << shift;
-                    low[j >> 1][(j & 1) * 2 + below] |= pack_bf16(value - rounded.x, 0.0f) << shift;
-                }
     } else {
         multiply_by_rows<BF16>(x, r, k, me);
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                if (j == 2 * me.strip + (e >> 1) && 2 * me.q + (e & 1) == me.g) x[j][e] = bonus[e >> 1];
-        pack_triangle<BF16>(high, x, false, true, 1.0f, me);
+        pack_triangle<BF16>(high, x, false, false, 1.0f, me);
 #pragma unroll
         for (int j = 0; j < 8; ++j)
 #pragma unroll
@@ -477,8 +488,9 @@ __device__ __forceinline__ void make_outputs(unsigned char* memory, const Output
                 const float2 rounded = unpack_bf16(high[j >> 1][(j & 1) * 2 + below]);
                 x[j][2 * below] -= rounded.x, x[j][2 * below + 1] -= rounded.y;
             }
-        pack_triangle<BF16>(low, x, false, true, 1.0f, me);
+        pack_triangle<BF16>(low, x, false, false, 1.0f, me);
     }
+    put_diagonal(high, low, bonus, me);
 
     multiply_by_rows<F16>(x, r_start, S, me);
     scale_by(x, exp2_approx(er + S_most));
@@ -577,6 +589,7 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
     float* const middles = scales + 2 * SIDE;   // of columns: l up to the chunk's middle
     float* const rows = middles + SIDE;         // of tokens: v dy and r u k, each of two halves
     float* const maxima = rows + 4 * SIDE;      // [4][8]
+    float* const facts = maxima + 32;           // read again where needed: registers are short
     // Two groups of four warps: the first makes dr, the second dv and dk. Of what they do for all
     // (`own`) each has 32 columns.
     const Lane me;
@@ -623,6 +636,13 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
     const float er = exponent[0], ek = exponent[1], ev = exponent[2], ey = exponent[3];
     const float eu = fmaxf(ek + ev, largest_of_parts(S_exponents));
     const float ez = fmaxf(er + ey, largest_of_parts(dS_exponents));
+    if (threadIdx.x == 0) {
+        facts[0] = power_of(ek + ev - eu), facts[1] = power_of(er + ey - ez);
+        facts[2] = exp2_approx(ey + eu), facts[3] = exp2_approx(ev + ez);
+        facts[4] = exp2_approx(ek + ez), facts[5] = power_of(ey);
+        facts[6] = exp2_approx(eu + ez) * LN_2;
+        if (STEEP) facts[8] = er, facts[9] = ek, facts[10] = eu, facts[11] = ez;
+    }
     {
         const float k_scale = power_of(-ek), v_scale = power_of(-ev), y_scale = power_of(-ey);
         float flow[2] = {0.0f, 0.0f}, bonus[2] = {0.0f, 0.0f};
@@ -684,7 +704,6 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
     group_fence();
     __syncthreads();
 
-    const float u_share = power_of(ek + ev - eu), z_share = power_of(er + ey - ez);
     unsigned char* const stage = memory + 11 * TILE + 1024 * me.warp;
     // dl: of the warp's rows, or if STEEP of its own columns
     Numbers x, dL;
@@ -695,7 +714,7 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
         clear(dL);  // here dr or dk
         Operand pairs;
         multiply_by_rows<F16>(x, second ? values : dy, second ? dy : values, me);
-        scale_by(x, second ? z_share : u_share);
+        scale_by(x, facts[second]);
         pack<BF16>(pairs, x);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
@@ -703,7 +722,7 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
             for (int n = 0; n < 4; ++n) written[i][n] = 0;
 #pragma unroll 1
         for (int half = SIDE / 2; half > 0; half >>= 1) {
-            make_level(r_in, r, k, logs, middles, half, er, ek, own);
+            make_level(r_in, r, k, logs, middles, half, facts[8], facts[9], own);
             group_fence();
             __syncthreads();
             if (second) multiply_by_rows<BF16>(x, r_in, r_in, me);
@@ -718,11 +737,11 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
                     part[j >> 1][at] = pairs[j >> 1][at] & which;
                     if (second)
                         written[j >> 1][at] |=
-                            pack_f16(x[j][2 * below] * z_share, x[j][2 * below + 1] * z_share) & which;
+                            pack_f16(x[j][2 * below] * facts[1], x[j][2 * below + 1] * facts[1]) & which;
                 }
             clear(x);
             add_product<BF16>(x, part, r_in, me);
-            const float share = second ? u_share : z_share;
+            const float share = facts[!second];
 #pragma unroll
             for (int below = 0; below < 2; ++below) {
                 const int t = row + me.g + 8 * below, e = 2 * below;
@@ -745,9 +764,9 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
     if (second) {
         Numbers grad_v;
         multiply_by_rows<F16>(grad_v, k_end, dS, me);
-        if (!STEEP) multiply_to_triangle<BF16, F16>(written, k_in, r_in, true, false, z_share, me);
+        if (!STEEP) multiply_to_triangle<BF16, F16>(written, k_in, r_in, true, false, facts[1], me);
         add_product<F16>(grad_v, written, dy, me);
-        const float scale = exp2_approx(ek + ez), y_scale = power_of(ey);
+        const float scale = facts[4], y_scale = facts[5];
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
             const int t = row + me.g + 8 * below, e = 2 * below;
@@ -765,12 +784,12 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
     // dr or dk, and their shares of the gradient of l: r is read behind the decays of the tokens before
     // it, k is written before those of the tokens behind it
     multiply_by_columns<F16>(x, second ? values : dy, second ? dS : S, me);
-    const float share = second ? u_share : z_share;
+    const float share = facts[!second];
     if (STEEP) {
         // What is read from the state at the start, and what is left in that at the end
         unsigned char *const at_ends = second ? r_in : k_in, *const own_tile = second ? k : r;
         const float* const parts = second ? dS_exponents : S_exponents;
-        const float unit_of = second ? ez : eu, own_exponent = second ? ek : er;
+        const float unit_of = facts[10 + second], own_exponent = facts[8 + second];
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -792,7 +811,7 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
         __syncthreads();
         add_sums(dl, k_in, SIDE, [](int) { return true; }, own);
         add_sums(dl, r_in, SIDE, [](int) { return false; }, own);
-        scale_by(x, exp2_approx(second ? ev + ez : ey + eu));
+        scale_by(x, facts[2 + second]);
     } else {
         unsigned char *const other = second ? r_in : k_in, *const factor = second ? k_in : r_in;
 #pragma unroll
@@ -805,17 +824,17 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
             if (second) {
                 const float2 upper = unpack_bf16(*pair_at(factor, row, j, me));
                 const float2 lower = unpack_bf16(*pair_at(factor, row + 8, j, me));
-                float2 end = make_float2(fmaf(upper.x, x[j][0], lower.x * x[j][2]) * u_share,
-                                         fmaf(upper.y, x[j][1], lower.y * x[j][3]) * u_share);
+                float2 end = make_float2(fmaf(upper.x, x[j][0], lower.x * x[j][2]) * share,
+                                         fmaf(upper.y, x[j][1], lower.y * x[j][3]) * share);
                 add_over_rows(end);
                 if (me.g == 0)
                     *reinterpret_cast<float2*>(totals + me.warp * SIDE + 8 * j + 2 * me.q) = end;
             }
         }
         multiply_to_triangle<F16, BF16>(part, second ? values : dy, second ? dy : values, second, false,
-                                        second ? z_share : u_share, me);
+                                        facts[second], me);
         add_product<BF16>(x, part, other, me);
-        const float grow = exp2_approx(second ? ev + ez : ey + eu);
+        const float grow = facts[2 + second];
         // L of the row above for r, of the same row for k
         const float2* seen[2] = {log_at(logs, 0, 0, me), log_at(logs, 0, 1, me)};
         int apart = 64;
@@ -923,7 +942,7 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
         to.du[unit * SIDE + threadIdx.x] = du_sums[threadIdx.x] + du_sums[SIDE + threadIdx.x] +
                                            du_sums[2 * SIDE + threadIdx.x] +
                                            du_sums[3 * SIDE + threadIdx.x];
-    const float scale = exp2_approx(eu + ez) * LN_2;
+    const float scale = facts[6];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         const int column = 8 * (own.piece + j) + 2 * me.q;
