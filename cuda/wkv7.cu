@@ -13,7 +13,7 @@
 //
 // A warp owns 16 of the 64 rows of every tile: tokens, or of M and c columns of the state. X is lower
 // triangular with ones on the diagonal; its ten blocks of 16 x 16 on and below it are kept.
-#include "tiles.cuh"
+#include "chunks.cuh"
 
 constexpr int BLOCK = 512;           // bytes of a block of X
 constexpr int BLOCKS = 10 * BLOCK;   // of X
@@ -28,47 +28,10 @@ constexpr int STAGES = 3;            // chunks of a scan under way
 #define CHUNK_BLOCKS 2
 #endif
 
-// ---- which tokens a chunk holds: as in rwkv/ops/triton_chunks.py ----
-
-struct Chunk {
-    int64_t first;  // token, over all rows
-    int left;       // tokens from here to the end of the sequence; not positive for an empty slot
-};
-
-__device__ __forceinline__ Chunk find_chunk(int slot, const int* owners, const int64_t* cu_seqlens,
-                                            int T) {
-    if (cu_seqlens == nullptr) {
-        const int chunks = (T + SIDE - 1) / SIDE, row = slot / chunks, chunk = slot % chunks;
-        return {static_cast<int64_t>(row) * T + chunk * SIDE, T - chunk * SIDE};
-    }
-    const int q = owners[slot];
-    const int64_t begin = cu_seqlens[q], end = cu_seqlens[q + 1];
-    const int64_t first = begin + (slot - (begin / SIDE + q)) * SIDE;
-    return {first, static_cast<int>(end - first)};
-}
-
-struct Sequence {
-    int64_t begin, slot;
-    int length;
-};
-
-__device__ __forceinline__ Sequence find_sequence(int q, const int64_t* cu_seqlens, int T) {
-    if (cu_seqlens == nullptr) {
-        const int64_t chunks = (T + SIDE - 1) / SIDE;
-        return {static_cast<int64_t>(q) * T, q * chunks, T};
-    }
-    const int64_t begin = cu_seqlens[q];
-    return {begin, begin / SIDE + q, static_cast<int>(cu_seqlens[q + 1] - begin)};
-}
-
 // ---- blocks of X: 16 rows of 32 bytes, the halves of rows 4 to 7 and 12 to 15 swapped ----
 
 __device__ __forceinline__ unsigned char* block_of(unsigned char* blocks, int i, int j) {
     return blocks + (i * (i + 1) / 2 + j) * BLOCK;
-}
-
-__device__ __forceinline__ int place_in_narrow(int row, int half) {
-    return row * 32 + ((half ^ ((row >> 2) & 1)) << 4);
 }
 
 template <class Me>
@@ -81,11 +44,6 @@ __device__ __forceinline__ void left_block_transposed(uint32_t a[4], unsigned ch
                                                       const Me& me) {
     const int i = me.lane >> 3;
     ldmatrix_x4_trans(a, block + place_in_narrow((i >> 1) * 8 + (me.lane & 7), i & 1));
-}
-
-__device__ __forceinline__ void right_block(uint32_t b[4], unsigned char* block, const Lane& me) {
-    const int i = me.lane >> 3;
-    ldmatrix_x4_trans(b, block + place_in_narrow((i & 1) * 8 + (me.lane & 7), i >> 1));
 }
 
 __device__ __forceinline__ void write_block(unsigned char* block, const float c[2][4],
@@ -128,59 +86,6 @@ __device__ __forceinline__ void log2_steps(NumbersOf<Me>& x, int row, int left, 
                           ? -exp2_approx(fmaf(x[j][e], LOG2_E, LOG2_LOG2_E))
                           : 0.0f;
 }
-
-// Sums over the warp's rows up to each.
-template <class Me>
-__device__ __forceinline__ void accumulate(NumbersOf<Me>& x, const Me& me) {
-#pragma unroll
-    for (int j = 0; j < Me::J; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-#pragma unroll
-            for (int d = 4; d < 32; d *= 2) {
-                const float before = __shfl_up_sync(ALL, x[j][e], d);
-                if (me.lane >= d) x[j][e] += before;
-            }
-#pragma unroll
-        for (int e = 0; e < 2; ++e) x[j][e + 2] += __shfl_sync(ALL, x[j][e], 28 + me.q);
-    }
-}
-
-// Sums over the warp's rows from each on.
-template <class Me>
-__device__ __forceinline__ void accumulate_back(NumbersOf<Me>& x, const Me& me) {
-#pragma unroll
-    for (int j = 0; j < Me::J; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-#pragma unroll
-            for (int d = 4; d < 32; d *= 2) {
-                const float after = __shfl_down_sync(ALL, x[j][e], d);
-                if (me.lane + d < 32) x[j][e] += after;
-            }
-#pragma unroll
-        for (int e = 0; e < 2; ++e) x[j][e] += __shfl_sync(ALL, x[j][e + 2], me.q);
-    }
-}
-
-// For own columns 8 j + 2 q and the next: the sums of l over the rows of earlier warps, over the first
-// half of the chunk and over the second.
-struct Halves {
-    float before[2], middle[2], rest[2];
-    template <class Me>
-    __device__ __forceinline__ Halves(const float* sums, int j, const Me& me) {
-        float2 s[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            s[i] = *reinterpret_cast<const float2*>(sums + i * SIDE + 8 * (me.piece + j) + 2 * me.q);
-        middle[0] = s[0].x + s[1].x, middle[1] = s[0].y + s[1].y;
-        rest[0] = s[2].x + s[3].x, rest[1] = s[2].y + s[3].y;
-        before[0] = before[1] = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 3; ++i)
-            if (i < me.strip) before[0] += s[i].x, before[1] += s[i].y;
-    }
-};
 
 __device__ __forceinline__ void scale_pair(float2& x, float by) { x.x *= by, x.y *= by; }
 
@@ -724,11 +629,6 @@ __device__ __forceinline__ void rescale_rows(unsigned char* tile, const float* e
         }
         *at = make_uint4(words[0], words[1], words[2], words[3]);
     }
-}
-
-// Where the lane keeps what belongs to its pair of row g + 8 below, columns 8 j + 2 q.
-__device__ __forceinline__ float2* log_at(float2* logs, int j, int below, const Lane& me) {
-    return logs + (me.strip * 16 + 2 * j + below) * 32 + me.lane;
 }
 
 // Tiles of values and of what is read and written are in units of powers of two: r, k, v and dy of

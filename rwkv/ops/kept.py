@@ -1,4 +1,4 @@
-"""The gradient of wkv7 operators whose forward pass may keep what their backward pass wants."""
+"""The gradient of wkv operators whose forward pass may keep what their backward pass wants."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,27 +11,27 @@ def register_gradient(forward: Any, backward: Callable[..., tuple[Tensor, ...]])
     """Make a custom operator differentiable.
 
     Args:
-        forward: a torch.library.custom_op of (r, w, k, v, a, b, state, cu_seqlens, keep) that
+        forward: a torch.library.custom_op of (r, w, k, v, ..., state, cu_seqlens, keep) that
             returns y, S_T and, if `keep` says so, what `backward` wants; empty tensors otherwise.
             Where nothing was kept, it runs again in the backward pass.
-        backward: (r, w, k, v, a, b, cu_seqlens, gradient of y, gradient of S_T, *kept) -> the
-            gradients of the first six and of the state.
+        backward: (r, w, k, v, ..., cu_seqlens, gradient of y, gradient of S_T, *kept) -> the
+            gradients of r, w, k, v, ... and of the state.
     """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *_, cu_seqlens, keep = inputs
+        *tensors, cu_seqlens, keep = inputs
         _, _, *kept = output
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:7], *(kept if keep else ()))
-        ctx.keep = keep
+        ctx.save_for_backward(*tensors, *(kept if keep else ()))
+        ctx.keep, ctx.count = keep, len(tensors)
         ctx.cu_seqlens = cu_seqlens  # itself: what is known of it is known by object
 
     def differentiate(
         ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # asked for once: checkpointing recomputes them at each asking
-        *tensors, state = saved[:7]
-        kept, cu_seqlens = saved[7:], ctx.cu_seqlens
+        *tensors, state = saved[: ctx.count]
+        kept, cu_seqlens = saved[ctx.count :], ctx.cu_seqlens
         if not ctx.keep:
             _, _, *kept = forward(*tensors, state, cu_seqlens, True)
         grad_y = torch.zeros_like(tensors[0]) if grad_y is None else grad_y.contiguous()

@@ -14,6 +14,7 @@ from rwkv.ops.backends import backend_module
 from rwkv.ops.packing import check_packing
 
 BACKENDS = {
+    "cuda": "rwkv.ops.wkv6_cuda",
     "triton": "rwkv.ops.wkv6_triton",
     "fla": "rwkv.ops.wkv6_fla",
     "torch": "rwkv.ops.wkv6_torch",

@@ -18,19 +18,15 @@ import torch
 from torch import Tensor
 
 from rwkv.keeper import keeping
-from rwkv.ops import cuda_build
+from rwkv.ops import cuda_build, cuda_chunks
+from rwkv.ops.cuda_chunks import STAGES, TILE, C, N, slot_owners
 from rwkv.ops.kept import register_gradient
-from rwkv.ops.packing import count_slots, known
+from rwkv.ops.packing import count_slots
 
-C = N = 64  # tokens of a chunk, channels of a head: cuda/tiles.cuh
-BLOCKS, SCALARS, STAGES = 10 * 512, 68, 3  # cuda/wkv7.cu
-TILE = 2 * C * N
+BLOCKS, SCALARS = 10 * 512, 68  # cuda/wkv7.cu
 SUMS = 4 * C * 4  # bytes of sums over each of four groups of rows, float32
 PREPARE_BYTES = 12 * TILE + BLOCKS + SUMS + 128  # of shared memory
 GRADIENT_BYTES = 13 * TILE + BLOCKS + 3 * SUMS + 3 * C * 4 + 96
-# Below it a block of a scan owns 16 value rows of a head, from it on all 64: of the small blocks
-# three share a multiprocessor, and four times 99 are all that run at once on 132.
-FEW_HEADS = 100
 
 
 class Kernels(NamedTuple):
@@ -63,21 +59,7 @@ def load_kernels(device: torch.device) -> Kernels:
 
 
 def why_not(sample: Tensor, packed: bool) -> str | None:
-    if sample.device.type != "cuda":
-        return f"needs a GPU, the tensors are on {sample.device}"
-    if sample.dtype != torch.bfloat16:
-        return f"computes in bfloat16, the tensors are {sample.dtype}"
-    if sample.shape[-1] != N:
-        return f"handles heads of {N} channels, not {sample.shape[-1]}"
-    if torch.cuda.get_device_capability(sample.device) < (8, 0):
-        return "needs compute capability 8.0 or more"
-    if reason := cuda_build.why_not():
-        return reason
-    index = sample.device.index
-    room = cuda_build.shared_memory(torch.cuda.current_device() if index is None else index)
-    if room < GRADIENT_BYTES:
-        return f"needs {GRADIENT_BYTES:,} bytes of shared memory a block, the GPU has {room:,}"
-    return None
+    return cuda_chunks.why_not(sample, GRADIENT_BYTES)
 
 
 def run(
@@ -99,22 +81,8 @@ def run(
     return y, final
 
 
-def slot_owners(cu_seqlens: Tensor | None, slots: int) -> Tensor | None:
-    """The text of every slot, [slots], int32, made on the device; None unless packed."""
-    if cu_seqlens is None:
-        return None
-
-    def make() -> Tensor:
-        texts = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
-        starts = cu_seqlens[:-1] // C + texts
-        slot = torch.arange(slots, device=cu_seqlens.device)
-        return torch.searchsorted(starts, slot, right=True, out_int32=True) - 1
-
-    return known(cu_seqlens, ("owners of slots", slots), make)
-
-
 def _warps(sequences: int, H: int) -> int:
-    return 1 if sequences * H < FEW_HEADS else 4
+    return 1 if sequences * H < cuda_chunks.FEW_HEADS else 4
 
 
 @torch.library.custom_op("rwkv::wkv7_cuda", mutates_args=())
