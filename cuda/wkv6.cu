@@ -196,7 +196,7 @@ __device__ __forceinline__ void scan(const uint16_t* keys, const uint16_t* w, co
 
         float added[2][4], all[2][2] = {{1.0f, 1.0f}, {1.0f, 1.0f}};
         clear(added);
-#pragma unroll
+#pragma unroll 1
         for (int n = 0; n < 4; ++n) {
             const int strip = REVERSE ? 3 - n : n;
 #pragma unroll
@@ -640,7 +640,7 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
         facts[0] = power_of(ek + ev - eu), facts[1] = power_of(er + ey - ez);
         facts[2] = exp2_approx(ey + eu), facts[3] = exp2_approx(ev + ez);
         facts[4] = exp2_approx(ek + ez), facts[5] = power_of(ey);
-        facts[6] = exp2_approx(eu + ez) * LN_2;
+        facts[6] = exp2_approx(eu + ez) * LN_2, facts[7] = most;
         if (STEEP) facts[8] = er, facts[9] = ek, facts[10] = eu, facts[11] = ez;
     }
     {
@@ -834,7 +834,7 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
         multiply_to_triangle<F16, BF16>(part, second ? values : dy, second ? dy : values, second, false,
                                         facts[second], me);
         add_product<BF16>(x, part, other, me);
-        const float grow = facts[2 + second];
+        const float grow = facts[2 + second], weight = facts[!second];
         // L of the row above for r, of the same row for k
         const float2* seen[2] = {log_at(logs, 0, 0, me), log_at(logs, 0, 1, me)};
         int apart = 64;
@@ -855,8 +855,8 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
             for (int below = 0; below < 2; ++below) {
                 const int e = 2 * below;
                 const float2 by = unpack_bf16(*pair_at(factor, row + 8 * below, j, me));
-                dL[j][e] = by.x * x[j][e] * share;
-                dL[j][e + 1] = by.y * x[j][e + 1] * share;
+                dL[j][e] = by.x * x[j][e] * weight;
+                dL[j][e + 1] = by.y * x[j][e + 1] * weight;
                 float2 L = seen[below][(below ? 64 : apart) * j];
                 if (below == 0) L.x *= sign, L.y *= sign;
                 x[j][e] *= exp2_approx(second ? -L.x : L.x) * grow;
@@ -942,7 +942,7 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
         to.du[unit * SIDE + threadIdx.x] = du_sums[threadIdx.x] + du_sums[SIDE + threadIdx.x] +
                                            du_sums[2 * SIDE + threadIdx.x] +
                                            du_sums[3 * SIDE + threadIdx.x];
-    const float scale = facts[6];
+    const float scale = facts[6], limit = facts[7];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         const int column = 8 * (own.piece + j) + 2 * me.q;
@@ -960,7 +960,7 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
             if (t < chunk.left) {
                 const float2 raw = unpack_bf16(
                     *reinterpret_cast<const uint32_t*>(to.w + first + t * (stride / 2) + column));
-                slope.x = log2_kept(raw.x, most), slope.y = log2_kept(raw.y, most);
+                slope.x = log2_kept(raw.x, limit), slope.y = log2_kept(raw.y, limit);
             }
 #pragma unroll
             for (int n = 0; n < 2; ++n) {

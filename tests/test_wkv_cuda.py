@@ -198,7 +198,7 @@ def test_nothing_overflows(op, device):
 
 @pytest.mark.parametrize("output", [0, 1])
 def test_without_a_gradient_of_y_or_of_the_state(op, device, output):
-    x = op.draw(device, B=1, T=40, H=1)
+    x = op.draw(device, B=1, T=10, H=1)  # a state that is gone has no relative error
     x["state"] = random_state(x)
     gradients = []
     for run, convert in ((op.run, torch.clone), (op.reference.run, torch.Tensor.double)):
