@@ -4,9 +4,10 @@
     python tests/bench_distill.py speed
 
 `reversal` trains students of half the teacher's width from nothing, with the same first weights and
-the same texts ("123,321#", 1 to 20 digits, the answers scored): one from the texts alone, the
-others from the teacher's top-k scores of them, at each of --mixes (ALPHA:TEMPERATURE, as train.py
-has them). A table of steps against exact answers to 400 held-out numbers, the mean over --seeds,
+the same texts ("123,321#", 1 to 20 digits, scored whole, as language models are trained): one from
+the texts alone, the others from the teacher's top-k scores of them, at each of --mixes
+(ALPHA:TEMPERATURE, as train.py has them). The texts are few, so that those who see them alone learn
+them by heart. A table of steps against exact answers to 400 held-out numbers, the mean over --seeds,
 and the step from which on at least 95% are exact. All run beside each other, --jobs at a time, each
 on one thread.
 
@@ -41,14 +42,15 @@ def main() -> int:
     reversal = commands.add_parser("reversal")
     reversal.add_argument("--model", type=Path, required=True)
     reversal.add_argument("--output", type=Path, required=True)
-    reversal.add_argument("--steps", type=int, default=1600)
-    reversal.add_argument("--every", type=int, default=100, help="steps between counts")
-    reversal.add_argument("--texts", type=int, default=20000)
+    reversal.add_argument("--steps", type=int, default=3000)
+    reversal.add_argument("--every", type=int, default=200, help="steps between counts")
+    reversal.add_argument("--texts", type=int, default=1500)
+    reversal.add_argument("--scored", choices=("whole", "answers"), default="whole")
     reversal.add_argument("--tokens", type=int, default=1024, help="of a step")
     reversal.add_argument("--rate", type=float, default=1e-2)
     reversal.add_argument("--head_size", type=int, default=0, help="of the students; the teacher's")
     reversal.add_argument("--seeds", type=int, nargs="+", default=(1,))
-    reversal.add_argument("--mixes", nargs="+", default=("0:2", "0:4", "0.5:4"))
+    reversal.add_argument("--mixes", nargs="+", default=("0:4",))
     reversal.add_argument("--jobs", type=int, default=2)
     speed = commands.add_parser("speed")
     speed.add_argument("--teacher", type=int, nargs=2, default=(32, 4096), help="layers, width")
@@ -70,7 +72,9 @@ def run_reversal(options: argparse.Namespace) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     data, held_out = options.output / "numbers.jsonl", numbers(400, 1)
     rows = [
-        {"prompt": f"{number},", "completion": f"{number[::-1]}#"}
+        {"text": f"{number},{number[::-1]}#"}
+        if options.scored == "whole"
+        else {"prompt": f"{number},", "completion": f"{number[::-1]}#"}
         for number in numbers(options.texts, 0)
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
