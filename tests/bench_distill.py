@@ -6,10 +6,10 @@
 `reversal` trains students of half the teacher's width from nothing, with the same first weights and
 the same texts ("123,321#", 1 to 20 digits, scored whole, as language models are trained): one from
 the texts alone, the others from the teacher's top-k scores of them, at each of --mixes
-(ALPHA:TEMPERATURE, as train.py has them). The texts are few, so that those who see them alone learn
-them by heart. A table of steps against exact answers to 400 held-out numbers, the mean over --seeds,
-and the step from which on at least 95% are exact. All run beside each other, --jobs at a time, each
-on one thread.
+(ALPHA:TEMPERATURE, as train.py has them). The texts are few, so that a student of them alone learns
+them by heart. A table of steps against exact answers to 400 held-out numbers, the mean over
+--seeds, and the step from which on at least 95% are exact. All run beside each other, --jobs at a
+time, each on one thread.
 
 `speed` has a 7B-shape teacher score random texts (k = 50) and a 1.5B-shape student learn from the
 scores, both with random weights on one GPU; tokens a second and peak memory of each, in a minute.
