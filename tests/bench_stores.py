@@ -22,11 +22,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from peft import store_fp8
+from peft import store_bnb, store_fp8
 from peft.apply import load_frozen, load_with_profile, new_with_profile, random_with_profile
 from peft.flags import PeftFlags
 from peft.memory import GIB
-from peft.store_bnb import BLOCK as FOUR_BIT_BLOCK
 from peft.store_fpx import BLOCK as FLOAT_BLOCK
 from peft.store_fpx import FORMATS
 from peft.stores import STORES, make_store
@@ -121,11 +120,10 @@ def bound(kind: str, weight: torch.Tensor) -> float:
     if kind == "int8":
         return (w.abs().amax(dim=1).square().mean().sqrt() / 254 / size).item()
     if kind in ("nf4", "nf4_double", "fp4"):
-        largest = w.reshape(-1, FOUR_BIT_BLOCK).abs().amax(dim=1)
-        line = torch.linspace(-1, 1, 64 * FOUR_BIT_BLOCK).view(FOUR_BIT_BLOCK, 64).T.contiguous()
-        line[:, -1] = 1  # so that every block has all codes at one scale
-        gap = make_store(kind.removesuffix("_double"), line).dense(torch.float32).unique().diff()
-        return (largest.square().mean().sqrt() * gap.max() / 2 / size).item()
+        largest = w.reshape(-1, store_bnb.BLOCK).abs().amax(dim=1)
+        gap = store_bnb._table(kind.removesuffix("_double"), w.device).sort().values.diff().max()
+        scale = max(store_bnb.SCALES) * largest
+        return (scale.square().mean().sqrt() * gap / 2 / size).item()
     exponent, mantissa = FORMATS.get(kind, (4, 3))
     top = {"fp8": 448.0, "fp6": 28.0, "fp6_e2m3": 7.5, "fp5": 7.0}[kind]
     blocks = w if kind == "fp8" else w.reshape(-1, FLOAT_BLOCK)
