@@ -410,6 +410,34 @@ def equal_on_two(bench: Bench) -> None:
         ["Run", "Strategy", "Loss", "Farthest from one GPU", "Files", "Error"],
         rows,
     )
+    print(f"\n{draw_losses(bench)}: the losses over each other", flush=True)
+
+
+def draw_losses(bench: Bench) -> Path:
+    """The losses of each run on one GPU and on two, laid over each other, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(bench.modes), figsize=(3.6 * len(bench.modes), 3.2), squeeze=False
+    )
+    for axis, mode in zip(axes[0], bench.modes, strict=True):
+        for number, strategy in enumerate(("auto", DDP, *STAGES)):
+            losses = [line["loss"] for line in bench.log(f"{mode} {strategy}")]
+            label = "one GPU" if strategy == "auto" else f"two, {strategy}"
+            axis.plot(
+                range(1, len(losses) + 1), losses, label=label, linewidth=6 - number, alpha=0.6
+            )
+        axis.set_title(mode, fontsize=9)
+        axis.set_xlabel("step")
+    axes[0][0].set_ylabel("loss, nats")
+    axes[0][-1].legend(fontsize=6)
+    picture = bench.work / "losses.png"
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    return picture
 
 
 def same_files(bench: Bench, name: str, other: str) -> str:
