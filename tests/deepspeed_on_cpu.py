@@ -25,6 +25,7 @@ from losses import logprobs
 from rwkv.model import RWKV
 from rwkv.scattered import is_scattered
 from rwkv.training import optimizer, step_log, strategy
+from rwkv.training.launch import is_child
 
 HEAD_ROWS = 16  # positions that the head runs on at once, so that it runs several times
 
@@ -112,7 +113,7 @@ def main() -> None:
             blocks = ([p.ds_numel for p in block.parameters()] for block in models[-1].blocks)
             report |= {"peak": peak, "block": max(sum(sizes) for sizes in blocks)}
             report["left"] = gathered(models[-1])
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        if not is_child():
             print("report", json.dumps(report), flush=True)  # noqa: T201
 
 
