@@ -141,7 +141,9 @@ def _low_rank_output(
     shape = (*x.shape[:-1], layer.out_features)
     if layer.adds_freely(x) and (residual is None or residual.dtype == x.dtype):
         before = None if residual is None else residual.reshape(-1, shape[-1])
-        return layer.product(x, plus_product(before, low, B.to(x.dtype).T).view(shape))
+        out = x.new_empty(shape)  # no view: losses write over logits
+        plus_product(before, low, B.to(x.dtype).T, out=out.view(-1, shape[-1]))
+        return layer.product(x, out)
     out = layer.product_beside(x, residual)
     flat = out.view(-1, shape[-1])
     plus_product(flat, low.to(out.dtype), B.to(out.dtype).T, out=flat)

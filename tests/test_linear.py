@@ -7,7 +7,7 @@ from test_adapters import IN, OUT, RANK, base, rows, stirred
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv.keeper import Keeper, second_run
+from rwkv.keeper import Keeper, Kept, second_run
 from rwkv.linear import Linear
 
 LAYERS = ["frozen", "trained", "lora", "bone", "miss", "dora", "dora_column", "pissa"]
@@ -103,7 +103,7 @@ def test_a_result_left_out_has_the_same_gradient(kind):
     plain = with_gradients(layer, layer, residual=True)
     closing = layer_of(kind).double()
     closing.closes = True
-    with second_run(Keeper(large=False)):
+    with second_run(Keeper(Kept.SMALL)):
         unread = with_gradients(closing, closing, residual=True)
     for name in plain.keys() - {"out"}:
         torch.testing.assert_close(unread[name], plain[name], rtol=0, atol=0, msg=name)
@@ -114,7 +114,7 @@ def test_what_is_left_out_is_not_computed(kind, monkeypatch):
     layer, calls = layer_of(kind), []
     real = Linear.product
     monkeypatch.setattr(Linear, "product", lambda *a: calls.append(1) or real(*a))
-    with second_run(Keeper(large=False)):
+    with second_run(Keeper(Kept.SMALL)):
         layer(rows().requires_grad_())
         assert len(calls) == 1
         layer.closes = True
