@@ -495,7 +495,7 @@ def copy(bench: Bench, name: str, to: str) -> None:
 
 
 def speed_on_two(bench: Bench) -> None:
-    """Tokens a second on one GPU (both models at once, a card each) and on two."""
+    """Tokens a second on one GPU and on two, each run alone on the machine."""
     cases = {
         "1.5B full": ("1.5B", "deepspeed_stage_2", {"micro_bsz": 8, "epoch_steps": 12}),
         "7B LoRA over nf4": (
@@ -507,15 +507,12 @@ def speed_on_two(bench: Bench) -> None:
     if bench.cpu:
         small = {"micro_bsz": 2, "epoch_steps": 3}
         cases = {name: (size, how, more | small) for name, (size, how, more) in cases.items()}
-    with ThreadPoolExecutor(1 if bench.cpu else 2) as pool:
-        for gpu, (name, (size, strategy, more)) in enumerate(cases.items()):
-            strategy = "auto" if strategy == DDP else strategy
-            run = Run(f"{name} on 1", big(bench, size, strategy, 1, **more))
-            pool.submit(bench.start, run.name.replace(" ", "-"), [run], 1, 120, str(gpu))
     rows = []
     for name, (size, strategy, more) in cases.items():
-        run = Run(f"{name} on 2", big(bench, size, strategy, 2, **more))
-        bench.start(run.name.replace(" ", "-"), [run], 2, 120, "0,1")
+        alone_by = "auto" if strategy == DDP else strategy
+        for devices, by, gpus in ((1, alone_by, "0"), (2, strategy, "0,1")):
+            run = Run(f"{name} on {devices}", big(bench, size, by, devices, **more))
+            bench.start(run.name.replace(" ", "-"), [run], devices, 120, gpus)
         for devices in (1, 2):
             rows.append(speed_row(bench, f"{name} on {devices}", [name, strategy, devices]))
         alone = median_speed(bench.log(f"{name} on 1"))
