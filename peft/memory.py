@@ -103,11 +103,6 @@ class Step:
         return (1, self.rows * self.ctx_len) if self.packed else (self.rows, self.ctx_len)
 
     @property
-    def selective(self) -> bool:
-        """Large products and wkv are kept; ZeRO-3 recomputes them."""
-        return self.grad_cp == "selective" and self.stage != 3
-
-    @property
     def stage(self) -> int:
         """Of ZeRO; 0 without DeepSpeed."""
         return int(self.strategy.split("_")[2]) if self.strategy.startswith("deepspeed") else 0
@@ -358,20 +353,20 @@ def kept_for_second_run(config: RWKVConfig, plan: Plan, step: Step, part: str) -
     if step.stage == 3:
         return 0
     closing = ("att.output", "ffn.value") if config.version == 7 else ("att.output",)
-    most = 0
+    selective, most = step.grad_cp == "selective", 0
     for block in range(config.n_layer):
         numbers = 0
         for name, layer in plan.layers.items():
             if not name.startswith(f"blocks.{block}.{part}.") or layer.kind != "linear":
                 continue
             mine, closes = plan.plans[name], name.endswith(closing)
-            if mine.mode in LOW_RANK and (closes or step.selective):
+            if mine.mode in LOW_RANK and (closes or selective):
                 numbers += mine.rank
-            if step.selective and not closes:
+            if selective and not closes:
                 numbers += layer.shape[0]
         most = max(most, numbers)
     wkv = 0
-    if step.selective and part == "att":
+    if selective and part == "att":
         wkv = config.dim_att * (step.dtype.itemsize + WKV_BYTES[config.version])
     return step.tokens * (most * step.dtype.itemsize + wkv)
 

@@ -88,3 +88,19 @@ class Store(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {list(self.shape)}"
+
+
+def best_scale(tried: Tensor, wrong: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of the scales tried for each block the one with the least squared error, [blocks, 1].
+
+    Summed in float64, so that a GPU and a CPU choose alike.
+
+    Args:
+        tried: [blocks, scales].
+        wrong: from one scale a block, [blocks, 1], to what each weight is off, [blocks, weights].
+    """
+    errors = [
+        torch.linalg.vector_norm(wrong(scale), dim=1, keepdim=True, dtype=torch.float64)
+        for scale in tried.split(1, dim=1)
+    ]
+    return tried.gather(1, torch.cat(errors, dim=1).argmin(dim=1, keepdim=True))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peft.store import Store
+from peft.store import Store, best_scale
 from rwkv.errors import RunError
 
 BLOCK = 64  # weights a scale, as in QLoRA
@@ -104,13 +104,9 @@ def _quantized(weights: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     def nearest(scale: Tensor) -> Tensor:
         return torch.bucketize(blocks / scale, borders)
 
-    def error(scale: Tensor) -> Tensor:
-        wrong = torch.addcmul(blocks, values[nearest(scale)], scale, value=-1)
-        # in float64, so that a GPU and a CPU choose alike
-        return torch.linalg.vector_norm(wrong, dim=1, keepdim=True, dtype=torch.float64)
-
-    errors = torch.cat([error(scale) for scale in tried.split(1, dim=1)], dim=1)
-    scale = tried.gather(1, errors.argmin(dim=1, keepdim=True))
+    scale = best_scale(
+        tried, lambda one: torch.addcmul(blocks, values[nearest(one)], one, value=-1)
+    )
     codes = code_of[nearest(scale)].to(torch.uint8).flatten()
     codes = F.pad(codes[: len(weights)], (0, len(weights) % 2))
     return codes[::2] << 4 | codes[1::2], scale.flatten()

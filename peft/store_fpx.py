@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peft.store import Store
+from peft.store import Store, best_scale
 
 FORMATS = {"fp6": (3, 2), "fp6_e2m3": (2, 3), "fp5": (2, 2)}  # exponent and mantissa bits
 BLOCK = 64  # weights a scale
@@ -60,27 +60,25 @@ class PackedFloatStore(Store):
         sizes = blocks.abs()
         least = (sizes.amax(dim=1, keepdim=True) / grid[-1]).clamp_min(1e-30)
         tried = (least * least.new_tensor(SCALES[self.kind])).to(torch.bfloat16)  # [blocks, scales]
-        errors = [self._error(sizes, scale.float()) for scale in tried.split(1, dim=1)]
-        scale = tried.gather(1, torch.cat(errors, dim=1).argmin(dim=1, keepdim=True))
+        scale = best_scale(tried, lambda one: self._wrong(sizes, one.float()))
         borders = (grid[1:] + grid[:-1]) / 2
         codes = torch.bucketize(sizes / scale.float(), borders, out_int32=True).to(torch.uint8)
         codes |= (blocks < 0).to(torch.uint8) << self.magnitude_bits
         low, high = _pack(codes.flatten(), 1 + self.magnitude_bits)
         return {"low": low, "high": high, "scale": scale.flatten()}
 
-    def _error(self, sizes: Tensor, scale: Tensor) -> Tensor:
-        """The root of each block's squared error under a scale, [blocks, 1].
+    def _wrong(self, sizes: Tensor, scale: Tensor) -> Tensor:
+        """What each size is off under its block's scale, [blocks, weights].
 
         Sizes are rounded to float16 first, which may take one from just below the middle of two
-        values to the upper one; summed in float64, so that a GPU and a CPU choose alike.
+        values to the upper one.
         """
         cut = HALF_MANTISSA - FORMATS[self.kind][1]
         bits = (sizes / (scale * self._one())).to(torch.float16).view(torch.int16)
         top = ((1 << self.magnitude_bits) - 1) << cut
         bits.add_(1 << (cut - 1)).bitwise_and_(-1 << cut).clamp_(max=top)
         values = bits.view(torch.float16).float()
-        wrong = torch.addcmul(sizes, values, scale * self._one(), value=-1)
-        return torch.linalg.vector_norm(wrong, dim=1, keepdim=True, dtype=torch.float64)
+        return torch.addcmul(sizes, values, scale * self._one(), value=-1)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         total = self.shape[0] * self.shape[1]
