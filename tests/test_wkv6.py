@@ -286,7 +286,7 @@ def test_packing_that_does_not_fit(B, ends, message):
 
 def test_unknown_backend():
     with pytest.raises(
-        ValueError, match="wkv6: no backend 'numpy'; choose one of auto, triton, cuda, fla, torch"
+        ValueError, match="wkv6: no backend 'numpy'; choose one of auto, cuda, triton, fla, torch"
     ):
         wkv6(**wkv6_inputs(), backend="numpy")
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from rwkv.ops.backends import backend_module
 from rwkv.ops.packing import check_packing
 
-BACKENDS = {  # the CUDA kernels are right on an H100, but nobody has timed them yet
-    "triton": "rwkv.ops.wkv6_triton",
+BACKENDS = {
     "cuda": "rwkv.ops.wkv6_cuda",
+    "triton": "rwkv.ops.wkv6_triton",
     "fla": "rwkv.ops.wkv6_fla",
     "torch": "rwkv.ops.wkv6_torch",
     "reference": "rwkv.ops.wkv6_reference",
