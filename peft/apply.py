@@ -102,12 +102,22 @@ def random_with_profile(
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     seed: int = 0,
+    residual: float | None = None,
 ) -> tuple[RWKV, Plan]:
-    """A model of random numbers to measure time and memory with, made in seconds at any size.
+    """A model of random numbers to measure with, made in seconds at any size.
 
-    Args and errors are those of new_with_profile. Each layer is drawn on the device and stored
-    before the next one is.
+    Each layer is drawn on the device and stored before the next one is. A matrix hands on half of
+    the size that it reads, times `residual` where its output is added to the residual stream.
+
+    Args:
+        residual: None for GPT-2's 1 / sqrt(2 n_layer), which keeps the stream of a deep model as
+            large as that of a shallow one. How far an error of the weights spreads hangs on it.
+        others: those of new_with_profile, and its errors.
+
+    Source: Radford et al., Language Models are Unsupervised Multitask Learners (2019), 2.3.
     """
+    if residual is None:
+        residual = (2 * config.n_layer) ** -0.5
 
     def fill(model: RWKV, placed: Callable[[str], None]) -> None:
         draw = torch.Generator(device).manual_seed(seed)
@@ -117,7 +127,8 @@ def random_with_profile(
                 value.fill_(float(name.endswith("weight")))
             else:  # a matrix hands on half of the size that it reads
                 summed = value.shape[-1 if name.endswith(".weight") else -2]
-                value.normal_(std=0.5 / summed**0.5, generator=draw)
+                gain = residual if name.endswith(("att.output.weight", "ffn.value.weight")) else 1.0
+                value.normal_(std=0.5 * gain / summed**0.5, generator=draw)
             set_parameter(model, name, value)
             placed(name)
 

@@ -17,7 +17,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -168,13 +170,14 @@ def errors(options: argparse.Namespace) -> None:
         ranks=default_ranks(7, options.channels),
     )
     keys = {"device": device, "backend": "auto"}
-    whole_models(
-        f"{config.name}, random",
-        lambda flags, dtype: random_with_profile(config, flags, dtype=dtype, **keys)[0],
-        tokens_of(options.vocabulary, "", options),
-        device,
-        stores,
-    )
+    for residual in (None, *options.residual):
+        whole_models(
+            f"{config.name}, random" + f", residual {residual}" * (residual is not None),
+            partial(random_model, config, residual=residual, **keys),
+            tokens_of(options.vocabulary, "", options),
+            device,
+            stores,
+        )
     whole_models(
         f"{config.name}, new",
         lambda flags, dtype: new_with_profile(config, flags, dtype=dtype, seed=0, **keys)[0],
@@ -190,6 +193,10 @@ def errors(options: argparse.Namespace) -> None:
             device,
             stores,
         )
+
+
+def random_model(config: RWKVConfig, flags: PeftFlags, dtype: torch.dtype, **keys: Any) -> RWKV:
+    return random_with_profile(config, flags, dtype=dtype, **keys)[0]
 
 
 def tokens_of(
@@ -413,6 +420,13 @@ def main() -> int:
     some.add_argument("--tokens", type=int, default=512)
     some.add_argument("--context", type=int, default=128, help="tokens that are read before these")
     some.add_argument("--text", default="", help="a file whose bytes --model reads; else random")
+    some.add_argument(
+        "--residual",
+        type=float,
+        nargs="+",
+        default=[],
+        help="more random models, whose blocks add so much; the first takes 1/sqrt(2 layers)",
+    )
     some.add_argument("--stores", default=",".join(STORES), help="commas between")
     some.set_defaults(run=errors)
     some = commands.add_parser("speed", help=speed.__doc__)
