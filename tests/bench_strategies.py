@@ -81,6 +81,7 @@ class Bench:
         # A loss in bfloat16 is uncertain by more than is asked for unless many tokens are averaged.
         self.micro = 2 if self.cpu else 32
         self.modes = [mode for mode in MODES if not options.modes or mode in options.modes]
+        self.cases = [case for case in SPEED_CASES if not options.cases or case in options.cases]
         self.reports: dict[str, list[dict]] = {}
         self.rows: list[dict] = []
         (self.work / "runs").mkdir(parents=True, exist_ok=True)
@@ -494,16 +495,19 @@ def copy(bench: Bench, name: str, to: str) -> None:
         shutil.copytree(source, target)
 
 
+SPEED_CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # size, strategy, flags
+    "1.5B full": ("1.5B", "deepspeed_stage_2", {"micro_bsz": 8, "epoch_steps": 12}),
+    "7B LoRA over nf4": (
+        "7B",
+        DDP,
+        {"micro_bsz": 4, "epoch_steps": 10, "layer_profile": "lora64-nf4.json"},
+    ),
+}
+
+
 def speed_on_two(bench: Bench) -> None:
     """Tokens a second on one GPU and on two, each run alone on the machine."""
-    cases = {
-        "1.5B full": ("1.5B", "deepspeed_stage_2", {"micro_bsz": 8, "epoch_steps": 12}),
-        "7B LoRA over nf4": (
-            "7B",
-            DDP,
-            {"micro_bsz": 4, "epoch_steps": 10, "layer_profile": "lora64-nf4.json"},
-        ),
-    }
+    cases = {name: SPEED_CASES[name] for name in bench.cases}
     if bench.cpu:
         small = {"micro_bsz": 2, "epoch_steps": 3}
         cases = {name: (size, how, more | small) for name, (size, how, more) in cases.items()}
@@ -609,6 +613,7 @@ def main() -> int:
     parser.add_argument("--work", default="out/strategies", help="folder for data, models, runs")
     parser.add_argument("--only", default="", help="parts with commas: " + str(PARTS))
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), help="of `equal`; all")
+    parser.add_argument("--cases", nargs="+", choices=tuple(SPEED_CASES), help="of `two`'s `speed`")
     parser.add_argument("--seconds", type=float, default=570, help="nothing goes on after these")
     parser.add_argument("--device", default="gpu", choices=("gpu", "cpu"))
     parser.add_argument("--prepare", action="store_true", help="prepare first, in the same call")
