@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import emulate
@@ -253,20 +252,6 @@ def test_wrong_launches_are_told(probes):
             probes.kernel("probe_add", "ppfl")
     with pytest.raises(RunError, match="probe_arguments: grid 0, block 32.*CUDA error 1"):
         probes.kernel("probe_arguments", "ilfpip")(0, 32, 1, 1, 1.0, None, 1, None)
-
-
-@pytest.mark.gpu
-def test_a_launch_takes_less_than_ten_microseconds(probes):
-    x = torch.zeros(1000, device="cuda")
-    add = probes.kernel("probe_add", "ppfi")
-    rounds = []
-    for _ in range(10):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(200):
-            add(4, 256, x, x, 1.0, 1000)
-        rounds.append((time.perf_counter() - start) / 200)
-    assert min(rounds) < 10e-6
 
 
 @pytest.mark.gpu

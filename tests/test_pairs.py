@@ -391,7 +391,7 @@ def test_scores_belong_to_a_storage(folder, tmp_path, quant):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["auto", "cuda", "triton", "fla", "torch"])
-def test_dpo_starts_at_log_two_on_every_kernel(tmp_path, kernel):
+def test_dpo_starts_at_log_two_on_every_kernel(tmp_path, kernel, one_configuration):
     """In bfloat16, with scores from a file, heads of 64."""
     save_model(tmp_path / "base.pth", n_embd=128, head_size=64)
     data = write(tmp_path / "own.jsonl", RECORDS)
