@@ -15,7 +15,7 @@ from peft.registry import ADAPTERS
 from rwkv.config import RWKVConfig
 from rwkv.model import WKV_BYTES
 from rwkv.training.optimizer import SLICE
-from rwkv.training.strategy import bucket_size
+from rwkv.training.strategy import bucket_size, uses_ddp
 
 GIB = 2**30
 OUTSIDE = int(0.6 * GIB)  # CUDA's context, kernels and libraries, which torch does not count
@@ -172,8 +172,10 @@ def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
     carried = {"states between chunks": states} if states else {}
     stream = {"between blocks": between_blocks(config, plan, step)}
     # The last block's backward pass finds all inputs and no gradient, the first block's the
-    # reverse; those of earlier micro-batches and of later chunks are there all along.
-    earlier = {"gradients": gradient} if step.accumulate > 1 or step.borders else {}
+    # reverse; those of earlier micro-batches and of later chunks, and DDP's buckets, are there all
+    # along.
+    all_along = step.accumulate > 1 or step.borders or uses_ddp(step.strategy, step.world)
+    earlier = {"gradients": gradient} if all_along else {}
     walked = carried | stream | earlier
     if not earlier and (step.host_blocks or gradient > stream["between blocks"]):
         walked = carried | {"gradients": gradient} | (stream if step.host_blocks else {})

@@ -80,6 +80,10 @@ def test_weights_and_optimizer_by_hand(tmp_path):
     assert (step["gradients"], step["gradients in float32"]) == (2 * 2048, 4 * 2048)
     spread = predict(config, plan, Step(1, 16, strategy="deepspeed_stage_2", world=4))
     assert spread.rest["optimizer"] == 3 * 2048
+    buckets = predict(config, plan, Step(1, 16, strategy="ddp", world=2))
+    for moment in ("head", "backward pass"):
+        assert buckets.moments[moment]["gradients"] == 2 * 2048
+    assert "gradients" not in found.moments["head"]
     offloaded = predict(config, plan, Step(1, 16, strategy="deepspeed_stage_2_offload"))
     assert offloaded.host == {"optimizer": 12 * 2048} and "optimizer" not in offloaded.rest
 

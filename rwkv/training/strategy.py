@@ -71,6 +71,11 @@ def grow_segments() -> None:
     (known or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
+def uses_ddp(strategy: str, world: int) -> bool:
+    """Whether --strategy is DDP on so many devices; `auto` is on several."""
+    return strategy == "ddp" or (strategy == "auto" and world > 1)
+
+
 def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str, trained: int) -> Any:
     """Lightning's strategy object or name.
 
@@ -88,12 +93,12 @@ def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str, trained:
         InputError: DeepSpeed on a CPU.
         RunError: DeepSpeed is not installed.
     """
+    if uses_ddp(flags.strategy, flags.devices * flags.num_nodes):
+        from rwkv.training.ddp import BucketedDDP
+
+        return BucketedDDP()
     if not flags.strategy.startswith("deepspeed"):
-        return (
-            "ddp"
-            if flags.strategy == "auto" and flags.devices * flags.num_nodes > 1
-            else (flags.strategy)
-        )
+        return flags.strategy
     if device != "cuda":
         raise InputError(
             f"--strategy {flags.strategy}: DeepSpeed needs a GPU; use --strategy auto or ddp"
