@@ -20,7 +20,7 @@ from rwkv.ops.packing import remember_lengths, text_lengths
 from rwkv.ops.wkv6 import wkv6
 from rwkv.ops.wkv7 import wkv7
 from rwkv.training.flags import OptimizerFlags
-from rwkv.training.graphed import GraphedSteps, _HandOver, padded
+from rwkv.training.graphed import MOST, GraphedSteps, _HandOver, padded
 from rwkv.training.lit import LitModel
 
 
@@ -190,10 +190,35 @@ def test_a_graph_gives_the_bits_of_the_pass(version, mode, quant, grad_cp, tmp_p
                 model.zero_grad()
             del loss  # whose history would keep a node of each parameter from stream to stream
         assert not graphs.failed
-        assert [held is not None for held in graphs._recorded.values()] == [True] * graphed
+        assert len(graphs._recorded) == graphed
         found.append(seen)
     for got, want in zip(*found, strict=True):
         assert torch.equal(got, want)
+
+
+def test_a_shape_that_comes_once_takes_no_place(monkeypatch):
+    """Of shapes that come again, so many are recorded as may be, whatever came before."""
+    graphs = GraphedSteps(nn.Linear(1, 1), lambda model, batch: (batch.inputs.sum(), {}))
+    recorded = []
+
+    def record(batch):
+        recorded.append(batch.inputs.shape[1])
+        raise Recording
+
+    class Recording(Exception):
+        """In place of a graph, for which it takes a GPU."""
+
+    def come(length):
+        some = torch.ones(1, length, dtype=torch.int64)
+        graphs(TokenBatch(some, some, some > 0, None, some.sum(), torch.arange(length)))
+
+    monkeypatch.setattr(graphs, "_record", record)
+    for length in range(8, 8 + 2 * MOST):
+        come(length)
+    assert not recorded
+    with pytest.raises(Recording):
+        come(8 + MOST)
+    assert recorded == [8 + MOST]
 
 
 @pytest.mark.gpu

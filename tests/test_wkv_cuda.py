@@ -87,8 +87,6 @@ def device(request, monkeypatch):
     if request.param == "cpu":
         emulated = request.getfixturevalue("emulated")
         monkeypatch.setattr(cuda_build, "load", lambda source, macros, _: emulated(source, macros))
-        for operator in OPERATORS.values():
-            monkeypatch.setattr(operator.cuda, "_kernels", {})
     return request.param
 
 

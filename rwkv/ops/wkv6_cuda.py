@@ -11,6 +11,7 @@ Kept for backward beside the inputs, in bytes per token and channel: states 2, t
 which chunks are steep 0.005. Without gradients nothing is kept.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -41,27 +42,23 @@ class Kernels(NamedTuple):
     gradient_steep: cuda_build.Kernel
 
 
-_kernels: dict[torch.device, Kernels] = {}
-
-
+@cache
 def load_kernels(device: torch.device) -> Kernels:
     """Compile what is not compiled yet, and load it once a device."""
-    if device not in _kernels:
-        library = cuda_build.load("wkv6.cu", {}, device)
+    library = cuda_build.load("wkv6.cu", {}, device)
 
-        def scan(name: str) -> dict[int, cuda_build.Kernel]:
-            stages = {n: STAGES * (TILE + n * 4096) + n * 544 for n in (1, PARTS)}
-            return {n: library.kernel(name, "p" * 8 + "ii", size) for n, size in stages.items()}
+    def scan(name: str) -> dict[int, cuda_build.Kernel]:
+        stages = {n: STAGES * (TILE + n * 4096) + n * 544 for n in (1, PARTS)}
+        return {n: library.kernel(name, "p" * 8 + "ii", size) for n, size in stages.items()}
 
-        _kernels[device] = Kernels(
-            scan("wkv6_scan"),
-            library.kernel("wkv6_output", "p" * 11 + "ii", OUTPUT_BYTES),
-            library.kernel("wkv6_output_steep", "p" * 11 + "iii", STEEP_OUTPUT_BYTES),
-            scan("wkv6_reverse"),
-            library.kernel("wkv6_gradient", "p" * 18 + "ii", GRADIENT_BYTES),
-            library.kernel("wkv6_gradient_steep", "p" * 18 + "iii", GRADIENT_BYTES),
-        )
-    return _kernels[device]
+    return Kernels(
+        scan("wkv6_scan"),
+        library.kernel("wkv6_output", "p" * 11 + "ii", OUTPUT_BYTES),
+        library.kernel("wkv6_output_steep", "p" * 11 + "iii", STEEP_OUTPUT_BYTES),
+        scan("wkv6_reverse"),
+        library.kernel("wkv6_gradient", "p" * 18 + "ii", GRADIENT_BYTES),
+        library.kernel("wkv6_gradient_steep", "p" * 18 + "iii", GRADIENT_BYTES),
+    )
 
 
 def why_not(sample: Tensor, packed: bool) -> str | None:

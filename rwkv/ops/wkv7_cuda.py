@@ -12,6 +12,7 @@ Requires w <= -0.5, as RWKV-7 guarantees. Up to w = 0.9 the result is still righ
 half a chunk stay within float32); beyond that it is not defined.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -38,24 +39,20 @@ class Kernels(NamedTuple):
     gradient: cuda_build.Kernel
 
 
-_kernels: dict[torch.device, Kernels] = {}
-
-
+@cache
 def load_kernels(device: torch.device) -> Kernels:
     """Compile what is not compiled yet, and load it once a device."""
-    if device not in _kernels:
-        library = cuda_build.load("wkv7.cu", {}, device)
+    library = cuda_build.load("wkv7.cu", {}, device)
 
-        def stage(warp: int, warps: int) -> int:
-            return STAGES * (2 * TILE + 512 + warps * warp)
+    def stage(warp: int, warps: int) -> int:
+        return STAGES * (2 * TILE + 512 + warps * warp)
 
-        _kernels[device] = Kernels(
-            library.kernel("wkv7_prepare", "p" * 14 + "ii", PREPARE_BYTES),
-            {n: library.kernel("wkv7_scan", "p" * 10 + "ii", stage(4096, n)) for n in (1, 4)},
-            {n: library.kernel("wkv7_reverse", "p" * 9 + "ii", stage(2048, n)) for n in (1, 4)},
-            library.kernel("wkv7_gradient", "p" * 21 + "ii", GRADIENT_BYTES),
-        )
-    return _kernels[device]
+    return Kernels(
+        library.kernel("wkv7_prepare", "p" * 14 + "ii", PREPARE_BYTES),
+        {n: library.kernel("wkv7_scan", "p" * 10 + "ii", stage(4096, n)) for n in (1, 4)},
+        {n: library.kernel("wkv7_reverse", "p" * 9 + "ii", stage(2048, n)) for n in (1, 4)},
+        library.kernel("wkv7_gradient", "p" * 21 + "ii", GRADIENT_BYTES),
+    )
 
 
 def why_not(sample: Tensor, packed: bool) -> str | None:

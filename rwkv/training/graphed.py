@@ -53,7 +53,8 @@ class GraphedSteps:
         objective: Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]],
     ):
         self._model, self._objective = model, objective
-        self._recorded: dict[Any, _Recorded | None] = {}
+        self._seen: set[Any] = set()
+        self._recorded: dict[Any, _Recorded] = {}
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._pool: Any = None
         self.failed = ""
@@ -83,13 +84,12 @@ class GraphedSteps:
         key = tuple(None if field is None else field.shape for field in batch)
         if self.failed or batch.places is None:
             return None
-        if key not in self._recorded:
-            if len(self._recorded) < MOST:
-                self._recorded[key] = None
-            return None
-        if self._recorded[key] is None:
-            self._recorded[key] = self._record(batch)
-        return self._recorded[key]
+        if key in self._seen and key not in self._recorded and len(self._recorded) < MOST:
+            recorded = self._record(batch)
+            if recorded is not None:
+                self._recorded[key] = recorded
+        self._seen.add(key)
+        return self._recorded.get(key)
 
     def _record(self, batch: TokenBatch) -> _Recorded | None:
         """Record the work on a batch, without doing it."""
