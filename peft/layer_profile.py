@@ -54,6 +54,11 @@ class LayerPlan:
     train_small: bool = True
     rule: str = field(default="", compare=False)
 
+    def in_words(self) -> str:
+        """What is done, without the rule that says so: `mode lora, rank 16, ...`."""
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        return ", ".join(f"{name} {value}" for name, value in said.items() if value is not None)
+
 
 RULE_KEYS = tuple(f.name for f in fields(LayerPlan) if f.name != "rule")
 LIMITS = {  # the type of a key's value and a bound: (type, lowest, whether the lowest is allowed)

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from rwkv.errors import InputError
 
@@ -53,12 +54,55 @@ def replacing(path: Path | str) -> Iterator[Path]:
                 f"{path}: no space left on the device; free some or choose another folder"
             ) from error
         if isinstance(error, OSError) and (
-            error.errno in REFUSALS or not path.parent.is_dir()  # as below /proc
+            error.errno in REFUSALS
+            or not path.parent.is_dir()  # as below /proc
+            or (isinstance(error, FileNotFoundError) and str(error.filename) == str(beside))
         ):
             raise InputError(
                 f"{path}: cannot be written ({error.strerror}); choose another folder"
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Within the block no other process on this machine claims the folder, which is made.
+
+    Where the system has no locks, as Windows and some network file systems, nothing is claimed.
+
+    Raises:
+        InputError: another process has claimed it, or it cannot be written.
+    """
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    with file:
+        if not _lock(file):
+            raise InputError(
+                f"{folder}: another run is at work in it; wait for it, or choose another folder"
+            )
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock(file: IO[str]) -> bool:
+    """Lock an open file until it is closed or the process ends; whether nobody else has."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 def out_of_space(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from rwkv.checkpoint import read_tensors, write_tensors
 from rwkv.errors import InputError
-from rwkv.files import replacing
+from rwkv.files import claimed, replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -160,3 +160,38 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == -signal.SIGKILL
     assert torch.equal(read_tensors(path)["a"], torch.ones(3))
+
+
+def test_a_folder_is_claimed_by_one_process(tmp_path):
+    """Until its end, however that comes; nothing stays behind."""
+    folder = tmp_path / "run"
+    code = (
+        "import pathlib, sys\n"
+        "from rwkv.files import claimed\n"
+        "with claimed(pathlib.Path(sys.argv[1])):\n"
+        "    print('claimed', flush=True)\n"
+        "    input()\n"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "claimed\n"
+        with pytest.raises(InputError, match="run: another run is at work in it"), claimed(folder):
+            pass
+        other.kill()
+    with claimed(folder):
+        pass
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"), claimed(tmp_path / "file" / "run"):
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that takes no files")
+def test_a_file_where_none_can_be_is_named():
+    with pytest.raises(InputError, match="/proc/x.pth: cannot be written"):
+        write_tensors("/proc/x.pth", {"a": torch.ones(1)})

@@ -16,7 +16,7 @@ import train
 from data.store_cache import StoreSettings, open_store
 from rwkv.checkpoint import load_model, read_metadata, read_tensors, write_tensors
 from rwkv.config import RWKVConfig, default_ranks
-from rwkv.errors import RunError
+from rwkv.errors import InputError, RunError
 from rwkv.init import initialize
 from rwkv.model import RWKV
 from rwkv.tokenizer import load_tokenizer
@@ -172,6 +172,24 @@ def test_killed_at_any_moment_it_resumes_bit_for_bit(folder, whole, tmp_path):
     ]
     assert losses[0] == losses[1]
     assert not list(output.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "more, named",
+    [
+        ({"smoothing": 0.1}, "smoothing = 0.0, this run has 0.1"),
+        ({"optim": "lion"}, "optim = "),
+        ({"lr_init": 5e-3}, "lr_init = 0.01, this run has 0.005"),
+        ({"rslora": 1}, "rslora = False"),
+        ({"precision": "bf16"}, "precision = float32"),
+        ({"quant": 1, "quant_mode": "int8"}, r"blocks.0.att.\w+ = .*quant none.*quant int8"),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_only_as_it_began(folder, whole, more, named):
+    words = flags(folder, whole, resume=1, **more)
+    with pytest.raises(InputError, match=rf"--resume: .*step-\d+ was made with {named}"):
+        train.main(words)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

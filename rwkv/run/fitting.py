@@ -1,8 +1,9 @@
 """Train: the model, the objective and the batches handed to Lightning, and what watches them."""
 
+import contextlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import pytorch_lightning as pl
 from data.batch_plan import BatchPlan
 from data.datasets import make_loader
 from data.flags import DataFlags
+from losses.flags import DistillationFlags, SFTFlags
 from losses.objectives import chosen_objective, make_objective
-from losses.preference_flags import REFERENCED
+from losses.preference_flags import PREFERENCE_FLAGS, REFERENCED
 from peft.adapter import adapters_off
 from peft.adapter_file import adapter_metadata, trained_tensors
-from peft.flags import StateFlags
+from peft.flags import PeftFlags, StateFlags
 from peft.groups import parameter_groups
 from peft.plan import trained_count
 from rwkv.cli import say
 from rwkv.errors import InputError, RunError
+from rwkv.files import claimed
 from rwkv.flags import Settings
 from rwkv.generate import generate
 from rwkv.model import RWKV
@@ -34,7 +37,7 @@ from rwkv.training import resume
 from rwkv.training.evaluation import Evaluation
 from rwkv.training.flags import EvaluationFlags, OptimizerFlags, TrainerFlags
 from rwkv.training.graphed import GraphedSteps
-from rwkv.training.launch import all_ranks
+from rwkv.training.launch import all_ranks, starts_itself
 from rwkv.training.lit import LitModel, quiet_lightning
 from rwkv.training.saving import Saving
 from rwkv.training.schedule import Schedule
@@ -53,8 +56,14 @@ def fit(run: Run) -> int:
             f"--proj_dir {folder}: already holds a run ({point.name.replace('-', ' ')}); "
             "add --resume 1 to go on with it, or choose another folder"
         )
+    if point is None and (models := sorted(folder.glob("rwkv-*.pth"))):
+        raise InputError(
+            f"--proj_dir {folder}: already holds {models[0].name}, and nothing to go on from; "
+            "choose another folder"
+        )
     strategy = make_strategy(flags, device.dtype, device.kind, trained_count(run.layers))
-    with all_ranks(flags.devices, flags.num_nodes, folder):
+    alone = claimed(folder) if starts_itself() else contextlib.nullcontext()
+    with alone, all_ranks(flags.devices, flags.num_nodes, folder):
         take_device(flags, device.kind)
         return fit_ranks(run, strategy, point)
 
@@ -81,6 +90,9 @@ def fit_ranks(run: Run, strategy: Any, point: Path | None) -> int:
         "trained parameters": trained_count(layers),
         "tuned state": settings[StateFlags].state,
         "prefix": settings[StateFlags].prefix_tuning and settings[StateFlags].prefix_token_len,
+        "precision": str(device.dtype).removeprefix("torch."),
+        **computed_by(settings),
+        **{name: mine.in_words() for name, mine in layers.plans.items()},
     }
     first = 0
     if point is not None:
@@ -148,7 +160,15 @@ def fit_ranks(run: Run, strategy: Any, point: Path | None) -> int:
     if trainer.is_global_zero:
         resume.clear_leftovers(folder)
     pl.seed_everything(flags.random_seed + trainer.global_rank, workers=True, verbose=False)
-    trainer.fit(lit)
+    try:
+        trainer.fit(lit)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            "a process that prepares batches was killed, as a host short of memory does; go on "
+            "with the same flags, --resume 1 and --num_workers 0"
+        ) from error
     if not trainer.is_global_zero:
         return 0
     picture = folder / "loss.png"
@@ -159,6 +179,16 @@ def fit_ranks(run: Run, strategy: Any, point: Path | None) -> int:
         return 128 + saving.stopped_by
     say(f"done: {done} steps; written: {', '.join(map(str, written))}")
     return 0
+
+
+def computed_by(settings: Settings) -> dict[str, Any]:
+    """The flags of the objective, the optimizer and the adapters that a resumed run must share."""
+    shared: list[Any] = [settings[kind] for kind in (SFTFlags, *PREFERENCE_FLAGS, OptimizerFlags)]
+    found = {name: value for flags in shared for name, value in asdict(flags).items()}
+    distillation, peft = asdict(settings[DistillationFlags]), asdict(settings[PeftFlags])
+    named = ("rslora", "lora_plus_ratio", "layerwise_lr", "load_adapter")
+    found |= {name: value for name, value in distillation.items() if name != "teacher_model"}
+    return found | {name: peft[name] for name in named}
 
 
 def make_evaluation(

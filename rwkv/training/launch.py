@@ -38,6 +38,11 @@ def is_child() -> bool:
     return not is_started_elsewhere() and int(os.environ.get("LOCAL_RANK", "0")) > 0
 
 
+def starts_itself() -> bool:
+    """Whether this is the process that the user started, without a launcher."""
+    return not is_started_elsewhere() and not is_child()
+
+
 @contextlib.contextmanager
 def all_ranks(devices: int, num_nodes: int, folder: Path) -> Iterator[None]:
     """Within the block a process runs for each device of this machine.

@@ -92,7 +92,8 @@ def _load(point: Path) -> dict[str, Any]:
     except UNREADABLE as error:
         why = str(error).split(". ")[0].split("\n")[0]
         raise InputError(
-            f"{point}: cannot be read ({why}); remove it to use an older one"
+            f"{point}: cannot be read (cut off or damaged: {why}); remove it, and the run goes on "
+            "from an older one, or begins anew"
         ) from None
 
 
