@@ -30,8 +30,19 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     device = str(named_device(options.device))
 
+    import torch
+
     from peft.quantized import linear_layers, quantize_tensors, quantized_metadata
-    from rwkv.checkpoint import check_weight, config_of, fingerprint, read_tensors, write_tensors
+    from rwkv.checkpoint import (
+        check_complete,
+        check_finite,
+        check_weight,
+        config_of,
+        fingerprint,
+        read_tensors,
+        write_tensors,
+    )
+    from rwkv.model import RWKV
 
     if options.output.resolve() == options.load_model.resolve():
         raise InputError(f"--output {options.output}: is the model itself; choose another name")
@@ -40,14 +51,13 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(
             f"{options.load_model}: is quantized already; name the model it was made from"
         )
-    linear = linear_layers(config_of(tensors), head=options.quant_head)
+    config = config_of(tensors)
+    with torch.device("meta"):
+        check_complete(tensors, dict(RWKV(config).named_parameters()))
+    linear = linear_layers(config, head=options.quant_head)
     for name in tensors:
         check_weight(options.load_model, name, tensors[name])
-        if not tensors[name].isfinite().all():
-            raise InputError(
-                f"{options.load_model}: {name} holds values that are no finite numbers; copy or "
-                "download it again"
-            )
+        check_finite(options.load_model, name, tensors[name])
     kind = QUANT_ALIASES.get(options.quant_mode, options.quant_mode)
     written, described = quantize_tensors(tensors, linear, kind, device)
     write_tensors(options.output, written, quantized_metadata(fingerprint(tensors), described))

@@ -7,7 +7,7 @@ folder of safetensors shards. Ours have a `.json` beside them that says what the
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -269,18 +269,10 @@ def fill(
             that parameter's module. The weights of a quantized file are left to it.
 
     Raises:
-        InputError: a tensor is missing, unexpected or of another shape.
+        InputError: a tensor is missing, unexpected, of another shape or not finite.
     """
     names = dict(model.named_parameters())
-    missing = sorted(names.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - names.keys() - set(unused))
-    if missing or unexpected:
-        problems = [
-            f"{word} {', '.join(some[:3])}{' and more' if len(some) > 3 else ''}"
-            for word, some in (("lacks", missing), ("has unexpected", unexpected))
-            if some
-        ]
-        raise InputError(f"{tensors.path}: {' and '.join(problems)}; is it a whole model file?")
+    check_complete(tensors, names, unused)
     for name, parameter in names.items():
         if placed is not None and name.removesuffix(".weight") in tensors.quantized:
             placed(name)
@@ -292,9 +284,47 @@ def fill(
                 f"{list(parameter.shape)}; is it a whole model file?"
             )
         check_weight(tensors.path, name, tensor)
-        set_parameter(model, name, tensor.reshape(parameter.shape).to(device, dtype, copy=True))
+        value = tensor.reshape(parameter.shape).to(device, dtype, copy=True)
+        check_finite(tensors.path, name, value)
+        set_parameter(model, name, value)
         if placed is not None:
             placed(name)
+
+
+def check_complete(
+    tensors: TensorFile, names: Collection[str], unused: Iterable[str] = UNUSED
+) -> None:
+    """Stop at a file that lacks one of a model's parameters, or has others.
+
+    Args:
+        tensors: the file.
+        names: of the parameters.
+        unused: keys of the file that the model may lack.
+
+    Raises:
+        InputError: the message names the first three.
+    """
+    missing = sorted(set(names) - tensors.keys())
+    unexpected = sorted(tensors.keys() - set(names) - set(unused))
+    if missing or unexpected:
+        problems = [
+            f"{word} {', '.join(some[:3])}{' and more' if len(some) > 3 else ''}"
+            for word, some in (("lacks", missing), ("has unexpected", unexpected))
+            if some
+        ]
+        raise InputError(f"{tensors.path}: {' and '.join(problems)}; is it a whole model file?")
+
+
+def check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """Stop at a weight with values that are no finite numbers, before they spread.
+
+    Raises:
+        InputError: it has some.
+    """
+    if not torch.stack(tensor.aminmax()).isfinite().all():  # makes no tensor of this size
+        raise InputError(
+            f"{path}: {name} holds values that are no finite numbers; copy or download it again"
+        )
 
 
 def check_weight(path: Path, name: str, tensor: Tensor) -> None:

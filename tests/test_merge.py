@@ -245,6 +245,16 @@ def test_merging_into_a_new_quantized_base(base, tmp_path, capsys, kind):
     assert metadata["difference"]["kl"] < metadata["quantization"]["kl"]
 
 
+def test_an_incomplete_model_is_not_quantized(base, tmp_path):
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(base).items()}
+    del tensors["blocks.1.att.value.weight"]
+    write_tensors(tmp_path / "part.pth", tensors)
+    output = tmp_path / "small.pth"
+    with pytest.raises(InputError, match=r"part.pth: lacks blocks\.1\.att\.value\.weight; is it"):
+        quantize.main(["--load_model", str(tmp_path / "part.pth"), "--output", str(output)])
+    assert not output.exists()
+
+
 def test_a_loss_above_the_tolerance_is_refused_and_nothing_written(base, tmp_path):
     _, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode="lora")))
     output = tmp_path / "small.pth"
