@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         print("  no problem found")  # noqa: T201
     if options.fix is None:
         return 1 if findings.problems else 0
+    if options.fix.resolve() == options.file.resolve():
+        raise InputError(f"--fix {options.fix}: is the file itself; choose another name")
     kept = write_fixed(findings, options.fix)
     print(  # noqa: T201
         f"{options.fix}: {kept:,} records written, "

@@ -18,6 +18,7 @@ from rwkv.errors import InputError
 from rwkv.files import replacing
 
 PREFIX = "base_model.model."
+FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")  # of such a folder
 LAYERS = {  # our names of RWKV-7's linear layers, and those of its HF models
     "att.receptance": "attn.r_proj",
     "att.key": "attn.k_proj",
@@ -71,14 +72,19 @@ def to_folder(
 
     Args:
         path: the adapter file.
-        folder: replaced if it exists.
+        folder: replaced if it exists, and holds nothing else.
         alpha: for files that do not state it.
         base_name: the base model's name, for the configuration.
         drop_whole: leave out tensors that trained whole.
 
     Raises:
-        InputError: HF peft has no place for what the file holds.
+        InputError: HF peft has no place for what the file holds, or `folder` holds other things.
     """
+    others = sorted(p.name for p in folder.glob("*") if p.name not in FILES)
+    if others:
+        raise InputError(
+            f"{folder}: holds {others[0]}, which is not of HF peft's folder; choose another one"
+        )
     tensors, kinds, _ = read_adapter(path, alpha=alpha)
     whole = [name for name in tensors if name.rpartition(".")[0] not in kinds]
     if whole and not drop_whole:

@@ -122,6 +122,14 @@ def test_the_ending_of_a_fixed_file_is_checked(tmp_path):
         doctor.main([str(path), "--fix", str(tmp_path / "a.save")])
 
 
+def test_a_file_is_not_mended_in_place(tmp_path):
+    path = write(tmp_path / "a.jsonl", [good(1), good(1)])
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="is the file itself; choose another name"):
+        doctor.main([str(path), "--fix", str(path)])
+    assert path.read_bytes() == before
+
+
 def test_what_is_no_preference_file_is_said(tmp_path):
     (tmp_path / "a.save").write_bytes(b"nothing")
     with pytest.raises(DataError, match="holds pickled code or is damaged"):

@@ -111,6 +111,18 @@ def test_what_hf_peft_lacks_is_named(tmp_path, tensors, message):
     assert not (tmp_path / "folder").exists()
 
 
+def test_a_folder_with_other_things_is_left_alone(tmp_path):
+    path, folder = tmp_path / "a.pth", tmp_path / "folder"
+    write_tensors(path, {"head.miss": torch.zeros(2, 4)})
+    words = ["--adapter", str(path), "--output", str(folder)]
+    main(words)
+    main(words)
+    (folder / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"folder: holds thesis.txt, which is not of HF peft's"):
+        main(words)
+    assert (folder / "thesis.txt").read_text() == "precious"
+
+
 def test_whole_tensors_can_be_left_out(tmp_path):
     path, folder = tmp_path / "a.pth", tmp_path / "folder"
     write_tensors(path, {"head.miss": torch.zeros(2, 4), "ln_out.bias": torch.zeros(4)})
