@@ -89,9 +89,10 @@ def cut_pairs(store: PairStore, ctx_len: int, overlong: str = "auto") -> PairPie
     record = np.flatnonzero(fits)
     if not len(record):
         shortest = int((prompts + np.maximum(chosen, rejected)).min())
+        name = "ctx_len" if limit == ctx_len else "rlhf_max_corpus_len"
         raise InputError(
-            f"--ctx_len {limit}: no prompt with its longer answer fits, the shortest has "
-            f"{shortest} tokens; raise --ctx_len (and --rlhf_max_corpus_len, if given)"
+            f"--{name} {limit}: no prompt with its longer answer fits, the shortest has "
+            f"{shortest} tokens; raise --{name}"
         )
     has = np.stack([chosen > 0, rejected > 0, chosen], axis=1).astype(np.int64)[record]
     sizes = (prompts + np.maximum(chosen - 1, 0) + np.maximum(rejected - 1, 0))[record]

@@ -30,12 +30,21 @@ def main() -> int:
     parser.add_argument("--by_length", default="", help="borders of prompt lengths, as 20,60,70")
     options = parser.parse_args()
 
+    from rwkv.errors import InputError
     from rwkv.generate import generate
     from rwkv.runner import open_model
     from rwkv.sampling_flags import Sampling
     from rwkv.templates import prompt_tokens
 
     rows = [json.loads(line) for line in options.data.read_text(encoding="utf-8").splitlines()]
+    if not rows:
+        raise InputError(f"--data {options.data}: the file is empty; is it the right one?")
+    try:
+        re.compile(options.form)
+    except re.error as error:
+        raise InputError(
+            f"--form {options.form}: is no regular expression ({error}); mend it"
+        ) from None
     model, tokenizer = open_model(options, merged=True)
     flags = SimpleNamespace(template=options.template)
     written = generate(

@@ -11,6 +11,7 @@ import difflib
 import re
 import typing
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -199,7 +200,7 @@ def _check_names(argv: Sequence[str], known: list[str]) -> None:
 def _config_file(argv: Sequence[str]) -> str:
     """The file of --config, or "" without one; one that cannot be read stops here."""
     path = ""
-    for word, behind in zip(argv, [*argv[1:], ""], strict=True):
+    for word, behind in pairwise([*argv, ""]):
         if word == "--config" or word.startswith("--config="):
             path = behind if word == "--config" else word.partition("=")[2]
             read_text(Path(path))

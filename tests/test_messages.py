@@ -18,6 +18,7 @@ import train
 from rwkv import chat, cli
 from rwkv.checkpoint import read_tensors, write_tensors
 from rwkv.config import RWKVConfig, default_ranks
+from rwkv.errors import InputError
 from rwkv.flags import is_within
 from rwkv.init import initialize
 from rwkv.model import RWKV
@@ -488,6 +489,35 @@ def test_a_folder_that_holds_a_run_is_not_written_over(fails, tmp_path):
     text = fails(proj_dir=tmp_path / "out")
     assert "already holds a run (step 3); add --resume 1" in text
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["resume"]
+
+
+def test_models_without_a_resume_point_are_not_written_over(fails, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "rwkv-0.pth").write_bytes(b"precious")
+    for resume in (0, 1):
+        text = fails(proj_dir=tmp_path / "out", resume=resume)
+        assert text.startswith(f"--proj_dir {tmp_path / 'out'}: already holds rwkv-0.pth")
+    assert (tmp_path / "out" / "rwkv-0.pth").read_bytes() == b"precious"
+
+
+def test_torchrun_and_the_flags_name_the_same_processes(fails, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    text = fails(devices=2)
+    assert text.startswith("--devices 2 --num_nodes 1: torchrun has started 3 processes; let")
+
+
+def test_no_flags_at_all():
+    with pytest.raises(InputError, match="no objective is chosen"):
+        train.main([])
+
+
+def test_weights_that_are_no_numbers_are_named(fails, good, tmp_path):
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(good / "base.pth").items()}
+    tensors["blocks.0.att.key.weight"][3, 4] = float("nan")
+    write_tensors(tmp_path / "nan.pth", tensors)
+    text = fails(load_model=tmp_path / "nan.pth")
+    assert "nan.pth: blocks.0.att.key.weight holds values that are no finite numbers" in text
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ number behind its colon says how often the range is drawn, beside the others.
 import argparse
 import json
 import random
+import re
+import sys
 from pathlib import Path
 
 
@@ -17,10 +19,14 @@ def ranges(text: str) -> tuple[list[range], list[float]]:
     """The ranges of `1-50:1,51-60:2`, and their weights."""
     found, weights = [], []
     for word in text.split(","):
-        lengths, _, weight = word.partition(":")
-        shortest, _, longest = lengths.partition("-")
-        found.append(range(int(shortest), int(longest or shortest) + 1))
-        weights.append(float(weight or 1))
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?(?::(\d+(?:\.\d+)?))?", word)
+        some = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if match is None or not some:
+            sys.exit(
+                f"error: --lengths {word}: is no range of digits; write one as 55-72 or 1-50:2"
+            )
+        found.append(some)
+        weights.append(float(match[3] or 1))
     return found, weights
 
 

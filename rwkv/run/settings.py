@@ -1,5 +1,6 @@
 """The flags of train.py, and which of them contradict each other."""
 
+import os
 from pathlib import Path
 
 from data.flags import DataFlags, IterateFlags, PairFlags
@@ -42,6 +43,12 @@ def check(settings: Settings) -> None:
     for name, folder in (("proj_dir", trainer.proj_dir), ("cache_dir", data.cache_dir)):
         if not folder.strip():
             raise InputError(f"--{name}: names no folder; give one, or drop the flag")
+    processes, started = trainer.devices * trainer.num_nodes, os.environ.get("WORLD_SIZE", "")
+    if "TORCHELASTIC_RUN_ID" in os.environ and started != str(processes):
+        raise InputError(
+            f"--devices {trainer.devices} --num_nodes {trainer.num_nodes}: torchrun has started "
+            f"{started} processes; let the flags and it name the same"
+        )
     if trainer.memory and not trainer.dry_run:
         raise InputError(f"--memory {trainer.memory}: is for --dry_run 1; add it, or drop --memory")
     if data.val_data_file and data.val_fraction:
