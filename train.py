@@ -10,7 +10,7 @@ from data.flags import DataFlags, IterateFlags
 from rwkv import cli, upstream_flags
 from rwkv.cli import say
 from rwkv.flags import Settings, parse
-from rwkv.run.settings import FLAGS, check
+from rwkv.run.settings import FLAGS, check, without_effect
 from rwkv.training.flags import ModelFlags, TrainerFlags
 
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     words, notes = upstream_flags.split(list(sys.argv[1:] if argv is None else argv))
     settings = parse(words, FLAGS, program="train.py", description=__doc__.splitlines()[0])
     check(settings)
-    for note in notes:
+    for note in [*notes, *without_effect(settings)]:
         say(note)
     if not settings[IterateFlags].iterate:
         return train(settings)

@@ -29,6 +29,14 @@ class ParameterGroup:
     weight_decay: float
 
 
+def nothing_trains(plan: Plan) -> InputError:
+    """The error of a plan under which there is nothing to do."""
+    return InputError(
+        f"{plan.flags.layer_profile or 'no profile'}: nothing trains; "
+        "set a mode other than freeze for some layer, or tune the state"
+    )
+
+
 def parameter_groups(model: nn.Module, plan: Plan, flags: OptimizerFlags) -> list[ParameterGroup]:
     """Sort what trains into groups of equal rates.
 
@@ -46,10 +54,7 @@ def parameter_groups(model: nn.Module, plan: Plan, flags: OptimizerFlags) -> lis
             kind, rates = _rates(name, parameter, plan, flags)
             found.setdefault(rates, []).append((kind, name, parameter))
     if not found:
-        raise InputError(
-            f"{plan.flags.layer_profile or 'no profile'}: nothing trains; "
-            "set a mode other than freeze for some layer, or tune the state"
-        )
+        raise nothing_trains(plan)
     groups = []
     for (lr_init, lr_final, decay), members in found.items():
         kinds, names, params = zip(*members, strict=True)

@@ -334,7 +334,9 @@ def test_ranks_leave_when_the_first_is_killed(folder, tmp_path):
     until_step(process, output, 2)
     child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
     process.kill()
-    process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: rank 0: its process was killed, and the others were stopped; ")
     until = time.monotonic() + 30
     while is_running(child) and time.monotonic() < until:
         time.sleep(0.05)

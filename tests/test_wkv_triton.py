@@ -46,6 +46,25 @@ def test_in_the_interpreter():
     pass_in_the_interpreter(__file__)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="compiles for a GPU")
+def test_tiles_compile_for_amd(monkeypatch):
+    """What all kernels are made of, without the instructions that only NVIDIA has."""
+    pytest.importorskip("triton.backends.amd")
+    import amd_probe
+    import triton.language as tl
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from rwkv.ops import triton_chunks
+
+    monkeypatch.setattr(triton_chunks, "NVIDIA", tl.constexpr(False))
+    monkeypatch.setattr(triton_chunks, "PRECISION", tl.constexpr("ieee"))
+    types = {"x": "*bf16", "y": "*fp32", "mask": "*i16", "out": "*fp32"}
+    source = ASTSource(amd_probe.tiles_kernel, types, {})
+    assert compile(source, target=GPUTarget("hip", "gfx942", 64)).asm["hsaco"]
+
+
 def run7(**tensors):
     from rwkv.ops import wkv7_triton
 

@@ -16,6 +16,9 @@ from torch import Tensor
 from rwkv.ops.packing import known
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# What only NVIDIA's compiler takes: instructions written out, and tf32.
+NVIDIA = tl.constexpr(torch.version.hip is None)
+PRECISION = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
 
 
 def slot_owners(cu_seqlens: Tensor | None, slots: int, C: int) -> Tensor | None:
@@ -76,7 +79,7 @@ def sequence_slots(q, cu_seqlens, T, C: tl.constexpr):
 @triton.jit
 def widen(x):
     """x in float32; two bfloat16 values by two instructions, the compiler (3.6) takes three."""
-    if INTERPRETED or x.dtype != tl.bfloat16:
+    if INTERPRETED or not NVIDIA or x.dtype != tl.bfloat16:
         y = x.to(tl.float32)
     else:
         y = tl.inline_asm_elementwise(
@@ -94,10 +97,10 @@ def widen(x):
 def narrow(x, dtype: tl.constexpr):
     """float32 x rounded to `dtype`, as an operand of `product` or for a store.
 
-    On a GPU one instruction rounds two values; left alone, the compiler (3.6) moves a mask behind
-    the rounding and then rounds one by one. Triton's interpreter (3.7) truncates where it should
-    round to bfloat16 and multiplies bfloat16 as integers; there the value is rounded by hand and
-    stays float32.
+    On NVIDIA's GPUs one instruction rounds two values; left alone, the compiler (3.6) moves a mask
+    behind the rounding and then rounds one by one. Triton's interpreter (3.7) truncates where it
+    should round to bfloat16 and multiplies bfloat16 as integers; there the value is rounded by hand
+    and stays float32.
     """
     if dtype == tl.float32:
         y = x
@@ -107,6 +110,8 @@ def narrow(x, dtype: tl.constexpr):
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         y = bits.to(tl.float32, bitcast=True)
+    elif not NVIDIA:
+        y = x.to(dtype)
     elif dtype == tl.float16:
         y = tl.inline_asm_elementwise(
             "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.float16, is_pure=True, pack=2
@@ -121,7 +126,7 @@ def narrow(x, dtype: tl.constexpr):
 @triton.jit
 def narrow_where(mask, x, dtype: tl.constexpr):
     """narrow(x) where the int16 mask is -1, 0 where it is 0, also for x that is infinite."""
-    if INTERPRETED or dtype == tl.float32:
+    if INTERPRETED or not NVIDIA or dtype == tl.float32:
         y = narrow(tl.where(mask != 0, x, 0.0), dtype)
     elif dtype == tl.float16:
         y = tl.inline_asm_elementwise(
@@ -167,10 +172,10 @@ def power_of(exponent):
 @triton.jit
 def product(x, y):
     """x @ y, float32. Float32 operands are multiplied in three tf32 products, nearly exactly."""
-    return tl.dot(x, y, input_precision="tf32x3")
+    return tl.dot(x, y, input_precision=PRECISION)
 
 
 @triton.jit
 def add_product(total, x, y):
     """total + x @ y, as `product`."""
-    return tl.dot(x, y, total, input_precision="tf32x3")
+    return tl.dot(x, y, total, input_precision=PRECISION)

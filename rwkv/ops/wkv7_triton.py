@@ -34,6 +34,7 @@ from rwkv.ops.wkv7_triton_kernels import (
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 
+ALL_REGISTERS = {"maxnreg": 255} if triton_chunks.NVIDIA.value else {}  # others have no such option
 # Chunk length and launch of each kernel, by dtype and head size. V is the number of value rows a
 # program of a scan owns.
 LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
@@ -56,14 +57,14 @@ LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
         "prepare": {"num_warps": 8},
         "scan": {"V": 16, "num_warps": 4, "STAGES": 2},
         "reverse": {"V": 16, "num_warps": 4, "STAGES": 2},
-        "gradient": {"num_warps": 8, "maxnreg": 255},
+        "gradient": {"num_warps": 8, **ALL_REGISTERS},
     },
     (FLOAT32, 128): {
         "C": 32,
         "prepare": {"num_warps": 8},
         "scan": {"V": 16, "num_warps": 4, "STAGES": 2},
         "reverse": {"V": 16, "num_warps": 4, "STAGES": 2},
-        "gradient": {"num_warps": 8, "maxnreg": 255},
+        "gradient": {"num_warps": 8, **ALL_REGISTERS},
     },
 }
 # Operands of matrix products: WIDE where a factor may be 2^28, FINE where tiles are scaled to 1.

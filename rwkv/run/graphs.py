@@ -26,11 +26,13 @@ def uses_graphs(run: "Run") -> bool:
     Raises:
         InputError: --cuda_graphs 1 in a run that cannot have them.
     """
-    wanted = run.settings[TrainerFlags].cuda_graphs
+    flags = run.settings[TrainerFlags]
+    wanted = flags.cuda_graphs
     if not wanted:
         return False
     reason = why_not(run)
-    if reason and wanted != "auto":
+    elsewhere = bool(flags.dry_run) and run.device.kind != "cuda"  # planned for another machine
+    if reason and wanted != "auto" and not elsewhere:
         raise InputError(f"--cuda_graphs 1: {reason}; use --cuda_graphs auto")
     tokens = run.batches.training.micro_bsz * run.settings[DataFlags].ctx_len
     return not reason and (wanted != "auto" or tokens * run.config.n_embd**2 <= LARGEST)

@@ -1,7 +1,7 @@
 """The models of a run: what happens to each layer, the model itself, and a teacher."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -9,9 +9,10 @@ from losses.flags import DistillationFlags
 from peft.adapter_file import load_adapter
 from peft.apply import load_frozen, load_with_profile, new_with_profile
 from peft.flags import PeftFlags, StateFlags
-from peft.plan import Plan, make_plan
+from peft.groups import nothing_trains
+from peft.plan import Plan, make_plan, trained_count
 from peft.tuned_state import add_prefix, add_tuned_state
-from rwkv.checkpoint import fingerprint, read_tensors
+from rwkv.checkpoint import check_complete, fingerprint, read_tensors
 from rwkv.config import RWKVConfig
 from rwkv.errors import InputError
 from rwkv.flags import Settings
@@ -31,25 +32,32 @@ class Device(NamedTuple):
 def choose_device(settings: Settings) -> Device:
     """The device and dtype of a run; a dry run is content with a CPU in a GPU's place."""
     flags = settings[TrainerFlags]
+    planned = flags.accelerator == "gpu" and bool(flags.dry_run)
     if flags.dry_run:
         flags = replace(flags, accelerator="auto", devices=1)
     kind = chosen_device(flags)
-    return Device(kind, chosen_dtype(flags, kind))
+    return Device(kind, chosen_dtype(flags, "cuda" if planned else kind))
 
 
 def plan_layers(settings: Settings, config: RWKVConfig) -> Plan:
     """What happens to every layer, from the sizes alone: wrong profiles stop here.
 
     Raises:
-        InputError: the profile does not suit the model, or a learning rate is undefined.
+        InputError: the file is not whole, the profile does not suit the model or leaves nothing to
+            train, or a learning rate is undefined.
     """
-    flags, optimizer = settings[PeftFlags], settings[OptimizerFlags]
+    flags, optimizer, start = settings[PeftFlags], settings[OptimizerFlags], settings[StateFlags]
     base = settings[ModelFlags].load_model
-    stored = read_tensors(base).quantized if base else {}
+    stored: dict[str, Any] = {}
     with torch.device("meta"):
-        plan = make_plan(
-            RWKV(config), flags, {layer: entry["storage"] for layer, entry in stored.items()}
-        )
+        model = RWKV(config)
+    if base:
+        tensors = read_tensors(base)
+        check_complete(tensors, dict(model.named_parameters()))
+        stored = tensors.quantized
+    plan = make_plan(model, flags, {layer: entry["storage"] for layer, entry in stored.items()})
+    if not (trained_count(plan) or start.state or start.prefix_tuning):
+        raise nothing_trains(plan)
     check_rates(optimizer.lr_schedule, optimizer.lr_init, optimizer.lr_final, "--lr_final")
     for name, layer in plan.plans.items():
         if layer.mode != "freeze" and optimizer.lr_advanced:

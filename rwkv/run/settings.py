@@ -1,6 +1,7 @@
 """The flags of train.py, and which of them contradict each other."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
 from data.flags import DataFlags, IterateFlags, PairFlags
@@ -29,6 +30,30 @@ FLAGS = (
 )
 
 
+NEEDED_BY = {  # a switch, and the flags that say nothing without it
+    "quant": ("quant_mode",),
+    "infctx": ("chunk_ctx", "chunk_grad", "chunk_offload"),
+    "prefix_tuning": ("prefix_token_len",),
+    "distillation": ("teacher_model", "kd_loss", "jsd_beta", "temperature", "alpha", "top_k"),
+    "dpo": ("dpo_beta", "dpo_alpha", "dpo_loss", "dpo_label_smoothing"),
+    "orpo": ("orpo_alpha",),
+    "simpo": ("simpo_beta", "simpo_gamma", "simpo_alpha"),
+    "kto": ("kto_beta", "kto_desirable", "kto_undesirable", "kto_alpha"),
+}
+
+
+def without_effect(settings: Settings) -> list[str]:
+    """A line for each flag that is set while the switch that it belongs to is off."""
+    values = settings.as_flags()
+    usual = {f.name: f.default for kind in FLAGS for f in fields(kind)}
+    return [
+        f"--{name} {values[name]}: has no effect without --{switch} 1"
+        for switch, names in NEEDED_BY.items()
+        for name in names
+        if not values[switch] and values[name] != usual[name]
+    ]
+
+
 def check(settings: Settings) -> None:
     """Stop at values that are wrong by themselves, before anything heavy is imported.
 
@@ -38,8 +63,13 @@ def check(settings: Settings) -> None:
     if chosen_objective(settings) == "distillation":
         check_distillation(settings[DistillationFlags])
     trainer, model, data = settings[TrainerFlags], settings[ModelFlags], settings[DataFlags]
-    if model.load_model and not Path(model.load_model).exists():
-        raise InputError(f"--load_model {model.load_model}: no such file; check the path")
+    for name, path in {
+        "load_model": model.load_model,
+        "load_adapter": settings[PeftFlags].load_adapter,
+        "teacher_model": settings[DistillationFlags].teacher_model,
+    }.items():
+        if path and not Path(path).exists():
+            raise InputError(f"--{name} {path}: no such file; check the path")
     for name, folder in (("proj_dir", trainer.proj_dir), ("cache_dir", data.cache_dir)):
         if not folder.strip():
             raise InputError(f"--{name}: names no folder; give one, or drop the flag")

@@ -65,7 +65,7 @@ def all_ranks(devices: int, num_nodes: int, folder: Path) -> Iterator[None]:
         return
     if is_started_elsewhere() or is_child():
         if is_child():
-            threading.Thread(target=_leave_with_parent, daemon=True).start()
+            threading.Thread(target=_leave_with_parent, args=(folder,), daemon=True).start()
         else:
             _meet_anew()
         try:
@@ -143,14 +143,7 @@ class _Children:
         how = f"ended with status {status}"
         if status < 0:
             how = f"was killed ({signal.Signals(-status).name})"
-        point = resume.newest(self.folder)
-        step = "" if point is None else point.name.removeprefix("step-")
-        then = (
-            "no resume point was written before; --resume_every N writes one every N steps"
-            if point is None
-            else f"go on from step {step} with the same flags and --resume 1"
-        )
-        return f"rank {rank}: its process {how}, and the others were stopped; {then}"
+        return _how_to_go_on(rank, how, self.folder)
 
     def wait(self) -> None:
         """Wait for all of them.
@@ -205,9 +198,22 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _leave_with_parent() -> None:
-    """End this process when the one that started it is gone, even by kill -9."""
+def _how_to_go_on(rank: int, how: str, folder: Path) -> str:
+    point = resume.newest(folder)
+    step = "" if point is None else point.name.removeprefix("step-")
+    then = (
+        "no resume point was written before; --resume_every N writes one every N steps"
+        if point is None
+        else f"go on from step {step} with the same flags and --resume 1"
+    )
+    return f"rank {rank}: its process {how}, and the others were stopped; {then}"
+
+
+def _leave_with_parent(folder: Path) -> None:
+    """End this process when the one that started it is gone, even by kill -9; rank 1 says so."""
     os.read(0, 1)  # nothing is ever written: it returns when the pipe's other end is closed
+    if os.environ["LOCAL_RANK"] == "1":
+        print(f"\nerror: {_how_to_go_on(0, 'was killed', folder)}", file=sys.stderr)  # noqa: T201
     os._exit(1)
 
 
