@@ -312,6 +312,42 @@ def test_torchrun_reads_every_row_once_in_an_epoch(folder, tmp_path):
     assert sum(counts[1]) == tokens + 1  # 19 rows in 20 places; the empty one is a token not scored
 
 
+def test_two_processes_give_what_one_gives_in_every_mode(folder, tmp_path):
+    """Chunks, adapters over stored weights, and pairs: the losses of all steps, in float32."""
+    rule = {"match": "blocks.*", "mode": "lora", "rank": 4, "quant": "nf4", "train_small": False}
+    (tmp_path / "nf4.json").write_text(json.dumps({"rules": [rule]}))
+    pairs = [
+        {
+            "prompt": f"Is {n} {'very ' * (n % 4)}even?",
+            "chosen": "yes " * (n % 3 + 1),
+            "rejected": "no",
+        }
+        for n in range(40)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    chunks, stored = {"infctx": 1, "chunk_ctx": 48}, {"layer_profile": tmp_path / "nf4.json"}
+    pair_flags = {"sft": 0, "dpo": 1, "rlhf_train_file": tmp_path / "pairs.jsonl"}
+    modes = {"chunks": chunks, "stored": stored, "stored in chunks": chunks | stored}
+    modes |= {"dpo": stored | pair_flags}
+    runs = []
+    for name, more in modes.items():
+        make = flags if "layer_profile" in more else full
+        assert train.main(make(folder, tmp_path / "one" / name, **ONE | more)) == 0
+        words = make(folder, tmp_path / "two" / name, **TWO | more)
+        runs.append({"name": name, "words": words})
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    command = [sys.executable, *TORCHRUN, "tests/several_runs.py", tmp_path / "runs.json"]
+    environment = ONE_THREAD | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, tmp_path / "r"], cwd=ROOT, env=environment, capture_output=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    for name in modes:
+        want = losses_of(tmp_path / "one" / name)
+        assert len(want) == STEPS
+        assert losses_of(tmp_path / "two" / name) == pytest.approx(want, rel=1e-5), name
+
+
 def test_a_rank_that_dies_ends_the_run_and_the_run_goes_on_on_one_process(folder, alone, tmp_path):
     output = tmp_path / "dead"
     process = start(full(folder, output, **TWO, resume_every=2, resume=1))
