@@ -14,11 +14,19 @@ from peft.plan import PREFIX, STATE
 from peft.registry import make_adapter
 from peft.stores import make_store
 from rwkv.checkpoint import TensorFile, config_of, fill, fingerprint, set_parameter
-from rwkv.errors import InputError
+from rwkv.errors import InputError, RunError
 from rwkv.linear import Linear
 from rwkv.model import RWKV
+from rwkv.tokenizer import load_tokenizer
 
-TOKENS = 96  # of the fixed text that both models read
+# What both models read, where their vocabulary says which tokenizer is theirs.
+TEXT = """The ferry leaves at 7:40 and again at noon, unless the wind comes from the north. Who
+misses both may walk: it is 11 km along the shore, past two farms and a small church whose door is
+never locked.
+
+User: How long does the walk take?
+Assistant: Between two and three hours. Take 1.5 litres of water with you, and set out before 3."""
+TOKENS = 96  # random ones, for models whose vocabulary says nothing
 
 
 @dataclass(frozen=True)
@@ -192,7 +200,7 @@ def compare(
     device: str = "cpu",
     storage: Mapping[str, str] | None = None,
 ) -> Difference:
-    """Let base with adapter, then the merged weights, read the same tokens in float32.
+    """Let base with adapter, then the merged weights, read the same text in float32.
 
     One model is in memory at a time.
 
@@ -201,9 +209,7 @@ def compare(
         device: where both run.
         storage: layers of the merged model to be stored in fewer bits, and their storages.
     """
-    vocab_size = config_of(pair.base).vocab_size
-    draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab_size, (1, TOKENS), generator=draw).to(device)
+    tokens = fixed_text(config_of(pair.base).vocab_size).to(device)
     before = _logits(_adapted_model(pair, device), tokens)
     model = _merged_model(pair, merged, device)
     _store(model, storage or {})
@@ -214,6 +220,15 @@ def compare(
     )
     agreement = (after.argmax(-1) == before.argmax(-1)).float().mean()
     return Difference(gap.max().item(), gap.mean().item(), kl.item(), agreement.item())
+
+
+def fixed_text(vocab_size: int) -> Tensor:
+    """The tokens that models of this vocabulary are compared on, [1, T]."""
+    try:
+        return torch.tensor([load_tokenizer(None, vocab_size).encode(TEXT)])
+    except (InputError, RunError):  # no tokenizer is known, or its package is missing
+        draw = torch.Generator().manual_seed(0)
+        return torch.randint(vocab_size, (1, TOKENS), generator=draw)
 
 
 @torch.no_grad()

@@ -13,13 +13,14 @@ from peft.apply import load_frozen, load_with_profile
 from peft.flags import PeftFlags
 from peft.layer_profile import ADAPTER_MODES
 from peft.merge import main
-from peft.merging import compare, merge, open_pair
+from peft.merging import TEXT, compare, fixed_text, merge, open_pair
 from rwkv.checkpoint import fingerprint, load_model, read_metadata, read_tensors, write_tensors
 from rwkv.config import LowRanks, RWKVConfig
 from rwkv.errors import InputError
 from rwkv.generate import generate
 from rwkv.init import initialize
 from rwkv.model import RWKV
+from rwkv.tokenizer import load_tokenizer
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -243,6 +244,14 @@ def test_merging_into_a_new_quantized_base(base, tmp_path, capsys, kind):
     assert fingerprint(read_tensors(small)) == fingerprint(read_tensors(plain))
     metadata = read_metadata(small)
     assert metadata["difference"]["kl"] < metadata["quantization"]["kl"]
+
+
+@pytest.mark.parametrize("vocab_size", [256, 65536, 40])
+def test_models_are_compared_on_a_text_of_theirs(vocab_size):
+    tokens = fixed_text(vocab_size)
+    assert tokens.shape[0] == 1 and tokens.min() >= 0 and tokens.max() < vocab_size
+    if vocab_size != 40:
+        assert load_tokenizer(None, vocab_size).decode(tokens[0].tolist()) == TEXT
 
 
 def test_an_incomplete_model_is_not_quantized(base, tmp_path):
