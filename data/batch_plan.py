@@ -99,10 +99,6 @@ class BatchPlan:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_passes": {}}
 
-    def steps_in_pass(self, number: int) -> int:
-        """Optimizer steps of a pass over the data."""
-        return self.steps_per_pass
-
     def locate(self, step: int) -> tuple[int, int]:
         """The pass of an optimizer step, and the step's number within it."""
         return divmod(step, self.steps_per_pass)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-
 from data.pair_records import PAIRS
 from data.pair_store import PairStore
 from data.records import DataError
@@ -50,11 +48,3 @@ def open_pairs(
     if scorer is not None and not attach(store, scorer, required=not live):
         store.reference = None
     return store
-
-
-def describe_scores(store: PairStore) -> str:
-    """A line about a store's reference scores."""
-    if store.reference is None:
-        return "reference: the model with its adapters off"
-    means = [float(np.mean(column)) for column in store.reference.T]
-    return f"reference: scores from a file, {means[0]:.2f} nats a chosen, {means[1]:.2f} a rejected"

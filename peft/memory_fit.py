@@ -11,7 +11,7 @@ from rwkv.config import RWKVConfig
 from rwkv.errors import InputError
 
 LEAST = 2**20
-UNITS = {"": 1, "B": 1, "MB": 10**6, "MIB": 2**20, "GB": 2**30, "GIB": 2**30, "G": 2**30}
+UNITS = {"": 1, "B": 1, "MB": 2**20, "MIB": 2**20, "GB": 2**30, "GIB": 2**30, "G": 2**30}
 CHUNKS = (2048, 1024, 512, 256)
 STORAGES = ("fp8", "fp6", "fp5", "nf4")  # from the nearest to the weight to the smallest
 LEAST_RANK = 8

@@ -40,6 +40,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import peft
 import rwkv.ops
 from losses.sft import SFT
 from peft.apply import apply_profile
@@ -325,16 +326,21 @@ def line(name: str, row: Row, found: Measured) -> str:
 
 
 def groups_of_kernels() -> dict[str, str]:
-    """The group of each Triton kernel of rwkv/ops by its name."""
+    """The group of each Triton kernel of rwkv/ops and peft by its name."""
     from triton.runtime import KernelInterface
 
     groups = {}
-    for module in pkgutil.iter_modules(rwkv.ops.__path__, "rwkv.ops."):
+    modules = [
+        *pkgutil.iter_modules(rwkv.ops.__path__, "rwkv.ops."),
+        *pkgutil.iter_modules(peft.__path__, "peft."),
+    ]
+    for module in modules:
         if "triton" not in module.name:
             continue
         short = module.name.removeprefix("rwkv.ops.")
         group = "wkv" if short.startswith(("wkv7_triton", "wkv6_triton")) else "fused"
         group = "head" if short.startswith("logit_scores") else group
+        group = "adapters and stores" if short.startswith("peft.") else group
         for name, value in vars(import_module(module.name)).items():
             if isinstance(value, KernelInterface):
                 groups[name] = group
@@ -342,7 +348,7 @@ def groups_of_kernels() -> dict[str, str]:
 
 
 def group_of(kernel: str, ours: dict[str, str]) -> str:
-    """GEMM, wkv, fused, head, optimizer, copies or other element-wise."""
+    """GEMM, wkv, fused, head, adapters and stores, optimizer, copies or other element-wise."""
     low = kernel.lower()
     if kernel in ours:
         return ours[kernel]
