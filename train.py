@@ -5,6 +5,7 @@
 """
 
 import sys
+from pathlib import Path
 
 from data.flags import DataFlags, IterateFlags
 from rwkv import cli, upstream_flags
@@ -12,6 +13,7 @@ from rwkv.cli import say
 from rwkv.flags import Settings, parse
 from rwkv.run.settings import FLAGS, check, without_effect
 from rwkv.training.flags import ModelFlags, TrainerFlags
+from rwkv.training.run_folder import check_folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +39,8 @@ def train(settings: Settings) -> int:
     from rwkv.training.model import read_config
 
     model_flags, trainer = settings[ModelFlags], settings[TrainerFlags]
+    if not trainer.dry_run:
+        check_folder(Path(trainer.proj_dir), trainer.resume)
     device = choose_device(settings)
     vocab_size = model_flags.vocab_size
     if model_flags.load_model:

@@ -489,6 +489,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(fails, tmp_path):
     text = fails(proj_dir=tmp_path / "out")
     assert "already holds a run (step 3); add --resume 1" in text
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["resume"]
+    assert not (tmp_path / "cache").exists(), "the data was read before"
 
 
 def test_models_without_a_resume_point_are_not_written_over(fails, tmp_path):

@@ -21,7 +21,7 @@ from peft.flags import PeftFlags, StateFlags
 from peft.groups import parameter_groups
 from peft.plan import trained_count
 from rwkv.cli import say
-from rwkv.errors import InputError, RunError
+from rwkv.errors import RunError
 from rwkv.files import claimed
 from rwkv.flags import Settings
 from rwkv.generate import generate
@@ -39,6 +39,7 @@ from rwkv.training.flags import EvaluationFlags, OptimizerFlags, TrainerFlags
 from rwkv.training.graphed import GraphedSteps
 from rwkv.training.launch import all_ranks, starts_itself
 from rwkv.training.lit import LitModel, quiet_lightning
+from rwkv.training.run_folder import newest
 from rwkv.training.saving import Saving
 from rwkv.training.schedule import Schedule
 from rwkv.training.step_log import RunLog, StepLog, draw_loss
@@ -50,17 +51,7 @@ def fit(run: Run) -> int:
     quiet_lightning()
     flags, device = run.settings[TrainerFlags], run.device
     folder = Path(flags.proj_dir)
-    point = resume.newest(folder)
-    if point is not None and not flags.resume:
-        raise InputError(
-            f"--proj_dir {folder}: already holds a run ({point.name.replace('-', ' ')}); "
-            "add --resume 1 to go on with it, or choose another folder"
-        )
-    if point is None and (models := sorted(folder.glob("rwkv-*.pth"))):
-        raise InputError(
-            f"--proj_dir {folder}: already holds {models[0].name}, and nothing to go on from; "
-            "choose another folder"
-        )
+    point = newest(folder)
     strategy = make_strategy(flags, device.dtype, device.kind, trained_count(run.layers))
     alone = claimed(folder) if starts_itself() else contextlib.nullcontext()
     with alone, all_ranks(flags.devices, flags.num_nodes, folder):

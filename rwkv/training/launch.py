@@ -22,7 +22,7 @@ from pytorch_lightning.plugins.environments import (
 )
 
 from rwkv.errors import InputError, RunError
-from rwkv.training import resume
+from rwkv.training.run_folder import newest
 
 OTHERS = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
 PATIENCE = 10.0  # seconds that a process has to end by itself when another failed
@@ -199,7 +199,7 @@ def _free_port() -> int:
 
 
 def _how_to_go_on(rank: int, how: str, folder: Path) -> str:
-    point = resume.newest(folder)
+    point = newest(folder)
     step = "" if point is None else point.name.removeprefix("step-")
     then = (
         "no resume point was written before; --resume_every N writes one every N steps"

@@ -1,7 +1,6 @@
 """Resume points: all that a run needs to go on as if it had never stopped."""
 
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,9 @@ from rwkv.files import remove, replacing
 from rwkv.training.distributed import gather_over_ranks
 from rwkv.training.lit import LitModel
 from rwkv.training.optimizer_state import read_state, write_state
+from rwkv.training.run_folder import POINTS
 
-FOLDER = "resume"
 FILE = "state.pt"  # within a resume point
-
-
-def newest(folder: Path) -> Path | None:
-    """The last resume point of a run, None if it has none. Each is a folder `step-N`."""
-    points = [p for p in (folder / FOLDER).glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return max(points, key=lambda p: int(p.name[5:]), default=None)
 
 
 def read_run(point: Path) -> dict[str, Any]:
@@ -49,7 +42,7 @@ def check_same_run(point: Path, run: dict[str, Any]) -> int:
 
 def clear_leftovers(folder: Path) -> None:
     """Remove what a killed process had not finished writing."""
-    for left in [*folder.glob(".*.part"), *(folder / FOLDER).glob(".*.part")]:
+    for left in [*folder.glob(".*.part"), *(folder / POINTS).glob(".*.part")]:
         remove(left)
 
 
@@ -58,11 +51,11 @@ def save(trainer: pl.Trainer, lit: LitModel, folder: Path, run: dict[str, Any]) 
     generators = gather_over_ranks(_generators())
     trained = read_state(trainer, _trained(lit))
     if trainer.is_global_zero:
-        point = folder / FOLDER / f"step-{lit.steps_done}"
+        point = folder / POINTS / f"step-{lit.steps_done}"
         with replacing(point) as part:
             part.mkdir(parents=True)
             torch.save({"run": run, "generators": generators, "trained": trained}, part / FILE)
-        for old in (folder / FOLDER).glob("step-*"):
+        for old in (folder / POINTS).glob("step-*"):
             if old != point:
                 remove(old)
     trainer.strategy.barrier()
