@@ -344,7 +344,7 @@ def test_what_is_named_does_fit(large):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GB", 24 * GIB), ("1.5 GiB", 1.5 * GIB), ("800MB", 8e8), ("12G", 12 * GIB)],
+    [("24GB", 24 * GIB), ("1.5 GiB", 1.5 * GIB), ("800MB", 800 * 2**20), ("12G", 12 * GIB)],
 )
 def test_sizes_are_read(text, size):
     assert read_size(text) == size
