@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from losses.objectives import chosen_objective, make_objective
 from losses.preference_flags import PREFERENCE_FLAGS, REFERENCED
 from peft.adapter import adapters_off
 from peft.adapter_file import adapter_metadata, trained_tensors
-from peft.flags import PeftFlags, StateFlags
+from peft.flags import StateFlags
 from peft.groups import parameter_groups
 from peft.plan import trained_count
 from rwkv.cli import say
@@ -174,12 +174,11 @@ def fit_ranks(run: Run, strategy: Any, point: Path | None) -> int:
 
 def computed_by(settings: Settings) -> dict[str, Any]:
     """The flags of the objective, the optimizer and the adapters that a resumed run must share."""
-    shared: list[Any] = [settings[kind] for kind in (SFTFlags, *PREFERENCE_FLAGS, OptimizerFlags)]
-    found = {name: value for flags in shared for name, value in asdict(flags).items()}
-    distillation, peft = asdict(settings[DistillationFlags]), asdict(settings[PeftFlags])
-    named = ("rslora", "lora_plus_ratio", "layerwise_lr", "load_adapter")
-    found |= {name: value for name, value in distillation.items() if name != "teacher_model"}
-    return found | {name: peft[name] for name in named}
+    kinds = (SFTFlags, DistillationFlags, *PREFERENCE_FLAGS, OptimizerFlags)
+    names = [field.name for kind in kinds for field in fields(kind)]
+    names += ["rslora", "lora_plus_ratio", "layerwise_lr", "load_adapter"]
+    values = settings.as_flags()
+    return {name: values[name] for name in names if name != "teacher_model"}
 
 
 def make_evaluation(
