@@ -30,6 +30,7 @@ from peft.flags import PeftFlags
 from peft.memory import GIB
 from peft.store_fpx import BLOCK as FLOAT_BLOCK
 from peft.store_fpx import FORMATS
+from peft.store_rows import rounded_rows, transposed
 from peft.stores import STORES, make_store
 from rwkv.config import RWKVConfig, default_ranks
 from rwkv.linear import Linear
@@ -91,12 +92,12 @@ def products(options: argparse.Namespace) -> None:
             f"{kind:<10}{bits:6.2f}{error:8.4f}{forward:12.2f}{backward:13.2f}{wrong:14.4f}"
             f"{wrong_grad:16.4f}"
         )
-    codes, scale = store_fp8.to_e4m3(weight)
-    x_codes, x_scale = store_fp8.to_e4m3(x)
+    codes, scale = rounded_rows("fp8", weight)
+    x_codes, x_scale = rounded_rows("fp8", x)
     parts = {
-        "round x": lambda: store_fp8.to_e4m3(x),
-        "round grad": lambda: store_fp8.to_e4m3(grad, scale.T),
-        "transpose": lambda: store_fp8._transposed(codes),
+        "round x": lambda: rounded_rows("fp8", x),
+        "round grad": lambda: rounded_rows("fp8", grad, scale.T),
+        "transpose": lambda: transposed("fp8", codes),
     }
     for fast in (False, True):
         parts[f"product{', fast sums' * fast}"] = lambda fast=fast: torch._scaled_mm(
@@ -235,14 +236,14 @@ class RoundedFp8(store_fp8.Fp8Store):
     """
 
     def forward_product(self, x: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-        codes, scale = store_fp8.to_e4m3(x.flatten(0, -2))
+        codes, scale = rounded_rows("fp8", x.flatten(0, -2))
         out = F.linear((codes.float() * scale).view(x.shape), self.dense(torch.float32))
         return out if into is None else into.add_(out)
 
     def backward_product(
         self, grad: torch.Tensor, into: torch.Tensor | None = None
     ) -> torch.Tensor:
-        codes, scale = store_fp8.to_e4m3(grad.flatten(0, -2), self.scale.T)
+        codes, scale = rounded_rows("fp8", grad.flatten(0, -2), self.scale.T)
         out = (codes.float() * scale @ self.codes.float()).unflatten(0, grad.shape[:-1])
         return out if into is None else into.add_(out)
 
