@@ -423,7 +423,7 @@ def head(config: RWKVConfig, step: Step) -> int:
 
 
 def unpacked_weight(plan: Plan, step: Step, *, of_head: bool) -> int:
-    """The largest stored weight, dense for a product; fp8 transposes and rounds instead.
+    """The largest stored weight, dense for a product; 8-bit codes are transposed instead.
 
     of_head: the head's; else the largest of the blocks.
     """
@@ -434,7 +434,7 @@ def unpacked_weight(plan: Plan, step: Step, *, of_head: bool) -> int:
             continue
         out_features, in_features = layer.shape
         size = out_features * in_features * step.dtype.itemsize
-        if quant == "fp8":
+        if quant in ("fp8", "int8"):
             size = out_features * in_features + step.tokens * max(layer.shape)
         most = max(most, size)
     return most

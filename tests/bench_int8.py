@@ -23,8 +23,8 @@ from torch import Tensor
 import peft.apply
 from peft.apply import load_with_profile, random_with_profile
 from peft.store import Store, triton_kernels
-from peft.store_int8 import Int8Store
-from peft.store_rows import rounded_rows, transposed
+from peft.store_int8 import LEAST_ROWS, SIDE
+from peft.store_rows import RowStore, rounded_rows, transposed
 from rwkv.checkpoint import config_of, read_tensors
 from rwkv.config import RWKVConfig, default_ranks
 from rwkv.training.strategy import grow_segments
@@ -38,18 +38,16 @@ TILES = (
     (256, 128, 64, 8, 4),
     (128, 128, 128, 4, 4),
 )
-LEAST_ROWS = 17  # what torch._int_mm asks for on a GPU
-SIDE = 16  # what both sides of a weight must be multiples of: _int_mm asks for 8, TMA for 16
 
 
-class PlainDense(Int8Store):
+class PlainDense(RowStore):
     """Unpacked by torch's own passes, through float32."""
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return (self.codes * self.scale).to(dtype)
 
 
-class WholeNumbers(Int8Store):
+class WholeNumbers(RowStore):
     """int8 times int8: activations are rounded with a scale a token, the gradient too.
 
     The scales of W's rows lie along the summed side of the gradient's product, so they go into the
@@ -122,7 +120,7 @@ def whole_numbers(tile: Tile) -> Callable[[str, Tensor], Store]:
 
 CANDIDATES: dict[str, Callable[[str, Tensor], Store]] = {  # name: from kind and weight
     "dense, plain torch": PlainDense,
-    "dense, Triton": Int8Store,
+    "dense, Triton": RowStore,
     "whole, torch._int_mm": WholeNumbers,
     **{f"whole, Triton {tile}": whole_numbers(tile) for tile in TILES},
     "blocks of 64": Blocks64,
@@ -159,9 +157,10 @@ def whole_product(
         tile: of our product; None for torch's.
     """
     out = None if into is None else into.view(-1, right.shape[0])
-    kernels = triton_kernels("tests.int8_triton", "int8", left)
-    if kernels is not None and tile is not None:
-        done = kernels.product(left, row_scale, right, column_scale, like.dtype, out, tile)
+    ours = triton_kernels("peft.int8_triton", "int8", left)
+    kernels = triton_kernels("tests.int8_rescale_triton", "int8", left)
+    if ours is not None and tile is not None:
+        done = ours.product(left, row_scale, right, column_scale, like.dtype, out, tile)
     else:
         sums = torch._int_mm(left, right.T)
         if kernels is not None:
@@ -178,7 +177,7 @@ def rescaled(
     dtype: torch.dtype,
     into: Tensor | None = None,
 ) -> Tensor:
-    """The formula of int8_triton.rescale."""
+    """The formula of int8_rescale_triton.rescale."""
     out = sums.float() * row_scale
     if column_scale is not None:
         out = out * column_scale.view(1, -1)

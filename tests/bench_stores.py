@@ -34,13 +34,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from peft import quantize, store_bnb, store_fp8
+from peft import quantize, store_bnb
 from peft.apply import load_frozen, load_with_profile, new_with_profile, random_with_profile
 from peft.flags import PeftFlags
 from peft.memory import GIB
 from peft.store_fpx import BLOCK as FLOAT_BLOCK
 from peft.store_fpx import FORMATS
-from peft.store_rows import rounded_rows, transposed
+from peft.store_rows import RowStore, rounded_rows, transposed
 from peft.stores import STORES, make_store
 from rwkv.checkpoint import write_tensors
 from rwkv.config import RWKVConfig, default_ranks
@@ -241,32 +241,32 @@ def layer_errors(kind: str, weights: list[torch.Tensor]) -> list[float]:
     return [statistics.mean(column) for column in zip(*rows, strict=True)]
 
 
-class RoundedFp8(store_fp8.Fp8Store):
-    """An fp8 store whose products round activations and gradients as 8-bit tensor cores do.
+class RoundedRows(RowStore):
+    """A store whose products round activations and gradients as those of 8 bits on a GPU do.
 
     In float32, on any device.
     """
 
     def forward_product(self, x: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-        codes, scale = rounded_rows("fp8", x.flatten(0, -2))
+        codes, scale = rounded_rows(self.kind, x.flatten(0, -2))
         out = F.linear((codes.float() * scale).view(x.shape), self.dense(torch.float32))
         return out if into is None else into.add_(out)
 
     def backward_product(
         self, grad: torch.Tensor, into: torch.Tensor | None = None
     ) -> torch.Tensor:
-        codes, scale = rounded_rows("fp8", grad.flatten(0, -2), self.scale.T)
+        codes, scale = rounded_rows(self.kind, grad.flatten(0, -2), self.scale.T)
         out = (codes.float() * scale @ self.codes.float()).unflatten(0, grad.shape[:-1])
         return out if into is None else into.add_(out)
 
 
 def round_in_float32(model: RWKV) -> None:
-    """Let fp8 stores round what they multiply, where their own products dequantize."""
+    """Let int8 and fp8 round what they multiply, where their own products dequantize."""
     for layer in model.modules():
         store = getattr(layer, "store", None)
-        if isinstance(layer, Linear) and isinstance(store, store_fp8.Fp8Store):
+        if isinstance(layer, Linear) and isinstance(store, RowStore):
             parts, keys = store.tensors(), {"shape": store.shape, "dtype": store.dtype}
-            layer.store_as(RoundedFp8.restored(store.kind, parts, **keys))
+            layer.store_as(RoundedRows.restored(store.kind, parts, **keys))
 
 
 def cosine_of(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -318,7 +318,7 @@ def whole_models(
         setting = Setting("0.4B", quant=kind, limited=True, rank=16)
         torch.manual_seed(2)
         model = make(peft_flags(setting), dtype)
-        if dtype == torch.float32:  # where fp8 stores dequantize instead of rounding
+        if dtype == torch.float32:  # where int8 and fp8 dequantize instead of rounding
             round_in_float32(model)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         torch.manual_seed(3)

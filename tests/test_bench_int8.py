@@ -10,8 +10,7 @@ import pytest
 import torch
 from helpers import pass_in_the_interpreter
 
-from peft.store_int8 import Int8Store
-from peft.store_rows import rounded_rows
+from peft.store_rows import RowStore, rounded_rows
 from tests import bench_int8
 from tests.bench_int8 import CANDIDATES, WholeNumbers, multiplies_whole_numbers, rescaled
 from tests.bench_stores import relative
@@ -46,14 +45,14 @@ def factors(M: int, N: int, K: int) -> tuple[torch.Tensor, ...]:
 @added
 @scaled
 def test_the_kernel_rescales_as_the_formula(scaled, adds):
-    from tests import int8_triton
+    from tests import int8_rescale_triton
 
     left, row_scale, right, column_scale, before = factors(5, 70, 32)
     sums = (left.cpu().int() @ right.cpu().int().T).to(DEVICE)
     columns = column_scale if scaled else None
     want = rescaled(sums, row_scale, columns, torch.float32, before.clone() if adds else None)
     into = before.clone() if adds else None
-    got = int8_triton.rescale(sums, row_scale, columns, torch.float32, into)
+    got = int8_rescale_triton.rescale(sums, row_scale, columns, torch.float32, into)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     assert not adds or got is into
 
@@ -64,7 +63,7 @@ def test_the_kernel_rescales_as_the_formula(scaled, adds):
 @pytest.mark.parametrize("shape", [(40, 48, 80), (130, 32, 64)], ids=str)
 def test_the_kernel_multiplies_as_the_formula(shape, scaled, adds):
     """Sides that fill no tile, and several tiles."""
-    from tests import int8_triton
+    from peft import int8_triton
 
     left, row_scale, right, column_scale, before = factors(*shape)
     sums = (left.cpu().int() @ right.cpu().int().T).to(DEVICE)
@@ -101,7 +100,7 @@ def test_what_the_products_do_not_take_is_dequantized(rows, out):
     weight, x = normal(out, 32, seed=1), normal(rows, 32, seed=2)
     store = WholeNumbers("int8", weight)
     assert not multiplies_whole_numbers(x, store.codes)
-    assert torch.equal(store.forward_product(x), Int8Store("int8", weight).forward_product(x))
+    assert torch.equal(store.forward_product(x), RowStore("int8", weight).forward_product(x))
 
 
 @pytest.mark.parametrize("name", CANDIDATES)

@@ -14,7 +14,7 @@ from rwkv.init import initialize
 from rwkv.model import RWKV
 from tests import bench_stores
 from tests.bench_memory import SHAPES
-from tests.bench_stores import RoundedFp8, relative, tokens_of, weights_of, whole_models
+from tests.bench_stores import RoundedRows, relative, tokens_of, weights_of, whole_models
 
 CONFIG = RWKVConfig(
     version=7, n_layer=2, n_embd=64, dim_ffn=256, vocab_size=64, head_size=16,
@@ -22,11 +22,11 @@ CONFIG = RWKVConfig(
 )  # fmt: skip
 
 
-def test_rounded_fp8_gives_the_native_products():
+def test_rounded_rows_give_the_native_products():
     """But for their sums' last rounding, to 8 bits of mantissa."""
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 256, generator=draw) * torch.logspace(-2, 0, 96).unsqueeze(1)
-    store = RoundedFp8("fp8", weight)
+    store = RoundedRows("fp8", weight)
     x = torch.randn(2, 5, 256, generator=draw)
     grad = torch.randn(2, 5, 96, generator=draw)
     native = native_product(x, store.codes, store.scale)

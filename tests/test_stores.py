@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 import peft.apply
 import peft.store
+from peft import store_int8
 from peft.apply import install, load_with_profile
 from peft.flags import QUANT_MODES, PeftFlags
 from peft.plan import Plan
@@ -211,6 +213,31 @@ def test_native_fp8_products_are_near_the_dense_ones():
     assert relative(native_gradient(grad, store.codes, store.scale), grad @ dense) < 4e-2
 
 
+def multiplied(left, row_scale, right, column_scale, dtype, into=None) -> torch.Tensor:
+    """The formula of peft.int8_triton.product, on any device."""
+    out = left.double() @ right.double().T * row_scale
+    out = out if column_scale is None else out * column_scale.view(1, -1)
+    return out.to(dtype) if into is None else into.add_(out)
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["new", "added"])
+def test_products_of_whole_numbers_are_those_of_both_roundings(adds, monkeypatch):
+    """x, and the gradient times the rows' scales, rounded a token at a time."""
+    kernels = SimpleNamespace(product=multiplied)
+    monkeypatch.setattr(store_int8, "product_kernels", lambda x, codes: kernels)
+    store = make_store("int8", weight() * torch.logspace(-2, 0, OUT).unsqueeze(1))
+    draw = torch.Generator().manual_seed(1)
+    x, grad = torch.randn(2, 5, IN, generator=draw), torch.randn(2, 5, OUT, generator=draw)
+    codes, scale = rounded_rows("int8", x.view(10, IN))
+    into = torch.ones(2, 5, OUT) if adds else None
+    want = codes.double() * scale @ store.dense(torch.float64).T
+    assert relative(store.forward_product(x, into).view(10, OUT), want + adds) < 1e-6
+    codes, scale = rounded_rows("int8", grad.view(10, OUT), store.scale.T)
+    into = torch.ones(2, 5, IN) if adds else None
+    want = codes.double() * scale @ store.codes.double()
+    assert relative(store.backward_product(grad, into).view(10, IN), want + adds) < 1e-6
+
+
 def kernel_device() -> str:
     """Where the Triton kernel runs; on a CPU it is interpreted, which cuts bfloat16 off."""
     if torch.cuda.is_available():
@@ -349,9 +376,29 @@ def test_a_gpu_stores_as_a_cpu_does(kind, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(64, 96, 256), (300, 512, 80)], ids=str)
+def test_a_gpu_multiplies_whole_numbers(shape):
+    """As the formula, but for the last rounding; rows and columns that fill no tile."""
+    if torch.cuda.get_device_capability()[0] != store_int8.HOPPER:
+        pytest.skip("elsewhere the weight is unpacked")
+    from peft import int8_triton
+
+    draw = torch.Generator().manual_seed(4)
+    M, N, K = shape
+    left, row_scale = rounded_rows("int8", torch.randn(M, K, generator=draw).cuda())
+    right, column_scale = rounded_rows("int8", torch.randn(N, K, generator=draw).cuda())
+    before = torch.randn(M, N, generator=draw).cuda().bfloat16()
+    for columns in (column_scale, None):
+        parts = (left, row_scale, right, columns, torch.bfloat16)
+        torch.testing.assert_close(int8_triton.product(*parts), multiplied(*parts))
+        got, want = (run(*parts, before.clone()) for run in (int8_triton.product, multiplied))
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.gpu
 @kinds
 def test_products_on_a_gpu_are_near_the_dense_ones(kind):
-    """Only fp8 rounds the activations and gradients as well: 3 bits of mantissa."""
+    """Only fp8 (3 bits of mantissa) and int8 round the activations and gradients as well."""
     store = make_store(kind, weight(torch.bfloat16).cuda())
     x = torch.randn(64, IN, generator=torch.Generator().manual_seed(1)).cuda().bfloat16()
     leaves = [x.clone().requires_grad_() for _ in range(2)]
@@ -359,7 +406,7 @@ def test_products_on_a_gpu_are_near_the_dense_ones(kind):
     grad = torch.randn_like(outs[0])
     for out in outs:
         out.backward(grad)
-    bound = 4e-2 if kind == "fp8" else 1e-6
+    bound = {"fp8": 4e-2, "int8": 1.5e-2}.get(kind, 1e-6)
     assert relative(outs[0], outs[1]) < bound and relative(leaves[0].grad, leaves[1].grad) < bound
 
 
