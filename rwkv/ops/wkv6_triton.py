@@ -42,17 +42,17 @@ LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
     (BFLOAT16, 64): {
         "C": 32,
         "V": 16,
-        "drive": {"num_warps": 4},
+        "drive": {"num_warps": 2},
         "scan": {"num_warps": 1, "STAGES": 4},
-        "output": {"num_warps": 4, "K": 64},
+        "output": {"num_warps": 2, "K": 64},
         "gradient": {"num_warps": 4, "K": 64},
     },
     (BFLOAT16, 128): {
         "C": 32,
         "V": 16,
-        "drive": {"num_warps": 4},
+        "drive": {"num_warps": 2},
         "scan": {"num_warps": 2, "STAGES": 4},
-        "output": {"num_warps": 4, "K": 32},
+        "output": {"num_warps": 2, "K": 32},
         "gradient": {"num_warps": 4, "K": 64, "num_stages": 1},
     },
     (FLOAT32, 64): {
@@ -60,8 +60,8 @@ LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
         "V": 16,
         "drive": {"num_warps": 4},
         "scan": {"num_warps": 1, "STAGES": 4},
-        "output": {"num_warps": 4, "K": 64},
-        "gradient": {"num_warps": 8, "K": 64},
+        "output": {"num_warps": 2, "K": 64},
+        "gradient": {"num_warps": 4, "K": 64},
     },
     (FLOAT32, 128): {
         "C": 16,
@@ -69,7 +69,7 @@ LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
         "drive": {"num_warps": 4},
         "scan": {"num_warps": 2, "STAGES": 4},
         "output": {"num_warps": 4, "K": 64},
-        "gradient": {"num_warps": 8, "K": 64},
+        "gradient": {"num_warps": 4, "K": 64},
     },
 }
 # Operands of matrix products: WIDE where a factor may be 2^LIMIT, FINE where tiles are scaled to 1.

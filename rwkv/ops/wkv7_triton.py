@@ -40,7 +40,7 @@ ALL_REGISTERS = {"maxnreg": 255} if triton_chunks.NVIDIA.value else {}  # others
 LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
     (BFLOAT16, 64): {
         "C": 32,
-        "prepare": {"num_warps": 4},
+        "prepare": {"num_warps": 2},
         "scan": {"V": 16, "num_warps": 1, "STAGES": 2},
         "reverse": {"V": 16, "num_warps": 1, "STAGES": 2},
         "gradient": {"num_warps": 4},
@@ -55,14 +55,14 @@ LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
     (FLOAT32, 64): {
         "C": 16,
         "prepare": {"num_warps": 4},
-        "scan": {"V": 16, "num_warps": 4, "STAGES": 2},
+        "scan": {"V": 32, "num_warps": 4, "STAGES": 2},
         "reverse": {"V": 16, "num_warps": 4, "STAGES": 2},
         "gradient": {"num_warps": 8, **ALL_REGISTERS},
     },
     (FLOAT32, 128): {
         "C": 16,
         "prepare": {"num_warps": 4},
-        "scan": {"V": 16, "num_warps": 4, "STAGES": 2},
+        "scan": {"V": 16, "num_warps": 8, "STAGES": 2},
         "reverse": {"V": 16, "num_warps": 4, "STAGES": 2},
         "gradient": {"num_warps": 8, **ALL_REGISTERS},
     },
