@@ -36,7 +36,7 @@ BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 
 ALL_REGISTERS = {"maxnreg": 255} if triton_chunks.NVIDIA.value else {}  # others have no such option
 # Chunk length and launch of each kernel, by dtype and head size. V is the number of value rows a
-# program of a scan owns.
+# program of a scan owns: at 64 no more than 16, for smaller heads take the settings of 64.
 LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
     (BFLOAT16, 64): {
         "C": 32,
@@ -55,7 +55,7 @@ LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
     (FLOAT32, 64): {
         "C": 16,
         "prepare": {"num_warps": 4},
-        "scan": {"V": 32, "num_warps": 4, "STAGES": 2},
+        "scan": {"V": 16, "num_warps": 4, "STAGES": 2},
         "reverse": {"V": 16, "num_warps": 4, "STAGES": 2},
         "gradient": {"num_warps": 8, **ALL_REGISTERS},
     },
