@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from losses import logprobs
-from losses.logprobs import TokenScores, score_logits, score_tokens, sum_scores
+from losses.logprobs import TokenScores, score_logits, score_tokens, sum_over_tokens
 from losses.sft import l2wrap, smoothed_nll
 from peft.registry import make_adapter
 from peft.stores import make_store
@@ -119,6 +119,15 @@ def quantities(scores: TokenScores) -> Tensor:
     return torch.stack([loss, -scores.log_prob.detach().sum(), scores.hit.sum()])
 
 
+def along_the_way(model, hidden: Tensor, targets: Tensor) -> Tensor:
+    """`quantities` of the scores, with their gradient made in the forward pass."""
+
+    def function(logits: Tensor, some: Tensor) -> Tensor:
+        return quantities(score_logits(logits, some, given_up=True))
+
+    return sum_over_tokens(model, hidden, (targets,), function)
+
+
 def model_with_head(kind: str):
     torch.manual_seed(0)
     model = small_model().double()
@@ -148,7 +157,7 @@ def test_the_gradient_made_along_the_way_is_that_of_the_scores(kind, rows, insid
         def run(h, model=model, along=along):
             h = 2 * h
             if along:
-                return sum_scores(model, h, targets, quantities)
+                return along_the_way(model, h, targets)
             return quantities(score_tokens(model, h, targets))
 
         out = recomputed(run, hidden, model=model) if inside else run(hidden)
@@ -168,7 +177,7 @@ def test_the_factor_from_behind_is_not_rounded(dtype):
     found = []
     for factor in (1.0, 1 / 3):
         hidden = torch.ones(4, 32, dtype=dtype, requires_grad=True)
-        out = sum_scores(model, hidden, torch.arange(4), quantities)
+        out = along_the_way(model, hidden, torch.arange(4))
         (out[0] * factor).backward()
         found.append(hidden.grad)
     assert torch.equal(found[1], (found[0].float() * torch.tensor(1 / 3)).to(dtype))
@@ -187,15 +196,15 @@ def test_the_head_runs_once_forward_and_once_backward(monkeypatch):
         )
     model = model_with_head("frozen")
     hidden = torch.zeros(23, 32, dtype=torch.float64, requires_grad=True)
-    sum_scores(model, hidden, torch.arange(23) % V, quantities)[0].backward()
+    along_the_way(model, hidden, torch.arange(23) % V)[0].backward()
     assert [run for run in runs if run[1]] == [("product", 23), ("gradient", 23)]
 
 
 def test_without_gradients_the_value_is_the_same():
     model, hidden, targets = model_with_head("frozen"), torch.ones(5, 32).double(), torch.arange(5)
     with torch.no_grad():
-        bare = sum_scores(model, hidden, targets, quantities)
-    torch.testing.assert_close(bare, sum_scores(model, hidden, targets, quantities))
+        bare = along_the_way(model, hidden, targets)
+    torch.testing.assert_close(bare, along_the_way(model, hidden, targets))
 
 
 def test_smoothed_loss_is_torchs_in_value_and_gradient():
