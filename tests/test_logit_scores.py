@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from losses import logprobs
+from losses.distill import Divergence
 from losses.logprobs import (
+    FewScores,
     TokenScores,
     score_few,
     score_logits,
@@ -206,22 +208,52 @@ def model_with_head(kind: str):
     return model
 
 
+DIVERGENCE = Divergence("forward", TEMPERATURE)
+
+
+def top_k_quantities(scores: TokenScores, few: FewScores) -> Tensor:
+    """The loss of distillation from a teacher of five tokens."""
+    values = torch.linspace(0, -3, 5).expand_as(few.logits).to(few.logits)
+    far = DIVERGENCE.of_top_k(few, values, values.new_full((len(values),), 1.5)).sum()
+    return torch.stack([quantities(scores)[0] + 0.3 * far, far.detach()])
+
+
+def plainly(what: str, logits: Tensor, targets: Tensor, ids: Tensor) -> Tensor:
+    """The quantities of all positions, as one would write them."""
+    scores = by_autograd(logits, targets)
+    if what == "scores":
+        return quantities(scores)
+    return top_k_quantities(scores, FewScores(*few_by_autograd(logits, ids), TEMPERATURE))
+
+
+def made_along_the_way(what: str, model, hidden: Tensor, targets: Tensor, ids: Tensor) -> Tensor:
+    if what == "scores":
+        return along_the_way(model, hidden, targets)
+
+    def function(logits: Tensor, some: Tensor, some_ids: Tensor) -> Tensor:
+        return top_k_quantities(*score_few(logits, some, some_ids, TEMPERATURE, given_up=True))
+
+    return sum_over_tokens(model, hidden, (targets, ids), function)
+
+
 @pytest.mark.parametrize("inside", [False, True], ids=["plain", "recomputed"])
 @pytest.mark.parametrize("rows", [23, 5], ids=["one piece", "pieces"])
 @pytest.mark.parametrize("kind", ["frozen", "trained", "lora", "int8"])
-def test_the_gradient_made_along_the_way_is_that_of_the_scores(kind, rows, inside, monkeypatch):
+@pytest.mark.parametrize("what", ["scores", "top k"])
+def test_the_gradient_made_along_the_way_is_that_of_the_scores(
+    what, kind, rows, inside, monkeypatch
+):
     monkeypatch.setattr(logprobs, "MAX_LOGITS", rows * V)
-    targets = torch.arange(23) % V
+    targets, ids = torch.arange(23) % V, few_ids(23, V).cpu()
     results = []
     for along in (False, True):
-        model = model_with_head(kind)
-        hidden = hidden_states()
+        model, hidden = model_with_head(kind), hidden_states()
 
         def run(h, model=model, along=along):
             h = 2 * h
             if along:
-                return along_the_way(model, h, targets)
-            return quantities(score_tokens(model, h, targets))
+                return made_along_the_way(what, model, h, targets, ids)
+            return plainly(what, model.logits(h), targets, ids)
 
         out = recomputed(run, hidden, model=model) if inside else run(hidden)
         (out[0] / 7).backward()
@@ -230,6 +262,16 @@ def test_the_gradient_made_along_the_way_is_that_of_the_scores(kind, rows, insid
     assert len(results[0]) == {"frozen": 2, "trained": 3, "lora": 4, "int8": 2}[kind]
     for want, got in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_scores_that_run_the_head_again_have_the_same_gradient(monkeypatch):
+    monkeypatch.setattr(logprobs, "MAX_LOGITS", 5 * V)
+    model, targets, found = model_with_head("frozen"), torch.arange(23) % V, []
+    for run in (along_the_way, lambda *given: quantities(score_tokens(*given))):
+        hidden = hidden_states()
+        run(model, hidden, targets)[0].backward()
+        found.append(hidden.grad)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
