@@ -379,6 +379,23 @@ def test_the_factors_of_tokens_are_not_rounded():
     assert torch.equal(found[1], (found[0].float() * factors.unsqueeze(-1)).bfloat16())
 
 
+def test_a_scattered_model_runs_the_pieces_of_all_ranks(monkeypatch):
+    """Two pieces more than its own, which are empty; values and gradients stay."""
+    targets, ids = torch.arange(23) % V, few_ids(23, V).cpu()
+    results = []
+    for scattered in (False, True):
+        monkeypatch.setattr(logprobs, "MAX_LOGITS", 5 * V)
+        monkeypatch.setattr(logprobs, "is_scattered", lambda _, scattered=scattered: scattered)
+        monkeypatch.setattr(logprobs, "most_of_all_ranks", lambda number, *_: number + 2)
+        model, hidden = model_with_head("frozen"), hidden_states()
+        total = made_along_the_way("top k", model, hidden, targets, ids)
+        log_probs = token_log_probs(model, hidden, targets)
+        (total[0] + log_probs.square().sum()).backward()
+        results.append([total.detach(), log_probs.detach(), hidden.grad])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
 def test_no_tokens_have_no_log_probs():
     model, hidden = model_with_head("frozen"), torch.zeros(0, 32).double().requires_grad_()
     found = token_log_probs(model, hidden, torch.zeros(0, dtype=torch.int64))
