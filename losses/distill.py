@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losses.logprobs import TokenScores, at_places, map_logits, score_logits
+from losses.logprobs import (
+    FewScores,
+    TokenScores,
+    at_places,
+    score_few,
+    score_logits,
+    sum_over_tokens,
+)
 from losses.sft import l2wrap, smoothed_nll
 from rwkv.batch import TeacherBatch, TokenBatch
 from rwkv.chunks import ChunkPlan, walk
@@ -116,24 +123,22 @@ class Divergence:
         divergence = forward_kl if self.kind == "forward" else reverse_kl
         return self.scale * divergence(teacher, student)
 
-    def of_top_k(self, logits: Tensor, ids: Tensor, values: Tensor, lse: Tensor | None) -> Tensor:
+    def of_top_k(self, student: FewScores, values: Tensor, lse: Tensor | None) -> Tensor:
         """The divergence at n positions, [n].
 
         Args:
-            logits: the student's, [n, V], float32 or float64.
-            ids: the teacher's k likeliest tokens, [n, k], int64.
+            student: the student's scores of the teacher's k likeliest tokens, at the temperature.
             values, lse: as in TeacherBatch, [n, k] and [n], floats; `lse` None for the
                 renormalized kinds, which do not need it.
         """
-        student = logits.gather(-1, ids) / self.temperature
-        teacher = values / self.temperature
+        logits, teacher = student.logits / self.temperature, values / self.temperature
         if self.kind == "renormalized":
-            return self.scale * renormalized_kl(teacher, student)
-        student = student - torch.logsumexp(logits / self.temperature, dim=-1, keepdim=True)
+            return self.scale * renormalized_kl(teacher, logits)
+        log_probs = logits - student.tempered.unsqueeze(-1)
         if self.kind == "teacher_renormalized":
-            return teacher_renormalized_kl(teacher, student)
+            return teacher_renormalized_kl(teacher, log_probs)
         assert lse is not None
-        return self.over(with_tail(teacher - lse.unsqueeze(-1)), with_tail(student))
+        return self.over(with_tail(teacher - lse.unsqueeze(-1)), with_tail(log_probs))
 
     def of_logits(self, teacher: Tensor, student: Tensor) -> Tensor:
         """The divergence over the vocabulary at n positions, [n], from the logits [n, V]."""
@@ -235,29 +240,29 @@ class Distillation:
     ) -> Tensor:
         """What `sums` makes of the scores and divergences of the scored tokens, added up."""
 
-        def from_file(hidden: Tensor, piece: TeacherBatch) -> Tensor:
-            def at(
-                logits: Tensor, targets: Tensor, ids: Tensor, values: Tensor, *lse: Tensor
-            ) -> tuple[Tensor, ...]:
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                far = self.divergence.of_top_k(logits, ids, values, lse[0] if lse else None)
-                return *score_logits(logits, targets), far
+        def of_top_k(
+            logits: Tensor, targets: Tensor, ids: Tensor, values: Tensor, *lse: Tensor
+        ) -> Tensor:
+            scores, few = score_few(
+                logits, targets, ids, self.divergence.temperature, given_up=True
+            )
+            return sums(scores, self.divergence.of_top_k(few, values, lse[0] if lse else None))
 
+        def from_file(hidden: Tensor, piece: TeacherBatch) -> Tensor:
             places = piece.scored_places()
             given = (at_places(piece.targets, places), *teacher_scores(piece, places))
-            *scores, far = map_logits(model, at_places(hidden, places), given, at)
-            return sums(TokenScores(*scores), far)
+            return sum_over_tokens(model, at_places(hidden, places), given, of_top_k)
+
+        def of_logits(logits: Tensor, targets: Tensor, taught: Tensor) -> Tensor:
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            with torch.no_grad():
+                teacher = self.teacher.logits(taught).to(wide)
+            return sums(score_logits(wide, targets), self.divergence.of_logits(teacher, wide))
 
         def from_teacher(hidden: tuple[Tensor, Tensor], piece: TokenBatch) -> Tensor:
-            def at(logits: Tensor, targets: Tensor, taught: Tensor) -> tuple[Tensor, ...]:
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                far = self.divergence.of_logits(self.teacher.logits(taught).to(logits), logits)
-                return *score_logits(logits, targets), far
-
             places = piece.scored_places()
             student, taught, targets = (at_places(x, places) for x in (*hidden, piece.targets))
-            *scores, far = map_logits(model, student, (targets, taught), at)
-            return sums(TokenScores(*scores), far)
+            return sum_over_tokens(model, student, (targets, taught), of_logits, copies=True)
 
         if isinstance(batch, TeacherBatch):
             return walk(model, batch, from_file, self.chunks)

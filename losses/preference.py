@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from losses.logprobs import score_tokens
+from losses.logprobs import token_log_probs
 from rwkv.batch import PreferenceBatch
 from rwkv.chunks import ChunkPlan, read
 from rwkv.scattered import most_of_all_ranks
@@ -102,7 +102,7 @@ def answer_log_probs(model: Any, batch: PreferenceBatch, chunks: ChunkPlan | Non
     """
     ends = batch.prompt_seqlens[1:] - 1
     hidden, state = read(model, batch.prompts, batch.prompt_seqlens, None, chunks, keep=ends)
-    total = score_tokens(model, hidden[batch.prompt_of], batch.first).log_prob
+    total = token_log_probs(model, hidden[batch.prompt_of], batch.first)
     longer = int(batch.inputs.numel() > 0)
     if not most_of_all_ranks(longer, model, total.device):
         return total
@@ -122,7 +122,7 @@ def answer_log_probs(model: Any, batch: PreferenceBatch, chunks: ChunkPlan | Non
         [layer.select(begin) for layer in state],
         chunks,
     )
-    rest = score_tokens(model, hidden, batch.targets[0]).log_prob
+    rest = token_log_probs(model, hidden, batch.targets[0])
     sums = torch.segment_reduce(rest, "sum", lengths=batch.answer_seqlens.diff())
     return total.index_add(0, batch.answer_of, sums, alpha=longer)
 

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses.logprobs import LanguageModel, TokenScores, at_places, score_tokens, sum_scores
+from losses.logprobs import (
+    LanguageModel,
+    TokenScores,
+    at_places,
+    score_logits,
+    score_tokens,
+    sum_over_tokens,
+)
 from rwkv.batch import TokenBatch
 from rwkv.chunks import ChunkPlan, walk
 
@@ -45,7 +52,8 @@ class SFT:
     def __call__(self, model: LanguageModel, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one micro-batch and metrics; both add up over the step's micro-batches."""
 
-        def quantities(scores: TokenScores) -> Tensor:
+        def quantities(logits: Tensor, targets: Tensor) -> Tensor:
+            scores = score_logits(logits, targets, given_up=True)
             loss = smoothed_nll(scores, self.smoothing).sum() + l2wrap(scores, self.l2wrap)
             nll = -scores.log_prob.detach().sum()
             return torch.stack([loss, nll, scores.hit.sum()])
@@ -53,7 +61,7 @@ class SFT:
         def sums(hidden: Tensor, piece: TokenBatch) -> Tensor:
             places = piece.scored_places()
             some, targets = at_places(hidden, places), at_places(piece.targets, places)
-            return sum_scores(model, some, targets, quantities)
+            return sum_over_tokens(model, some, (targets,), quantities)
 
         loss, nll, hits = walk(model, batch, sums, self.chunks) / batch.count.clamp_min(1)
         return loss, {"nll": nll.detach(), "accuracy": hits.detach()}

@@ -40,6 +40,8 @@ PASSING[6, False] = (10.0, 2.6)
 FIRST_VALUES = {7: 2, 6: 0}  # vectors a token beside the stream: the first layer's values, gradient
 HEAD_BYTES = {True: 2, False: 20}  # for each logit of a piece; fused kernels write in their place
 HEAD_PIECES = {True: 4, False: 1}  # times MAX_LOGITS at once
+# The same with a teacher beside: both models' logits and what is made of them in float32.
+BESIDE_BYTES = {"forward": 30, "reverse": 30, "jsd": 46}
 HIDDEN = 5  # first values, last stream, hidden states, those that are scored, and their gradient
 WORKSPACES = 2 * 2**25  # cuBLAS's, one for the thread of each pass, as torch has it on an H100
 ON_THEIR_WAY = 3  # inputs of halves that are being copied to host memory or back
@@ -64,7 +66,7 @@ class Step:
     accumulate: micro-batches a step.
     tuned_state: the initial states train.
     fused: a GPU's fused kernels run.
-    fused_head: and the loss takes its gradient while the logits are there, as --sft does.
+    beside: the divergence from a teacher that runs beside, a key of BESIDE_BYTES; "" for none.
     optim, strategy, world: --optim, --strategy, and the number of devices.
     """
 
@@ -80,7 +82,7 @@ class Step:
     accumulate: int = 1
     tuned_state: bool = False
     fused: bool = True
-    fused_head: bool = True
+    beside: str = ""
     optim: str = ""
     strategy: str = "auto"
     world: int = 1
@@ -417,9 +419,10 @@ def states_between_chunks(config: RWKVConfig, step: Step) -> int:
 
 def head(config: RWKVConfig, step: Step) -> int:
     """The logits of one piece with what their backward pass makes."""
-    fused = step.fused and step.fused_head and step.dtype.itemsize == 2
+    fused = step.fused and not step.beside and step.dtype.itemsize == 2
     largest = HEAD_PIECES[fused] * MAX_LOGITS
-    return min(largest, step.tokens * config.vocab_size) * HEAD_BYTES[fused]
+    size = BESIDE_BYTES[step.beside] if step.beside else HEAD_BYTES[fused]
+    return min(largest, step.tokens * config.vocab_size) * size
 
 
 def unpacked_weight(plan: Plan, step: Step, *, of_head: bool) -> int:

@@ -18,8 +18,10 @@ from losses.distill import (
     teacher_renormalized_kl,
     with_tail,
 )
+from losses.logprobs import score_few
 from losses.sft import SFT
 from rwkv.batch import TokenBatch
+from rwkv.linear import Linear
 
 STUDENT = torch.tensor([2.0, 1.0, 0.5, -1.0, 0.0], dtype=torch.float64)
 TEACHER = torch.tensor([1.5, 2.0, 0.0, -0.5, -2.0], dtype=torch.float64)
@@ -29,6 +31,18 @@ TEXTS = texts([9, 4, 17, 6])
 COUNT = sum(int(mask.sum()) for _, mask in TEXTS)
 
 
+def of_top_k(
+    divergence: Divergence,
+    student: torch.Tensor,
+    ids: torch.Tensor,
+    values: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> torch.Tensor:
+    """The divergence from the student's logits [n, V]."""
+    _, few = score_few(student, ids[:, 0], ids, divergence.temperature)
+    return divergence.of_top_k(few, values, lse)
+
+
 def golden(name: str, student: torch.Tensor) -> torch.Tensor:
     """One of the losses of the two rows of logits above."""
     p, q = torch.log_softmax(TEACHER / T, dim=-1), torch.log_softmax(student / T, dim=-1)
@@ -36,8 +50,8 @@ def golden(name: str, student: torch.Tensor) -> torch.Tensor:
         "full forward": lambda: forward_kl(p, q),
         "full reverse": lambda: reverse_kl(p, q),
         "renormalized": lambda: renormalized_kl(TEACHER[TOP] / T, student[TOP] / T),
-        "renormalized, T^2": lambda: Divergence("renormalized", T).of_top_k(
-            student[None], TOP[None], TEACHER[None, TOP], None
+        "renormalized, T^2": lambda: of_top_k(
+            Divergence("renormalized", T), student[None], TOP[None], TEACHER[None, TOP], None
         )[0],
         "teacher renormalized": lambda: teacher_renormalized_kl(TEACHER[TOP] / T, q[TOP]),
         "tail": lambda: forward_kl(with_tail(p[TOP]), with_tail(q[TOP])),
@@ -103,7 +117,7 @@ def test_the_tail_bound(kind):
     last = torch.zeros(64, dtype=torch.float64)
     for k in (1, 2, 5, 12, V - 1):
         values, ids = log_probs.topk(k, dim=-1)
-        part = divergence.of_top_k(student, ids, values, lse)
+        part = of_top_k(divergence, student, ids, values, lse)
         assert (part >= last - 1e-12).all() and (part <= whole + 1e-12).all()
         last = part
     torch.testing.assert_close(last, whole, rtol=1e-9, atol=1e-12)
@@ -115,7 +129,7 @@ def test_a_sure_teacher_gives_finite_numbers():
     ids, values = torch.tensor([[0, 1]]), torch.tensor([[0.0, -30.0]])
     for kind in ("forward", "reverse", "jsd"):
         student.grad = None
-        loss = Divergence(kind, 1.0).of_top_k(student, ids, values, torch.zeros(1))
+        loss = of_top_k(Divergence(kind, 1.0), student, ids, values, torch.zeros(1))
         loss.sum().backward()
         assert loss.isfinite().all() and student.grad.isfinite().all()
 
@@ -176,6 +190,52 @@ def test_head_in_pieces_equals_the_whole(monkeypatch):
     pieces.backward()
     assert pieces.item() == pytest.approx(whole.item(), rel=1e-12)
     assert max(most) == 5
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["scores", "teacher beside"])
+def test_the_head_runs_once_forward_and_once_backward(beside, monkeypatch):
+    """The student's; a teacher's runs forward alone."""
+    model = small_model()
+    model.head.requires_grad_(False)
+    teacher = small_model(seed=3).requires_grad_(False) if beside else None
+    names, runs = {model.head: "student"}, []
+    if teacher is not None:
+        names[teacher.head] = "teacher"
+    for which in ("product", "gradient"):
+        real = getattr(Linear, which)
+
+        def noted(layer, x, *more, real=real, which=which):
+            if layer in names and len(x):
+                runs.append((names[layer], which, len(x)))
+            return real(layer, x, *more)
+
+        monkeypatch.setattr(Linear, which, noted)
+    batch = packed(TEXTS, COUNT)
+    objective = Distillation(Divergence(), teacher=teacher)
+    loss, _ = objective(model, batch if beside else with_teacher(batch))
+    loss.backward()
+    taught = [("teacher", "product", COUNT)] * beside
+    assert runs == [("student", "product", COUNT), *taught, ("student", "gradient", COUNT)]
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_a_teacher_beside_has_the_gradient_of_its_formulas(kind, monkeypatch):
+    """The head in pieces against all logits at once, written out."""
+    monkeypatch.setattr(logprobs, "MAX_LOGITS", 5 * V)
+    model, teacher = small_model().double(), small_model(seed=3).double().requires_grad_(False)
+    batch, divergence = packed(TEXTS, COUNT), Divergence(kind, 1.5)
+    loss, _ = Distillation(divergence, alpha=0.3, l2wrap=0, teacher=teacher)(model, batch)
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    places = batch.scored_places()
+    student, taught = (
+        m.logits(m(batch.inputs, None, batch.cu_seqlens)[0])[0, places] for m in (model, teacher)
+    )
+    hard = torch.nn.functional.cross_entropy(student, batch.targets[0, places])
+    (0.3 * hard + 0.7 * divergence.of_logits(taught, student).mean()).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-7, atol=1e-10, msg=name)
 
 
 def test_a_teacher_beside_equals_its_scores_of_the_whole_vocabulary():

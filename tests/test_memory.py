@@ -14,13 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from losses import logprobs
+from losses import distill, logprobs
+from losses.distill import Distillation, Divergence
 from peft import memory
 from peft.apply import random_with_profile
 from peft.flags import PeftFlags
 from peft.memory import GIB, Step, kept_by_block, predict
 from peft.memory_fit import read_size, what_fits
 from peft.plan import Plan, make_plan
+from rwkv.batch import TokenBatch
 from rwkv.config import LowRanks, RWKVConfig
 from rwkv.errors import InputError, RunError
 from rwkv.keeper import keeping
@@ -93,7 +95,7 @@ class LivingBytes(TorchDispatchMode):
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
-        self.now, self.sizes = 0, {}
+        self.now, self.most, self.sizes = 0, 0, {}
         for tensor in (*model.parameters(), *model.buffers()):
             self.sizes[tensor.untyped_storage()._cdata] = 0
 
@@ -106,6 +108,7 @@ class LivingBytes(TorchDispatchMode):
                 if key not in self.sizes:
                     self.sizes[key] = storage.nbytes()
                     self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
                     weakref.finalize(storage, self._drop, key)
         return out
 
@@ -269,6 +272,53 @@ def test_a_head_that_trains_sums_its_gradient_up(tmp_path):
         for mode in ("full", "lora")
     )
     assert full["the head's gradient"] == 64 * C * 6 and "the head's gradient" not in lora
+
+
+def test_a_teacher_beside_costs_what_its_formulas_keep(monkeypatch):
+    """Bytes a logit at the peak, by following every allocation; kernels would keep no more."""
+
+    class PlainHead(torch.autograd.Function):
+        """hidden W^T, which keeps nothing, as a frozen Linear."""
+
+        @staticmethod
+        def forward(ctx, hidden):
+            return hidden @ weight.T
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad @ weight
+
+    n, size = 64, 1024
+    weight = torch.randn(size, 8, dtype=torch.bfloat16)
+    model, teacher = (
+        types.SimpleNamespace(
+            logits=PlainHead.apply,
+            parameters=lambda: iter(()),
+            to=lambda device: None,
+            config=config_of(),
+        )
+        for _ in range(2)
+    )
+    hidden = torch.randn(1, n, 8, dtype=torch.bfloat16, requires_grad=True)
+    batch = TokenBatch(
+        *torch.randint(size, (2, 1, n)), torch.ones(1, n, dtype=torch.bool), None, torch.tensor(n)
+    )
+    monkeypatch.setattr(
+        distill, "walk", lambda both, piece, sums, plan: sums((hidden, hidden), piece)
+    )
+    for kind, counted in memory.BESIDE_BYTES.items():
+        with LivingBytes(torch.nn.Module()) as bytes_now:
+            loss, _ = Distillation(Divergence(kind), teacher=teacher)(model, batch)
+        assert counted <= bytes_now.most / (n * size) < counted + 1, kind
+        assert loss.requires_grad
+
+
+def test_the_head_takes_larger_pieces_where_it_writes_over_them():
+    """2 bytes for each of 2^28 logits; with a teacher beside 30 for each of 2^26."""
+    config, step = bench_memory.config_of_shape("1.5B", layers=1), Step(8, 4096)
+    assert memory.head(config, step) == 2 * 2**28
+    assert memory.head(config, replace(step, beside="forward")) == 30 * 2**26
+    assert memory.head(config, replace(step, fused=False)) == 20 * 2**26
 
 
 def test_chunks_cut_the_packed_row(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from data.pair_pieces import Pair, make_batch
+from losses import logprobs
 from losses.dpo import DPO
 from losses.kto import KTO, mismatched
 from losses.logprobs import score_logits
@@ -14,6 +15,7 @@ from losses.simpo import SimPO
 from rwkv.chunks import ChunkPlan
 from rwkv.config import RWKVConfig, default_ranks
 from rwkv.init import initialize
+from rwkv.linear import Linear
 from rwkv.model import RWKV
 
 V = 37
@@ -161,6 +163,42 @@ def test_evaluation_gives_the_training_numbers(name):
     numbers = objective.summarize(total.tolist())
     expected = {"loss": loss.item(), **{key: value.item() for key, value in metrics.items()}}
     assert numbers == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_frozen_head_gives_the_gradient_of_one_that_trains(name, monkeypatch):
+    """In pieces, made along the way, against one piece that is run again."""
+    objective, batch, found = OBJECTIVES[name], make_batch(make_pairs()), []
+    for trains, rows in ((False, 4), (True, 1000)):
+        monkeypatch.setattr(logprobs, "MAX_LOGITS", rows * V)
+        model = small_model().double()
+        model.head.requires_grad_(trains)
+        loss, _ = objective(model, batch)
+        loss.backward()
+        blocks = {n: p.grad for n, p in model.named_parameters() if not n.startswith("head")}
+        found.append({"loss": loss.detach(), **blocks})
+        assert (model.head.weight.grad is not None) == trains
+    for key, value in found[0].items():
+        torch.testing.assert_close(value, found[1][key], rtol=1e-7, atol=1e-10, msg=key)
+
+
+def test_a_frozen_head_runs_once_forward_and_once_backward(monkeypatch):
+    model, batch = small_model(), make_batch(make_pairs())
+    model.head.requires_grad_(False)
+    runs = []
+    for which in ("product", "gradient"):
+        real = getattr(Linear, which)
+
+        def noted(layer, x, *more, real=real, which=which):
+            if layer is model.head and len(x):
+                runs.append((which, len(x)))
+            return real(layer, x, *more)
+
+        monkeypatch.setattr(Linear, which, noted)
+    loss, _ = Preference(DPO())(model, batch)
+    loss.backward()
+    first, rest = batch.first.numel(), batch.targets.numel()
+    assert runs == [(w, n) for n in (first, rest) for w in ("product", "gradient")]
 
 
 def test_nll_is_the_chosen_answers_alone():

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from data.flags import DataFlags
-from losses.flags import ChunkFlags
+from losses.flags import ChunkFlags, DistillationFlags
 from losses.objectives import chosen_objective
 from losses.preference_flags import REFERENCED
 from peft.flags import PeftFlags, StateFlags
@@ -51,6 +51,8 @@ def step_of(settings: Settings, dtype: "torch.dtype") -> "Step":
     from peft.memory import Step
 
     trainer, chunks = settings[TrainerFlags], settings[ChunkFlags]
+    distillation = settings[DistillationFlags]
+    taught = distillation.distillation and distillation.teacher_model
     return Step(
         rows=trainer.micro_bsz,
         ctx_len=settings[DataFlags].ctx_len,
@@ -63,7 +65,7 @@ def step_of(settings: Settings, dtype: "torch.dtype") -> "Step":
         host_blocks=trainer.grad_cp_offload,
         accumulate=trainer.accumulate_grad_batches,
         tuned_state=settings[StateFlags].state,
-        fused_head=chosen_objective(settings) == "sft",
+        beside=distillation.kd_loss if taught else "",
         optim=settings[OptimizerFlags].optim,
         strategy=trainer.strategy,
         world=trainer.devices * trainer.num_nodes,
