@@ -4,6 +4,14 @@
 
 #include "tiles.cuh"
 
+// Blocks of up to 99 KiB of shared memory, all that one may have on compute capability 8.6, 8.9 and
+// 12.x, that share a multiprocessor: one there and on 8.0, two on 9.0 to 11.x, which have 228 KiB.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+#define LARGE_BLOCKS 2
+#else
+#define LARGE_BLOCKS 1
+#endif
+
 // ---- which tokens a chunk holds: as in rwkv/ops/triton_chunks.py ----
 
 struct Chunk {
@@ -104,6 +112,7 @@ struct Halves {
 };
 
 // Where the lane keeps what belongs to its pair of row g + 8 below, columns 8 j + 2 q.
-__device__ __forceinline__ float2* log_at(float2* logs, int j, int below, const Lane& me) {
+template <class Pair>
+__device__ __forceinline__ Pair* log_at(Pair* logs, int j, int below, const Lane& me) {
     return logs + (me.strip * 16 + 2 * j + below) * 32 + me.lane;
 }

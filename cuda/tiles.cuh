@@ -187,31 +187,36 @@ __device__ __forceinline__ void store_rows(void* to, int64_t stride, unsigned ch
     put_rows(to, stride, tile, row, rows, me);
 }
 
-// The same by way of 1,024 bytes of the warp's own, 32 columns at a time.
-template <class Type>
+// The same by way of 64 * ROWS bytes of the warp's own, 32 columns of 8 or 16 rows at a time.
+template <class Type, int ROWS = 16>
 __device__ __forceinline__ void store_by_halves(void* to, int64_t stride, unsigned char* stage,
                                                 const Numbers& x, int row, int rows,
                                                 const Lane& me) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        __syncwarp();
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
+        for (int top = 0; top < 16; top += ROWS) {
+            __syncwarp();
 #pragma unroll
-            for (int below = 0; below < 2; ++below)
-                *reinterpret_cast<uint32_t*>(stage + (me.g + 8 * below) * 64 +
-                                             ((j ^ (me.g >> 1 & 3)) << 4) + me.q * 4) =
-                    Type::pack(x[4 * half + j][2 * below], x[4 * half + j][2 * below + 1]);
-        __syncwarp();
+            for (int j = 0; j < 4; ++j)
 #pragma unroll
-        for (int below = 0; below < 2; ++below) {
-            const int r = me.g + 8 * below;
-            if (row + r < rows)
-                *reinterpret_cast<uint4*>(static_cast<unsigned char*>(to) + (row + r) * stride +
-                                          half * 64 + me.q * 16) =
-                    *reinterpret_cast<const uint4*>(stage + r * 64 + ((me.q ^ (me.g >> 1 & 3)) << 4));
+                for (int r = 0; r < ROWS; r += 8) {
+                    const float* const pair = x[4 * half + j] + (top + r) / 4;
+                    *reinterpret_cast<uint32_t*>(stage + (me.g + r) * 64 +
+                                                 ((j ^ (me.g >> 1 & 3)) << 4) + me.q * 4) =
+                        Type::pack(pair[0], pair[1]);
+                }
+            __syncwarp();
+#pragma unroll
+            for (int r = 0; r < ROWS; r += 8) {
+                const int t = row + top + me.g + r;
+                if (t < rows)
+                    *reinterpret_cast<uint4*>(static_cast<unsigned char*>(to) + t * stride +
+                                              half * 64 + me.q * 16) =
+                        *reinterpret_cast<const uint4*>(stage + (me.g + r) * 64 +
+                                                        ((me.q ^ (me.g >> 1 & 3)) << 4));
+            }
         }
-    }
 }
 
 // ---- right operands ----

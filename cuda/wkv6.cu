@@ -229,21 +229,14 @@ __device__ __forceinline__ void scan(const uint16_t* keys, const uint16_t* w, co
                 make_float2(S[j][2 * below], S[j][2 * below + 1]);
 }
 
-// Blocks of four groups that share a multiprocessor: 106 KiB of shared memory each.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define SCAN_BLOCKS 1
-#else
-#define SCAN_BLOCKS 2
-#endif
-
-extern "C" __global__ void __launch_bounds__(512, SCAN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(512, LARGE_BLOCKS)
     wkv6_scan(const uint16_t* k, const uint16_t* w, const uint16_t* v, const float* initial,
               uint16_t* states, float* exponents, float* final, const int64_t* cu_seqlens, int T,
               int H) {
     scan<false>(k, w, v, initial, states, exponents, final, cu_seqlens, T, H);
 }
 
-extern "C" __global__ void __launch_bounds__(512, SCAN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(512, LARGE_BLOCKS)
     wkv6_reverse(const uint16_t* r, const uint16_t* w, const uint16_t* grad_y, const float* grad_final,
                  uint16_t* grad_states, float* grad_exponents, float* grad_initial,
                  const int64_t* cu_seqlens, int T, int H) {
@@ -500,7 +493,7 @@ __device__ __forceinline__ void make_outputs(unsigned char* memory, const Output
     store_rows<BF16>(to.y + first, stride, r_start, x, row, chunk.left, me);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 4)
+extern "C" __global__ void __launch_bounds__(128, 2 * LARGE_BLOCKS)
     wkv6_output(const uint16_t* r, const uint16_t* w, const uint16_t* k, const uint16_t* v,
                 const uint16_t* u, const uint16_t* states, const float* exponents, uint16_t* y,
                 int* steep, const int* owners, const int64_t* cu_seqlens, int T, int H) {
@@ -582,7 +575,7 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
                          *const dS = memory + 5 * TILE, *const k_end = memory + 6 * TILE,
                          *const r_in = memory + 9 * TILE, *const k_in = memory + 10 * TILE;
     float2* const logs = reinterpret_cast<float2*>(memory + 7 * TILE);  // by log_at
-    float* const sums = reinterpret_cast<float*>(memory + 12 * TILE);   // [4][64]
+    float* const sums = reinterpret_cast<float*>(memory + 11 * TILE);   // [4][64]
     float* const totals = sums + 4 * SIDE;                              // [12][64]
     float* const du_sums = totals + 12 * SIDE;                          // [4][64]
     float* const scales = du_sums + 4 * SIDE;   // of columns: to the chunk's start, to its end
@@ -704,7 +697,7 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
     group_fence();
     __syncthreads();
 
-    unsigned char* const stage = memory + 11 * TILE + 1024 * me.warp;
+    unsigned char* const stage = k_end + 1024 * me.warp;  // once the second group has read k_end
     // dl: of the warp's rows, or if STEEP of its own columns
     Numbers x, dL;
     NumbersOf<LaneOf<2>> dl;
@@ -764,6 +757,7 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
     if (second) {
         Numbers grad_v;
         multiply_by_rows<F16>(grad_v, k_end, dS, me);
+        named_barrier_arrive(3, 256);
         if (!STEEP) multiply_to_triangle<BF16, F16>(written, k_in, r_in, true, false, facts[1], me);
         add_product<F16>(grad_v, written, dy, me);
         const float scale = facts[4], y_scale = facts[5];
@@ -778,6 +772,7 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
                 grad_v[j][e + 1] = fmaf(grad_v[j][e + 1], scale, bonus * grad.y);
             }
         }
+        named_barrier_sync(2, 128);
         store_by_halves<BF16>(to.dv + first, stride, stage, grad_v, row, chunk.left, me);
     }
 
@@ -900,6 +895,7 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
             }
         }
     }
+    if (!second) named_barrier_sync(3, 256);
     store_by_halves<BF16>((second ? to.dk : to.dr) + first, stride, stage, x, row, chunk.left, me);
 
     // dw. Relative to the middle, l_t is part of the weights of all later readers, less those of all
@@ -973,14 +969,7 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
     store_rows<BF16>(to.dw + first, stride, k_end, dl, row, chunk.left, own);
 }
 
-// Blocks of wkv6_gradient that share a multiprocessor: 104 KiB of shared memory each.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define CHUNK_BLOCKS 1
-#else
-#define CHUNK_BLOCKS 2
-#endif
-
-extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
+extern "C" __global__ void __launch_bounds__(256, LARGE_BLOCKS)
     wkv6_gradient(const uint16_t* r, const uint16_t* w, const uint16_t* k, const uint16_t* v,
                   const uint16_t* u, const uint16_t* grad_y, const uint16_t* states,
                   const float* exponents, const uint16_t* grad_states, const float* grad_exponents,

@@ -20,14 +20,6 @@ constexpr int BLOCKS = 10 * BLOCK;   // of X
 constexpr int SCALARS = 68;          // of a chunk: log2 of what it keeps of 64 columns; exponents of r, k, v
 constexpr int STAGES = 3;            // chunks of a scan under way
 
-// Blocks of wkv7_prepare and wkv7_gradient that share a multiprocessor: 103 and 113 KiB of shared
-// memory each.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define CHUNK_BLOCKS 1
-#else
-#define CHUNK_BLOCKS 2
-#endif
-
 // ---- blocks of X: 16 rows of 32 bytes, the halves of rows 4 to 7 and 12 to 15 swapped ----
 
 __device__ __forceinline__ unsigned char* block_of(unsigned char* blocks, int i, int j) {
@@ -89,7 +81,8 @@ __device__ __forceinline__ void log2_steps(NumbersOf<Me>& x, int row, int left, 
 
 __device__ __forceinline__ void scale_pair(float2& x, float by) { x.x *= by, x.y *= by; }
 
-// (1 - A)^-1 of a strictly lower triangular 16 x 16 matrix in float32, rows of 20; column lane % 16.
+// (1 - A)^-1 of a strictly lower triangular 16 x 16 matrix in float32; column lane % 16. The block
+// may lie where A does.
 __device__ __forceinline__ void invert(unsigned char* block, const float* A, const Lane& me) {
     const int column = me.lane & 15;
     float x[16];
@@ -97,9 +90,10 @@ __device__ __forceinline__ void invert(unsigned char* block, const float* A, con
     for (int i = 0; i < 16; ++i) {
         float sum = i == column ? 1.0f : 0.0f;
 #pragma unroll
-        for (int m = 0; m < i; ++m) sum = fmaf(A[i * 20 + m], x[m], sum);
+        for (int m = 0; m < i; ++m) sum = fmaf(A[i * 16 + m], x[m], sum);
         x[i] = sum;
     }
+    __syncwarp();
     if (me.lane < 16)
 #pragma unroll
         for (int i = 0; i < 16; ++i)
@@ -107,7 +101,7 @@ __device__ __forceinline__ void invert(unsigned char* block, const float* A, con
                 float_to_f16(x[i]);
 }
 
-extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
+extern "C" __global__ void __launch_bounds__(256, LARGE_BLOCKS)
     wkv7_prepare(const uint16_t* r, const uint16_t* w, const uint16_t* k, const uint16_t* v,
                  const uint16_t* a, const uint16_t* b, uint16_t* y, uint16_t* transition,
                  uint16_t* drive, uint16_t* readout, unsigned char* inverse, float* scalars,
@@ -118,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
                          *const a_start = memory + 5 * TILE, *const r_start = memory + 6 * TILE,
                          *const b_end = memory + 7 * TILE, *const k_end = memory + 8 * TILE,
                          *const A_ab = memory + 9 * TILE, *const u = memory + 10 * TILE,
-                         *const staged = memory + 11 * TILE, *const blocks = memory + 12 * TILE;
+                         *const blocks = memory + 11 * TILE;
     unsigned char *const w_raw = A_ab, *const Xa = a_start;
     float* const sums = reinterpret_cast<float*>(blocks + BLOCKS);
     float* const maxima = sums + 4 * SIDE;  // [3][8]
@@ -233,7 +227,8 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
         // A_ab: in float16 for products, its blocks on the diagonal in float32 for their inverses
         multiply_by_rows<BF16>(x, a_in, b_in, me);
         write_rows<F16>(A_ab, x, row, me);
-        float* const A = reinterpret_cast<float*>(staged) + me.strip * 16 * 20;
+        // The latter lie among X's blocks, each around the one that its inverse becomes
+        float* const A = reinterpret_cast<float*>(blocks + me.strip * (me.strip + 3) / 4 * 1024);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             if (i == me.strip)
@@ -241,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
                 for (int half = 0; half < 2; ++half)
 #pragma unroll
                     for (int below = 0; below < 2; ++below)
-                        *reinterpret_cast<float2*>(A + (me.g + 8 * below) * 20 + 8 * half + 2 * me.q) =
+                        *reinterpret_cast<float2*>(A + (me.g + 8 * below) * 16 + 8 * half + 2 * me.q) =
                             make_float2(x[2 * i + half][2 * below], x[2 * i + half][2 * below + 1]);
         __syncwarp();
         invert(block_of(blocks, me.strip, me.strip), A, me);
@@ -278,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
     group_fence();
     __syncthreads();
 
-    unsigned char* const stage = staged + 1024 * me.warp;
+    unsigned char* const stage = k_in + 1024 * me.warp;
     if (second) {
         read_rows<F16>(x, r_start, row, me);
         add_product<F16>(x, A_rb, Xa, me);
@@ -612,6 +607,26 @@ __device__ __forceinline__ float2 log2_step(const uint16_t* w, int64_t stride, i
                        -exp2_approx(fmaf(x.y, LOG2_E, LOG2_LOG2_E)));
 }
 
+// L of a column pair relative to the chunk's middle, of which only the size is kept: it is not
+// negative in rows before the middle and not positive behind. In 16 bits, in units of 2^-9: what is
+// multiplied by 2^L is off by 7e-4 at most, where rounding to bfloat16 is 4e-3 at most.
+constexpr float LOG_UNIT = 1.0f / 512;
+constexpr float WHOLE = 8388608.0f;  // 2^23: a sum with it keeps whole numbers, in its last bits
+
+__device__ __forceinline__ uint32_t pack_log(float x, float y) {
+    const uint32_t low = __float_as_uint(fmaf(fabsf(x), 1.0f / LOG_UNIT, WHOLE));
+    const uint32_t high = __float_as_uint(fmaf(fabsf(y), 1.0f / LOG_UNIT, WHOLE));
+    return __byte_perm(low, high, 0x5410);
+}
+
+// What was packed times `unit`, plus a whole number.
+__device__ __forceinline__ float2 unpack_log(uint32_t bits, float unit, float plus) {
+    const uint32_t whole = __float_as_uint(WHOLE);
+    const float offset = plus - WHOLE * unit;
+    return make_float2(fmaf(__uint_as_float(__byte_perm(bits, whole, 0x7610)), unit, offset),
+                       fmaf(__uint_as_float(__byte_perm(bits, whole, 0x7632)), unit, offset));
+}
+
 // The warp's part of a tile of float16, each row times 2 to (exponents[row] - unit).
 __device__ __forceinline__ void rescale_rows(unsigned char* tile, const float* exponents, float unit,
                                              int row, const LaneOf<2>& me) {
@@ -636,7 +651,7 @@ __device__ __forceinline__ void rescale_rows(unsigned char* tile, const float* e
 // 2^(eu + ez). The gradient of a tile with a decay in it, times that tile, is its share of the
 // gradient of L; there the factor is the rounded operand of the products, so that what must cancel
 // cancels.
-extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
+extern "C" __global__ void __launch_bounds__(256, LARGE_BLOCKS)
     wkv7_gradient(const uint16_t* r, const uint16_t* w, const uint16_t* k, const uint16_t* v,
                   const uint16_t* a, const uint16_t* b, const uint16_t* grad_y,
                   const uint16_t* states, const float* exponents, const uint16_t* grad_states,
@@ -648,15 +663,19 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
                          *const a_in = memory + 3 * TILE, *const values = memory + 4 * TILE,
                          *const dy = memory + 5 * TILE, *const S = memory + 6 * TILE,
                          *const dS = memory + 7 * TILE, *const u = memory + 8 * TILE,
-                         *const dz = memory + 9 * TILE, *const k_end = memory + 10 * TILE,
-                         *const blocks = memory + 13 * TILE;
-    float2* const logs = reinterpret_cast<float2*>(memory + 11 * TILE);  // L, by log_at
-    // Read before others' tiles go there
-    unsigned char *const w_raw = u, *const a_start = u, *const b_end = dz;
-    float* const totals = reinterpret_cast<float*>(blocks + BLOCKS);  // [12][64]
-    float* const sums = totals;                                       // [4][64], before
-    float* const scales = totals + 12 * SIDE;  // of columns: to the chunk's start, to its end
+                         *const dz = memory + 9 * TILE, *const k_end = memory + 10 * TILE;
+    uint32_t* const logs = reinterpret_cast<uint32_t*>(memory + 11 * TILE);  // L, by log_at
+    float* const totals = reinterpret_cast<float*>(memory + 12 * TILE);      // [4][64]
+    float* const scales = totals + 4 * SIDE;   // of columns: to the chunk's start, to its end
     float* const middles = scales + 2 * SIDE;  // of columns: L of the chunk's middle from its start
+    // Read before others' tiles and numbers go there
+    unsigned char *const w_raw = u, *const a_start = u, *const b_end = dz,
+                         *const blocks = memory + 11 * TILE;
+    float* const sums = totals;  // [4][64]
+    // What takes the place of k_end: rows on their way to global memory, 512 bytes a warp; what the
+    // chunk's end adds for each warp and column, [8][64]; L before the first token, where log_at steps
+    float* const ends = reinterpret_cast<float*>(k_end + 8 * 512);
+    uint32_t* const start = reinterpret_cast<uint32_t*>(ends + 8 * SIDE);
     float* const maxima = middles + SIDE;
     // Two groups of four warps: the first makes u, da and dk, the second dz, dv, dr and db. Of
     // what they do for all (`own`) each has 32 columns.
@@ -690,6 +709,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
     __syncwarp();
 
     NumbersOf<LaneOf<2>> step, L;
+    uint32_t packed[4][2];  // L, as X lies in its place until u and dz are made
     read_rows<BF16>(step, dy, row, own);
     const float y_most = largest_of_warp(largest(step));
     read_rows<BF16>(step, w_raw, row, own);
@@ -740,7 +760,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
             *pair_at(a_in, t, j, own) = pack_bf16(pair.x, pair.y);
             *pair_at(a_start, t, j, own) = pack_f16(pair.x * in[0], pair.y * in[1]);
 
-            *log_at(logs, 4 * second + j, below, me) = make_float2(L0, L1);
+            packed[j][below] = pack_log(L0, L1);
 
             pair = unpack_bf16(*pair_at(r_in, t, j, own));
             *pair_at(r_in, t, j, own) =
@@ -789,12 +809,18 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
         add_inverse<true>(x, blocks, dz, me);
     else
         add_inverse<false>(x, blocks, u, me);
-    named_barrier_sync(1 + second, 128);
+    __syncthreads();  // X was read by both groups
     write_rows<F16>(first_tile, x, row, me);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int below = 0; below < 2; ++below)
+            *log_at(logs, 4 * second + j, below, me) = packed[j][below];
     group_fence();
     __syncthreads();
 
-    unsigned char* const stage = k_end + 1024 * me.warp;
+    unsigned char* const stage = k_end + 512 * me.warp;
+    const float log_unit = me.strip < 2 ? LOG_UNIT : -LOG_UNIT;
     if (second) {
         Numbers grad_v;
         multiply_by_rows<F16>(grad_v, k_end, dS, me);
@@ -809,7 +835,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
 #pragma unroll
             for (int e = 0; e < 4; ++e) grad_v[j][e] *= v_scale;
         named_barrier_sync(2, 128);
-        store_by_halves<BF16>(dv + place->first, stride, stage, grad_v, row, place->left, me);
+        store_by_halves<BF16, 8>(dv + place->first, stride, stage, grad_v, row, place->left, me);
     }
 
     // da, dr: what the readers' gradients are, and their shares of the gradient of L
@@ -829,21 +855,20 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
         add_product<BF16>(x, part, k_in, me);
         multiply_to_triangle<F16, BF16>(part, left, u, false, second, share, me);
         add_product<BF16>(x, part, b_in, me);
-        // r is read behind its token's decay, a before it: with L of the row above, which for the
-        // first row of all lies where X was
-        const float2* seen[2] = {log_at(logs, 0, 0, me), log_at(logs, 0, 1, me)};
+        // r is read behind its token's decay, a before it: with L of the row above
+        const uint32_t* seen[2] = {log_at(logs, 0, 0, me), log_at(logs, 0, 1, me)};
         if (!second) {
+            named_barrier_sync(3, 256);  // k_end was read
             if (me.g == 0) {
                 seen[1] = seen[0] + 28;
-                float2* const start = reinterpret_cast<float2*>(blocks) + me.q;
                 if (me.strip == 0)
 #pragma unroll
                     for (int j = 0; j < 8; ++j) {
                         const float2 middle =
                             *reinterpret_cast<const float2*>(middles + 8 * j + 2 * me.q);
-                        start[64 * j] = make_float2(-middle.x, -middle.y);
+                        start[64 * j + me.q] = pack_log(middle.x, middle.y);
                     }
-                seen[0] = me.strip == 0 ? start : seen[0] - 15 * 32 + 28;
+                seen[0] = me.strip == 0 ? start + me.q : seen[0] - 15 * 32 + 28;
             } else {
                 seen[0] -= 4, seen[1] -= 4;
             }
@@ -855,14 +880,13 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
             for (int below = 0; below < 2; ++below) {
                 const int e = 2 * below;
                 const float2 factor = unpack_bf16(*pair_at(reader, row + 8 * below, j, me));
-                const float2 L = seen[below][64 * j];
+                const float2 log = unpack_log(seen[below][64 * j], log_unit, grow);
                 dL[j][e] = factor.x * x[j][e];
                 dL[j][e + 1] = factor.y * x[j][e + 1];
-                x[j][e] *= exp2_approx(L.x + grow);
-                x[j][e + 1] *= exp2_approx(L.y + grow);
+                x[j][e] *= exp2_approx(log.x);
+                x[j][e + 1] *= exp2_approx(log.y);
             }
-        if (!second) named_barrier_sync(3, 256);
-        store_by_halves<BF16>((second ? dr : da) + place->first, stride, stage, x, row, place->left, me);
+        store_by_halves<BF16, 8>((second ? dr : da) + place->first, stride, stage, x, row, place->left, me);
     }
     if (!second) {
         // L_before of a token is L of the one before: its share moves there. That of the warp's
@@ -913,7 +937,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
                 end.y += __shfl_xor_sync(ALL, end.y, bits);
             }
             if (me.g == 0)
-                *reinterpret_cast<float2*>(totals + (4 + me.warp) * SIDE + 8 * j + 2 * me.q) = end;
+                *reinterpret_cast<float2*>(ends + me.warp * SIDE + 8 * j + 2 * me.q) = end;
         }
         multiply_to_triangle<F16, BF16>(part, left, dy, true, true, share * facts[1], me);
         add_product<BF16>(x, part, r_in, me);
@@ -926,18 +950,19 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
             for (int below = 0; below < 2; ++below) {
                 const int e = 2 * below;
                 const float2 factor = unpack_bf16(*pair_at(writer, row + 8 * below, j, me));
-                const float2 L = *log_at(logs, j, below, me);
+                const float2 log = unpack_log(*log_at(logs, j, below, me), -log_unit, grow);
                 dL[j][e] = fmaf(-factor.x, x[j][e], dL[j][e]);
                 dL[j][e + 1] = fmaf(-factor.y, x[j][e + 1], dL[j][e + 1]);
-                x[j][e] *= exp2_approx(grow - L.x);
-                x[j][e + 1] *= exp2_approx(grow - L.y);
+                x[j][e] *= exp2_approx(log.x);
+                x[j][e + 1] *= exp2_approx(log.y);
             }
-        store_by_halves<BF16>((second ? db : dk) + place->first, stride, stage, x, row, place->left, me);
+        store_by_halves<BF16, 8>((second ? db : dk) + place->first, stride, stage, x, row, place->left, me);
     }
 
     // dw: l_t is part of L from t on, and of what the chunk keeps. Each group gives the other its
     // sums of that one's columns.
     __syncthreads();
+    float2* const given = reinterpret_cast<float2*>(memory);  // by log_at
     NumbersOf<LaneOf<2>> mine;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
@@ -945,7 +970,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
         for (int below = 0; below < 2; ++below) {
             const float* const low = dL[j] + 2 * below;
             const float* const high = dL[4 + j] + 2 * below;
-            *log_at(logs, 4 * !second + j, below, me) =
+            *log_at(given, 4 * !second + j, below, me) =
                 second ? make_float2(low[0], low[1]) : make_float2(high[0], high[1]);
             mine[j][2 * below] = second ? high[0] : low[0];
             mine[j][2 * below + 1] = second ? high[1] : low[1];
@@ -955,7 +980,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
     for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
-            const float2 other = *log_at(logs, 4 * second + j, below, me);
+            const float2 other = *log_at(given, 4 * second + j, below, me);
             mine[j][2 * below] += other.x, mine[j][2 * below + 1] += other.y;
         }
     accumulate_back(mine, own);
@@ -974,8 +999,9 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
 #pragma unroll
         for (int i = 1; i < 12; ++i)  // dL of later warps, ends of all
             if (i >= 4 || i > me.strip) {
+                const float* const row = i < 4 ? totals + i * SIDE : ends + (i - 4) * SIDE;
                 const float2 part =
-                    *reinterpret_cast<const float2*>(totals + i * SIDE + 8 * (own.piece + j) + 2 * me.q);
+                    *reinterpret_cast<const float2*>(row + 8 * (own.piece + j) + 2 * me.q);
                 after.x += part.x, after.y += part.y;
             }
 #pragma unroll
@@ -986,5 +1012,5 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
             mine[j][e + 1] = (mine[j][e + 1] + after.y) * step.y * scale;
         }
     }
-    store_rows<BF16>(dw + place->first, stride, k_end, mine, row, place->left, own);
+    store_rows<BF16>(dw + place->first, stride, values, mine, row, place->left, own);
 }

@@ -658,6 +658,12 @@ inline float __uint_as_float(unsigned bits) { return emulator::from_bits(bits); 
 inline unsigned __float_as_uint(float x) { return emulator::to_bits(x); }
 inline float __int_as_float(int bits) { return emulator::from_bits(unsigned(bits)); }
 inline int __float_as_int(float x) { return int(emulator::to_bits(x)); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned which) {
+    const unsigned long long bytes = static_cast<unsigned long long>(y) << 32 | x;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> 8 * (which >> 4 * i & 7) & 0xff) << 8 * i;
+    return result;
+}
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }

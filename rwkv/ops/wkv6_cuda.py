@@ -27,7 +27,7 @@ PARTS = 4  # of 16 key columns, each with an exponent: cuda/wkv6.cu
 ROW = 4 * C  # bytes of a float32 for each token or channel
 OUTPUT_BYTES = 5 * TILE + 5 * ROW + 16  # of shared memory
 STEEP_OUTPUT_BYTES = 8 * TILE + 5 * ROW + 16
-GRADIENT_BYTES = 12 * TILE + 27 * ROW + 176
+GRADIENT_BYTES = 11 * TILE + 27 * ROW + 176
 STEEP_BLOCKS = 263  # of a kernel that looks for steep chunks; odd, so that each sees all heads
 
 

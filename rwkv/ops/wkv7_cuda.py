@@ -26,8 +26,8 @@ from rwkv.ops.packing import count_slots
 
 BLOCKS, SCALARS = 10 * 512, 68  # cuda/wkv7.cu
 SUMS = 4 * C * 4  # bytes of sums over each of four groups of rows, float32
-PREPARE_BYTES = 12 * TILE + BLOCKS + SUMS + 128  # of shared memory
-GRADIENT_BYTES = 13 * TILE + BLOCKS + 3 * SUMS + 3 * C * 4 + 96
+PREPARE_BYTES = 11 * TILE + BLOCKS + SUMS + 128  # of shared memory
+GRADIENT_BYTES = 12 * TILE + SUMS + 3 * C * 4 + 96
 
 
 class Kernels(NamedTuple):

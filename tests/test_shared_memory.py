@@ -1,0 +1,64 @@
+"""The CUDA operators' kernels fit every GPU of compute capability 8.0 or more."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rwkv.ops import cuda_build, wkv6_cuda, wkv7_cuda
+
+# What one block may have on compute capability 8.6, 8.9 and 12.x, the least of all from 8.0 on;
+# 163 KiB on 8.0 and 8.7, 227 KiB on 9.0 to 11.x. Source: CUDA C++ Programming Guide, table of
+# technical specifications per compute capability.
+LEAST = 99 << 10
+
+compiles = pytest.mark.skipif(
+    cuda_build.find_compiler() is None,
+    reason="needs NVRTC (pip install nvidia-cuda-nvrtc) or nvcc",
+)
+
+
+@pytest.fixture(params=[wkv6_cuda, wkv7_cuda], ids=lambda module: module.__name__[-9:])
+def module(request):
+    return request.param
+
+
+@pytest.fixture
+def dynamic(module, monkeypatch) -> dict[str, int]:
+    """The most dynamic shared memory that a kernel of the operator is launched with, by name."""
+    taken: dict[str, int] = {}
+
+    def kernel(name: str, letters: str, shared: int = 0) -> None:
+        taken[name] = max(shared, taken.get(name, 0))
+
+    monkeypatch.setattr(cuda_build, "load", lambda *_: SimpleNamespace(kernel=kernel))
+    module.load_kernels.__wrapped__(torch.device("cuda", 0))
+    return taken
+
+
+@compiles
+def test_no_kernel_takes_more_than_the_smallest_gpu_has(module, dynamic):
+    source = module.__name__.rsplit(".", 1)[1].replace("_cuda", ".cu")
+    static = {kernel.kernel: kernel.shared for kernel in cuda_build.usage(source, {}, "sm_86")}
+    assert static.keys() == dynamic.keys()
+    assert {name: static[name] + dynamic[name] for name in static if static[name] > 0} == {}
+    assert {name: size for name, size in dynamic.items() if size > LEAST} == {}
+
+
+def test_a_gpu_is_refused_by_the_largest_kernel(module, dynamic, monkeypatch):
+    largest = max(dynamic.values())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(cuda_build, "why_not", lambda: None)
+    sample = SimpleNamespace(
+        device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(1, 64, 1, 64)
+    )
+    for room, reason in (
+        (LEAST, None),
+        (largest, None),
+        (
+            largest - 1,
+            f"needs {largest:,} bytes of shared memory a block, the GPU has {largest - 1:,}",
+        ),
+    ):
+        monkeypatch.setattr(cuda_build, "shared_memory", lambda index, room=room: room)
+        assert module.why_not(sample, False) == reason
