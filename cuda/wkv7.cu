@@ -635,7 +635,8 @@ __device__ __forceinline__ void rescale_rows(unsigned char* tile, const float* e
 // their own, u and S of 2^eu, their gradients and dS of 2^ez, so that all sums below have one unit,
 // 2^(eu + ez). The gradient of a tile with a decay in it, times that tile, is its share of the
 // gradient of L; there the factor is the rounded operand of the products, so that what must cancel
-// cancels.
+// cancels. A gradient's unit comes as two factors: where r or k are 0 in all of a chunk, one alone is
+// infinite.
 extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
     wkv7_gradient(const uint16_t* r, const uint16_t* w, const uint16_t* k, const uint16_t* v,
                   const uint16_t* a, const uint16_t* b, const uint16_t* grad_y,
@@ -848,7 +849,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
                 seen[0] -= 4, seen[1] -= 4;
             }
         }
-        const float grow = facts[5] - (second ? facts[2] : 0.0f);
+        const float half = 0.5f * (facts[5] - (second ? facts[2] : 0.0f)), rest = exp2_approx(half);
 #pragma unroll
         for (int j = 0; j < 8; ++j)
 #pragma unroll
@@ -858,8 +859,8 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
                 const float2 L = seen[below][64 * j];
                 dL[j][e] = factor.x * x[j][e];
                 dL[j][e + 1] = factor.y * x[j][e + 1];
-                x[j][e] *= exp2_approx(L.x + grow);
-                x[j][e + 1] *= exp2_approx(L.y + grow);
+                x[j][e] = x[j][e] * exp2_approx(L.x + half) * rest;
+                x[j][e + 1] = x[j][e + 1] * exp2_approx(L.y + half) * rest;
             }
         if (!second) named_barrier_sync(3, 256);
         store_by_halves<BF16>((second ? dr : da) + place->first, stride, stage, x, row, place->left, me);
@@ -919,7 +920,7 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
         add_product<BF16>(x, part, r_in, me);
         multiply_to_triangle<F16, BF16>(part, left, dz, true, false, share, me);
         add_product<BF16>(x, part, a_in, me);
-        const float grow = facts[5] - (second ? 0.0f : facts[3]);
+        const float half = 0.5f * (facts[5] - (second ? 0.0f : facts[3])), rest = exp2_approx(half);
 #pragma unroll
         for (int j = 0; j < 8; ++j)
 #pragma unroll
@@ -929,8 +930,8 @@ extern "C" __global__ void __launch_bounds__(256, CHUNK_BLOCKS)
                 const float2 L = *log_at(logs, j, below, me);
                 dL[j][e] = fmaf(-factor.x, x[j][e], dL[j][e]);
                 dL[j][e + 1] = fmaf(-factor.y, x[j][e + 1], dL[j][e + 1]);
-                x[j][e] *= exp2_approx(grow - L.x);
-                x[j][e + 1] *= exp2_approx(grow - L.y);
+                x[j][e] = x[j][e] * exp2_approx(half - L.x) * rest;
+                x[j][e + 1] = x[j][e + 1] * exp2_approx(half - L.y) * rest;
             }
         store_by_halves<BF16>((second ? db : dk) + place->first, stride, stage, x, row, place->left, me);
     }
