@@ -12,7 +12,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import pass_in_the_interpreter, with_gradients
+from helpers import (
+    assert_all_close,
+    pass_in_the_interpreter,
+    random_state,
+    with_gradients,
+    wkv6_inputs,
+    wkv7_inputs,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -65,7 +72,7 @@ class Call(NamedTuple):
 
 
 def draw_call(op: str, seed: int, sizes: Sequence[float], N: int, dtype, device) -> Call:
-    """Inputs as RWKV's time mix makes them, of any size: rows or packed texts of 1 to 100 tokens."""
+    """Inputs as RWKV's time mix makes them, of rows or packed texts of 1 to 100 tokens."""
     draws = Draws(seed, sizes)
     lengths = [draws.choose.choice([1, 2, 17, 63, 64, 65, 100]) for _ in range(2)]
     packed = draws.choose.random() < 0.5
@@ -94,39 +101,143 @@ def draw_call(op: str, seed: int, sizes: Sequence[float], N: int, dtype, device)
 
 
 def run(op: str, backend: str, call: Call) -> dict[str, Tensor]:
-    module = importlib.import_module(f"rwkv.ops.{op}_{backend}")
+    """Outputs, last state and all gradients."""
+    backend_run = importlib.import_module(f"rwkv.ops.{op}_{backend}").run
     return with_gradients(
-        module.run, call.inputs, call.state, call.flows, cu_seqlens=call.cu_seqlens
+        backend_run, call.inputs, call.state, call.flows, cu_seqlens=call.cu_seqlens
     )
 
 
-def in_float64(op: str, call: Call, *, largest: bool = False) -> dict[str, Tensor]:
-    """The reference in float64; with `largest` all results as they are where no terms cancel.
+def in_float64(op: str, call: Call) -> dict[str, Tensor]:
+    inputs = {name: x.double() for name, x in call.inputs.items()}
+    flows = (call.flows[0].double(), call.flows[1].double())
+    return run(op, "reference", Call(inputs, call.state.double(), call.cu_seqlens, flows))
 
-    There numbers count as at least SMALLEST of the largest of their tensor, a state's as that of
-    the largest that a token adds to it: tiles have one scale.
+
+def without_signs(call: Call) -> Call:
+    """The call whose results are sums of the same terms, none of which cancel.
+
+    All numbers count as at least SMALLEST of the largest of their tensor, and a state's also as
+    that share of the largest that a token adds to it: a tile has one scale.
     """
-    tensors = {n: x.double() for n, x in (call.inputs | {"state": call.state}).items()}
-    flows = [x.double() for x in call.flows]
-    if largest:
-        most = {name: x.abs().max() for name, x in tensors.items()}
-        tensors = {
-            name: x if name == "w" else x.abs() + SMALLEST * most[name]
-            for name, x in tensors.items()
-        }
-        tensors["state"] += SMALLEST * most["k"] * most["v"]
-        most_y, most_state = (x.abs().max() for x in flows)
-        flows = [x.abs() + SMALLEST * x.abs().max() for x in flows]
-        flows[1] += SMALLEST * most["r"] * most_y
-        flows[0] += 0 * most_state
-    state = tensors.pop("state")
-    return run(op, "reference", Call(tensors, state, call.cu_seqlens, tuple(flows)))
+
+    def floored(x: Tensor, *others: Tensor) -> Tensor:
+        least = x.abs().max()
+        if others:
+            least = least + others[0].abs().max() * others[1].abs().max()
+        return x.abs() + SMALLEST * least
+
+    x = {name: t.double() for name, t in call.inputs.items()}
+    grad_y, grad_state = (t.double() for t in call.flows)
+    return Call(
+        {name: t if name == "w" else floored(t) for name, t in x.items()},
+        floored(call.state.double(), x["k"], x["v"]),
+        call.cu_seqlens,
+        (floored(grad_y), floored(grad_state, x["r"], grad_y)),
+    )
 
 
-def excess(op: str, got: dict[str, Tensor], call: Call) -> dict[str, float]:
-    """Errors against float64, relative to the largest that they could be: sums without signs."""
-    want, bound = in_float64(op, call), in_float64(op, call, largest=True)
-    return {
-        name: ((got[name].double() - x).square().mean() / bound[name].square().mean()).sqrt().item()
-        for name, x in want.items()
-    }
+def check_finite(op: str, backend: str, seeds: Sequence[int], N: int, dtype, device: str) -> None:
+    for seed in seeds:
+        got = run(op, backend, draw_call(op, seed, WILD, N, dtype, device))
+        bad = {name: int((~x.isfinite()).sum()) for name, x in got.items()}
+        assert not any(bad.values()), f"seed {seed}: numbers that are not finite: {bad}"
+
+
+def check_close(op: str, backend: str, seeds: Sequence[int], N: int, dtype, device: str) -> None:
+    """Errors are small beside the largest that the terms of a result could add up to."""
+    for seed in seeds:
+        call = draw_call(op, seed, SANE, N, dtype, device)
+        got, want, bound = run(op, backend, call), in_float64(op, call), without_signs(call)
+        for name, most in in_float64(op, bound).items():
+            error = (got[name].double() - want[name]).square().mean().sqrt().item()
+            allowed = ALLOWED[dtype] * most.square().mean().sqrt().item()
+            assert error <= allowed, f"seed {seed}: {name} is off by {error:.2e} of {allowed:.2e}"
+
+
+operators = pytest.mark.parametrize("op", ["wkv7", "wkv6"])
+# Seeds of either check. The few hold calls whose results were not finite once.
+FEW, MANY = (range(2, 7), range(2)), (range(300), range(40))
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in another process")
+
+
+@pytest.fixture
+def emulated_cuda(emulated, monkeypatch):
+    """The CUDA backends run in the emulator, each kernel once."""
+    once = {"check_order": False}
+    monkeypatch.setattr(
+        cuda_build, "load", lambda source, macros, _: emulated(source, macros, **once)
+    )
+
+
+def check(op: str, backend: str, seeds: Sequence[Sequence[int]], N: int, dtype, device: str):
+    check_finite(op, backend, seeds[0], N, dtype, device)
+    check_close(op, backend, seeds[1], N, dtype, device)
+
+
+@operators
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_torch_stays_finite_and_close(op, backend):
+    check(op, backend, (range(100), range(20)), 16, BFLOAT16, "cpu")
+
+
+@operators
+def test_emulated_cuda_kernels_stay_finite_and_close(op, emulated_cuda):
+    check(op, "cuda", FEW, 64, BFLOAT16, "cpu")
+
+
+@interpreted
+@operators
+def test_interpreted_triton_kernels_stay_finite_and_close(op):
+    check(op, "triton", FEW, 16, BFLOAT16, "cpu")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs the others")
+def test_in_the_interpreter():
+    pass_in_the_interpreter(__file__, "-k", "interpreted")
+
+
+KERNELS = [
+    ("cuda", 64, BFLOAT16),
+    *(("triton", N, dtype) for N in (64, 128) for dtype in (BFLOAT16, FLOAT32)),
+]
+
+
+@pytest.mark.gpu
+@operators
+@pytest.mark.parametrize("backend, N, dtype", KERNELS)
+def test_kernels_stay_finite_and_close(op, backend, N, dtype):
+    check(op, backend, MANY, N, dtype, "cuda")
+
+
+def check_zeros(op: str, backend: str, N: int, dtype, device: str) -> None:
+    """What divides a tile by its largest number has none to divide by, and decays at full."""
+    draw = wkv7_inputs if op == "wkv7" else wkv6_inputs
+    for names in ("r", "k", "v", "kv"):
+        x = draw(B=1, T=192, H=1, N=N, dtype=dtype, device=device)
+        x["w"][:, 64:128] = -0.5
+        for name in names:
+            x[name][:, 64:128] = 0
+        state = random_state(x)
+        grad_y = torch.randn(x["v"].shape, generator=torch.Generator().manual_seed(3))
+        call = Call(x, state, None, (grad_y.to(x["v"]), state))
+        assert_all_close(run(op, backend, call), in_float64(op, call), ALLOWED[dtype])
+
+
+@operators
+def test_a_chunk_of_zeros_at_the_strongest_decay(op, emulated_cuda):
+    check_zeros(op, "torch", 16, FLOAT32, "cpu")
+    check_zeros(op, "cuda", 64, BFLOAT16, "cpu")
+
+
+@interpreted
+@operators
+def test_a_chunk_of_zeros_at_the_strongest_decay_interpreted(op):
+    check_zeros(op, "triton", 16, BFLOAT16, "cpu")
+
+
+@pytest.mark.gpu
+@operators
+@pytest.mark.parametrize("backend, N, dtype", KERNELS)
+def test_a_chunk_of_zeros_at_the_strongest_decay_on_a_gpu(op, backend, N, dtype):
+    check_zeros(op, backend, N, dtype, "cuda")
