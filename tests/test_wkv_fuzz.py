@@ -8,6 +8,7 @@ import importlib
 import os
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -164,10 +165,8 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in another proces
 @pytest.fixture
 def emulated_cuda(emulated, monkeypatch):
     """The CUDA backends run in the emulator, each kernel once."""
-    once = {"check_order": False}
-    monkeypatch.setattr(
-        cuda_build, "load", lambda source, macros, _: emulated(source, macros, **once)
-    )
+    load = partial(emulated, check_order=False)
+    monkeypatch.setattr(cuda_build, "load", lambda source, macros, _: load(source, macros))
 
 
 def check(op: str, backend: str, seeds: Sequence[Sequence[int]], N: int, dtype, device: str):

@@ -328,7 +328,7 @@ def output_kernel(
         out = add_product(out, narrow(r_out * shrink, FINE), S)
     row = tl.load(state_powers + unit * (N // V) + n // V)
     v_out = _load(v + tile, rows)
-    # Where the state is so much larger that what tokens write is nothing beside it, the unit is its.
+    # The unit is the tokens' but where what they write is nothing beside the state.
     power = tl.maximum(k_power * v_power, tl.max(row, axis=0) * 2.0**-60)
     values = narrow(v_out * (k_power / power), FINE)
     out = add_product(out * (row / power)[None, :], narrow(A, FINE), values) * (r_power * power)
