@@ -15,7 +15,7 @@ from peft.adapter import AdapterLinear, check_rank
 from rwkv.keeper import Kept, kept_result
 from rwkv.linear import Linear, unread_output
 from rwkv.ops.activation import squared_relu_gradient
-from rwkv.ops.fused import uses_kernels
+from rwkv.ops.low_rank import plus_product
 
 
 def lora_scale(rank: int, alpha: float, *, rslora: bool) -> float:
@@ -129,10 +129,9 @@ class _Activated(torch.autograd.Function):
 
 
 def _low(x: Tensor, A: Tensor, layer: LoraLinear) -> Tensor:
-    """scale x A^T, [n, rank]. It is small, and kept where that spares a layer the reading of x."""
+    """scale x A^T, [n, rank]. It is small, and keeping it spares another reading of x."""
     rows = x.reshape(-1, x.shape[-1])
-    kept = Kept.SMALL if layer.closes else Kept.PRODUCTS
-    return kept_result(lambda: _product(rows, A.to(x.dtype).T, layer.scale), kept)
+    return kept_result(lambda: _product(rows, A.to(x.dtype).T, layer.scale), Kept.SMALL)
 
 
 def _low_rank_output(
@@ -183,35 +182,3 @@ def _gradients(
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     """factor a b, the factor inside the product."""
     return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=factor)  # 0 times it is never read
-
-
-def plus_product(
-    before: Tensor | None,
-    low: Tensor,
-    factor: Tensor,
-    *,
-    out: Tensor | None = None,
-    activated: bool = False,
-) -> Tensor:
-    """before [n, columns] + low [n, rank] factor [rank, columns], all of one dtype.
-
-    Args:
-        before: None for zeros.
-        low, factor: of a product of low rank.
-        out: where the sum goes, contiguous; it may be `before`. None for a new tensor.
-        activated: max(sum, 0)^2 in place of the sum.
-    """
-    if out is None:
-        out = low.new_empty(low.shape[0], factor.shape[1])
-    if uses_kernels(out):
-        from peft import low_rank_triton
-
-        if low_rank_triton.fits(out, low.shape[1]):
-            before = None if before is None else before.contiguous()
-            low_rank_triton.plus_product(before, low.contiguous(), factor, out, activated=activated)
-            return out
-    if before is None:
-        torch.mm(low, factor, out=out)
-    else:
-        torch.addmm(before, low, factor, out=out)
-    return out.relu_().square_() if activated else out

@@ -349,28 +349,38 @@ def kept_of_halves(
 def kept_for_second_run(config: RWKVConfig, plan: Plan, step: Step, part: str) -> int:
     """Bytes of results that a recomputed half keeps, of the block that keeps most.
 
-    LoRA's x A^T of the layer that closes the half; selective: the outputs of all other layers with
-    theirs, and of wkv its output and what its backward pass reads. Nothing under ZeRO-3.
+    x A^T of LoRA and of the time mix's own low-rank products; selective: the outputs of all layers
+    but the one that closes the half, and of wkv its output and what its backward pass reads.
+    Nothing under ZeRO-3.
     """
     if step.stage == 3:
         return 0
+    small = low_rank_numbers(config) if part == "att" else 0
     closing = ("att.output", "ffn.value") if config.version == 7 else ("att.output",)
     selective, most = step.grad_cp == "selective", 0
     for block in range(config.n_layer):
-        numbers = 0
+        numbers = small
         for name, layer in plan.layers.items():
             if not name.startswith(f"blocks.{block}.{part}.") or layer.kind != "linear":
                 continue
-            mine, closes = plan.plans[name], name.endswith(closing)
-            if mine.mode in LOW_RANK and (closes or selective):
+            mine = plan.plans[name]
+            if mine.mode in LOW_RANK:
                 numbers += mine.rank
-            if selective and not closes:
+            if selective and not name.endswith(closing):
                 numbers += layer.shape[0]
         most = max(most, numbers)
     wkv = 0
     if selective and part == "att":
         wkv = config.dim_att * (step.dtype.itemsize + WKV_BYTES[config.version])
     return step.tokens * (most * step.dtype.itemsize + wkv)
+
+
+def low_rank_numbers(config: RWKVConfig) -> int:
+    """What the first factors of a time mix's low-rank products give for a token."""
+    ranks = config.ranks
+    if config.version == 6:
+        return ranks.decay + 5 * ranks.mix
+    return ranks.decay + ranks.iclr + ranks.value + ranks.gate
 
 
 def kept_on_host(config: RWKVConfig, plan: Plan, step: Step) -> int:

@@ -1,10 +1,14 @@
 """What every store shares: a frozen weight in fewer bits, as buffers that no cast can change."""
 
+import importlib
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from rwkv.cli import say
 from rwkv.linear import matrix_product
 
 
@@ -104,3 +108,25 @@ def best_scale(tried: Tensor, wrong: Callable[[Tensor], Tensor]) -> Tensor:
         for scale in tried.split(1, dim=1)
     ]
     return tried.gather(1, torch.cat(errors, dim=1).argmin(dim=1, keepdim=True))
+
+
+def triton_kernels(module: str, kind: str, x: Tensor) -> ModuleType | None:
+    """A module of Triton kernels for x's device; None on a CPU, and where Triton is missing.
+
+    That is said once: plain torch then does the same on a GPU in more passes over the weight.
+
+    Args:
+        module: its full name.
+        kind: the storage that needs it, for the message.
+        x: what the kernels shall read.
+    """
+    return _imported(module, kind) if x.is_cuda else None
+
+
+@cache
+def _imported(module: str, kind: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        say(f"{kind}: runs slower without its Triton kernels ({error}); pip install triton")
+        return None

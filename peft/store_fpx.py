@@ -6,15 +6,11 @@ Source: OCP Microscaling Formats v1.0 for e3m2 and e2m3; FP6-LLM, arXiv:2401.141
 bits and for splitting the codes into a 4-bit and a narrow plane.
 """
 
-import importlib
-from functools import cache
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peft.store import Store, best_scale
+from peft.store import Store, best_scale, triton_kernels
 
 FORMATS = {"fp6": (3, 2), "fp6_e2m3": (2, 3), "fp5": (2, 2)}  # exponent and mantissa bits
 BLOCK = 64  # weights a scale
@@ -82,9 +78,9 @@ class PackedFloatStore(Store):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         total = self.shape[0] * self.shape[1]
-        kernel = _kernel() if self.low.is_cuda else None
-        if kernel is not None:
-            return kernel.unpack(
+        kernels = triton_kernels("peft.fpx_triton", self.kind, self.low)
+        if kernels is not None:
+            return kernels.unpack(
                 self.low,
                 self.high,
                 self.scale,
@@ -122,15 +118,6 @@ class PackedFloatStore(Store):
         """The values of the codes without sign, rising, float32."""
         codes = torch.arange(2**self.magnitude_bits, dtype=torch.uint8)
         return self._values(codes).float() * self._one()
-
-
-@cache
-def _kernel() -> ModuleType | None:
-    """The Triton kernel's module, or None on a machine without Triton."""
-    try:
-        return importlib.import_module("peft.fpx_triton")
-    except ImportError:
-        return None
 
 
 def _pack(codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:

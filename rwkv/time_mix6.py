@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from rwkv.config import RWKVConfig
 from rwkv.linear import Linear
 from rwkv.ops.head_output import head_output6
+from rwkv.ops.low_rank import low_rank
 from rwkv.ops.norm_mix import norm_shift_mix_by_data
 from rwkv.ops.wkv6 import wkv6
 
@@ -77,8 +78,8 @@ class TimeMix6(nn.Module):
             cu_seqlens,
         )
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        decay = torch.tanh(x_w @ self.time_decay_w1)
-        w = F.linear(decay, self.time_decay_w2.t(), self.time_decay.flatten())
+        decay, _ = low_rank(x_w, self.time_decay_w1)
+        w = F.linear(torch.tanh(decay), self.time_decay_w2.t(), self.time_decay.flatten())
         r, w, k, v = (t.unflatten(-1, (-1, self.N)) for t in (r, w, k, v))
         y, wkv = wkv6(
             r=r,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rwkv.config import RWKVConfig
 from rwkv.linear import Linear
 from rwkv.ops.head_output import head_output7
+from rwkv.ops.low_rank import low_rank
 from rwkv.ops.norm_mix import norm_shift_mix
 from rwkv.ops.wkv7 import wkv7
 from rwkv.ops.wkv7_inputs import wkv7_inputs
@@ -83,14 +84,20 @@ class TimeMix7(nn.Module):
             (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g),
             cu_seqlens,
         )
+        decay, _ = low_rank(x_w, self.w1)
+        iclr, _ = low_rank(x_a, self.a1)
+        gate, _ = low_rank(x_g, self.g1)
+        value = None
+        if not first:
+            value, x_v = low_rank(x_v, self.v1)
         p = wkv7_inputs(
             r=self.receptance(x_r),
             k=self.key(x_k),
             v=self.value(x_v),
             v_first=None if first else v_first,
-            decay=torch.tanh(x_w @ self.w1) @ self.w2,
-            iclr=x_a @ self.a1 @ self.a2,
-            value=None if first else x_v @ self.v1 @ self.v2,
+            decay=torch.tanh(decay) @ self.w2,
+            iclr=iclr @ self.a2,
+            value=None if value is None else value @ self.v2,
             w0=self.w0,
             a0=self.a0,
             v0=None if first else self.v0,
@@ -109,6 +116,6 @@ class TimeMix7(nn.Module):
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
-        gate = torch.sigmoid(x_g @ self.g1) @ self.g2
+        gate = torch.sigmoid(gate) @ self.g2
         out = head_output7(y, self.ln_x, p.bonus, p.v_again, gate)
         return self.output(out, residual=x), p.v_first, shift, wkv

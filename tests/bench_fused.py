@@ -12,7 +12,6 @@ are marked; their products' bytes are not counted. With --frozen no parameter ha
 
 import argparse
 import contextlib
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from rwkv.ops.activation import gated_sum, squared_relu
 from rwkv.ops.head_output import head_output6, head_output7
 from rwkv.ops.norm_mix import norm_shift_mix, norm_shift_mix_by_data
 from rwkv.ops.wkv7_inputs import wkv7_inputs
-from tests import bench_wkv
+from tests.bench_wkv import copy_speed, milliseconds
 
 N = 64
 RANK = 32  # of RWKV-6's mixes
@@ -117,23 +116,6 @@ def formulas() -> Iterator[None]:
         fused.uses_kernels = usual
 
 
-def milliseconds(run: Callable[[], object], device: str, repeats: int) -> float:
-    """The median time of a run; on a GPU without that of launching, for the GPU is kept waiting."""
-    if device == "cpu":
-        return bench_wkv.milliseconds(run, device, repeats)
-    run(), run()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(2_000_000)  # clock ticks, about a millisecond
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
 def measure(row: Row, device: str, repeats: int) -> tuple[float, float]:
     """Milliseconds forward, without gradients, and backward."""
     with torch.no_grad():
@@ -170,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--shape {options.shape}: C is no multiple of {N}")
 
     dtype = getattr(torch, options.dtype)
-    speed = bench_wkv.copy_speed("cuda") if gpu else None
+    speed = copy_speed("cuda") if gpu else None
     where = "CPU"
     if speed is not None:
         where = f"{torch.cuda.get_device_name()}, copies at {speed / 1e9:.2f} TB/s"

@@ -120,9 +120,11 @@ ROWS = {
     "lora-only-2.9B-4": Row("lora", *LARGER, rows=4, small=False),
     "lora-2.9B-4-host": Row("lora", *LARGER, rows=4, offload=True),
     "lora-2.9B-1": Row("lora", *LARGER, rows=1),
+    "lora-2.9B-1-graph": Row("lora", *LARGER, rows=1, graph=True),
     "bone-1.5B-8": Row("bone", *SMALLER, rows=8),
     "bone-1.5B-1": Row("bone", *SMALLER, rows=1),
     "lora-rwkv6-1.6B-8": Row("lora", *SMALLER, rows=8, version=6),
+    "lora-rwkv6-3B-4": Row("lora", *LARGER, rows=4, version=6),
 }
 RANK = 64
 

@@ -4,8 +4,9 @@
     python -m tests.bench_stores errors [--model FILE]    weights, outputs, logits, gradients
     python -m tests.bench_stores speed --shapes 7.2B      training steps, on a GPU
     python -m tests.bench_stores published                RWKV-PEFT's table of memory, on a GPU
+    python -m tests.bench_stores load --stores nf4        a quantized file beside its model
 
-The last two begin nothing more after 110 seconds (--seconds); `speed` wants one call a shape.
+The last three begin nothing more after 110 seconds (--seconds); `speed` wants one call a shape.
 Weights are random numbers but for those of --model; of these, the first table leaves out weights
 that are all zeros, as in blocks that a model does not use. Reserved memory is that of segments that
 grow, as in training; with PYTORCH_ALLOC_CONF=expandable_segments:False it is that of torch's own
@@ -13,9 +14,18 @@ way.
 """
 
 import argparse
+import contextlib
+import ctypes
+import gc
+import io
+import math
+import shlex
 import statistics
 import sys
+import tempfile
+import threading
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,13 +34,15 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from peft import store_bnb, store_fp8
+from peft import quantize, store_bnb, store_fp8
 from peft.apply import load_frozen, load_with_profile, new_with_profile, random_with_profile
 from peft.flags import PeftFlags
 from peft.memory import GIB
 from peft.store_fpx import BLOCK as FLOAT_BLOCK
 from peft.store_fpx import FORMATS
+from peft.store_rows import rounded_rows, transposed
 from peft.stores import STORES, make_store
+from rwkv.checkpoint import write_tensors
 from rwkv.config import RWKVConfig, default_ranks
 from rwkv.linear import Linear
 from rwkv.model import RWKV
@@ -43,11 +55,12 @@ PUBLISHED = {  # GB at ctx 1024, micro batch 1, LoRA of rank 64: (1.5B, 3B)
     "nf4": (3.9, 5.7),
 }
 AIMS = {"none": 0.85, "int8": 0.8, "nf4": 0.7}  # ours over theirs
-TIMED = ("none", "fp8", "int8", "nf4", "fp6", "fp5")
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
-    """The median of `repeats` runs, after a few to warm up."""
+    """The median of `repeats` runs, after a few to warm up; on a CPU of the host's clock."""
+    if not torch.cuda.is_available():
+        return statistics.median(1e3 * timeit.timeit(run, number=1) for _ in range(repeats))
     times = []
     for number in range(repeats + 3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -91,12 +104,12 @@ def products(options: argparse.Namespace) -> None:
             f"{kind:<10}{bits:6.2f}{error:8.4f}{forward:12.2f}{backward:13.2f}{wrong:14.4f}"
             f"{wrong_grad:16.4f}"
         )
-    codes, scale = store_fp8.to_e4m3(weight)
-    x_codes, x_scale = store_fp8.to_e4m3(x)
+    codes, scale = rounded_rows("fp8", weight)
+    x_codes, x_scale = rounded_rows("fp8", x)
     parts = {
-        "round x": lambda: store_fp8.to_e4m3(x),
-        "round grad": lambda: store_fp8.to_e4m3(grad, scale.T),
-        "transpose": lambda: store_fp8._transposed(codes),
+        "round x": lambda: rounded_rows("fp8", x),
+        "round grad": lambda: rounded_rows("fp8", grad, scale.T),
+        "transpose": lambda: transposed("fp8", codes),
     }
     for fast in (False, True):
         parts[f"product{', fast sums' * fast}"] = lambda fast=fast: torch._scaled_mm(
@@ -235,14 +248,14 @@ class RoundedFp8(store_fp8.Fp8Store):
     """
 
     def forward_product(self, x: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-        codes, scale = store_fp8.to_e4m3(x.flatten(0, -2))
+        codes, scale = rounded_rows("fp8", x.flatten(0, -2))
         out = F.linear((codes.float() * scale).view(x.shape), self.dense(torch.float32))
         return out if into is None else into.add_(out)
 
     def backward_product(
         self, grad: torch.Tensor, into: torch.Tensor | None = None
     ) -> torch.Tensor:
-        codes, scale = store_fp8.to_e4m3(grad.flatten(0, -2), self.scale.T)
+        codes, scale = rounded_rows("fp8", grad.flatten(0, -2), self.scale.T)
         out = (codes.float() * scale @ self.codes.float()).unflatten(0, grad.shape[:-1])
         return out if into is None else into.add_(out)
 
@@ -405,6 +418,142 @@ def published(options: argparse.Namespace) -> None:
                 )
 
 
+class Peak:
+    """What a block of code takes at most, over what was there before: seconds, GPU, host.
+
+    The host's part is anonymous memory, without the pages of files that are read; it is looked at
+    every 5 ms, on Linux with glibc.
+    """
+
+    seconds = gpu = host = 0.0
+
+    def __enter__(self) -> "Peak":
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what was freed before hides what is taken
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._gpu = torch.cuda.memory_allocated()
+        self._done, self._most, self._host = threading.Event(), 0, anonymous_memory()
+        self._watch = threading.Thread(target=self._look)
+        self._watch.start()
+        self._start = time.perf_counter()
+        return self
+
+    def _look(self) -> None:
+        while not self._done.wait(0.005):
+            self._most = max(self._most, anonymous_memory())
+
+    def __exit__(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self.gpu = torch.cuda.max_memory_allocated() - self._gpu
+        self.seconds = time.perf_counter() - self._start
+        self._done.set()
+        self._watch.join()
+        self.host = max(self._most, anonymous_memory()) - self._host
+
+
+def anonymous_memory() -> int:
+    """Bytes that this process holds, but for pages of files."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+
+def load(options: argparse.Namespace) -> None:
+    """Seconds, memory and logits of a quantized file, of its making and of quantizing at load."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(torch.cuda.get_device_name() if device == "cuda" else "cpu")
+    start = time.perf_counter()
+    for shape in options.shapes.split(","):
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            loads(
+                config_of_shape(shape),
+                options.stores.split(","),
+                device,
+                folder,
+                until=start + options.seconds,
+            )
+
+
+def loads(
+    config: RWKVConfig, stores: Sequence[str], device: str, folder: str, until: float = math.inf
+) -> None:
+    """The table of one model, of random numbers in bfloat16, under LoRA of rank 16.
+
+    The files are in the page cache, for the system has just written them. On a CPU codes stay where
+    the file is mapped, so that loading reads nothing of them.
+
+    Args:
+        config: its sizes.
+        stores: the storages.
+        device: to quantize and to load on.
+        folder: for its file and one quantized file.
+        until: begin no storage after this time of time.perf_counter.
+    """
+    base, small = Path(folder) / "base.pth", Path(folder) / "small.pth"
+    model = random_with_profile(config, PeftFlags(), device=device, dtype=torch.bfloat16)[0]
+    write_tensors(base, model.state_dict())
+    del model
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.randint(config.vocab_size, (1, 64), generator=draw).to(device)
+
+    def logits(path: Path, kind: str) -> tuple[Peak, torch.Tensor]:
+        """What it takes to load, and the logits [64, V]."""
+        torch.manual_seed(2)  # of lora_A
+        flags = peft_flags(Setting("", quant=kind, rank=16, limited=True))
+        with Peak() as peak:
+            model = load_with_profile(path, flags, device=device, dtype=torch.bfloat16)[0]
+        with torch.no_grad():
+            return peak, model.logits(model(tokens)[0])[0]
+
+    print(
+        f"{config.name}: bfloat16, {base.stat().st_size / GIB:.2f} GiB; {device}; GiB of memory "
+        "over what was there, GPU's + host's\n"
+        "storage     file GiB  quantized at load      s  quantized to a file      s"
+        "  file loaded        s  same logits"
+    )
+    peak, _ = logits(base, "none")
+    print(f"{'none':<12}{'':8}{'':19}{'':7}{'':21}{'':7}{shown(peak)}", flush=True)
+    for kind in stores:
+        if time.perf_counter() > until:
+            print("the time is over")
+            return
+        at_load, want = logits(base, kind)
+        command = [
+            "--load_model",
+            base,
+            "--quant_mode",
+            kind,
+            "--output",
+            small,
+            "--device",
+            device,
+        ]
+        with Peak() as making, contextlib.redirect_stdout(io.StringIO()):
+            quantize.main([str(word) for word in command])
+        loading, got = logits(small, "none")
+        print(
+            f"{kind:<12}{small.stat().st_size / GIB:8.2f}{shown(at_load):>26}{shown(making):>28}"
+            f"{shown(loading):>22}  {'yes' if torch.equal(got, want) else 'NO'}",
+            flush=True,
+        )
+
+
+def shown(peak: Peak) -> str:
+    return f"{peak.gpu / GIB:.2f} + {peak.host / GIB:.2f}{peak.seconds:9.2f}"
+
+
+def command_line(options: argparse.Namespace) -> str:
+    """The command with all of its options, those that were left out too."""
+    words = [options.command]
+    for name, value in vars(options).items():
+        if name in ("command", "run") or value in (None, "", []):
+            continue
+        words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return f"python -m tests.bench_stores {shlex.join(words)}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -431,7 +580,9 @@ def main() -> int:
     some.set_defaults(run=errors)
     some = commands.add_parser("speed", help=speed.__doc__)
     some.add_argument("--shapes", default="1.5B,2.9B,7.2B")
-    some.add_argument("--stores", default=",".join(TIMED), help="commas between; none is bfloat16")
+    some.add_argument(
+        "--stores", default=",".join(("none", *STORES)), help="commas between; none is bfloat16"
+    )
     some.add_argument("--rows", type=int, default=2)
     some.add_argument("--ctx_len", type=int, default=4096)
     some.add_argument("--steps", type=int, default=4)
@@ -439,12 +590,18 @@ def main() -> int:
     some = commands.add_parser("published", help=published.__doc__)
     some.add_argument("--stores", default=",".join(PUBLISHED), help="commas between")
     some.set_defaults(run=published)
-    for name in ("speed", "published"):
+    some = commands.add_parser("load", help=load.__doc__)
+    some.add_argument("--shapes", default="1.5B")
+    some.add_argument("--stores", default=",".join(STORES), help="commas between")
+    some.add_argument("--folder", default=None, help="where the files lie meanwhile; /tmp")
+    some.set_defaults(run=load)
+    for name in ("speed", "published", "load"):
         some = commands.choices[name]
         some.add_argument("--seconds", type=float, default=110.0, help="begin nothing after these")
     options = parser.parse_args()
     if torch.cuda.is_available():
         grow_segments()
+    print(command_line(options))
     options.run(options)
     return 0
 

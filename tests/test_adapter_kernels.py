@@ -96,7 +96,7 @@ def test_bone_with_kernels_has_the_gradients_of_bone_without(dtype):
 @pytest.mark.parametrize("n", [3, 70])
 def test_lora_adds_its_update_where_the_activation_is(rank, n, dtype, monkeypatch):
     """12 is a rank without kernels; the reference is float64 on the same numbers."""
-    from peft import low_rank_triton
+    from rwkv.ops import low_rank_triton
 
     results, adds = [], []
     real = low_rank_triton.plus_product

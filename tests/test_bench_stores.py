@@ -1,6 +1,7 @@
 """The benchmark of stores: what it imitates, leaves out and reads."""
 
 import argparse
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from peft.stores import make_store
 from rwkv.config import LowRanks, RWKVConfig
 from rwkv.init import initialize
 from rwkv.model import RWKV
+from tests import bench_stores
+from tests.bench_memory import SHAPES
 from tests.bench_stores import RoundedFp8, relative, tokens_of, weights_of, whole_models
 
 CONFIG = RWKVConfig(
@@ -65,3 +68,22 @@ def test_cosines_fall_as_the_error_of_the_weights_grows(capsys):
     assert list(cosines.values()) == sorted(cosines.values(), reverse=True)
     assert 0.5 < cosines["fp4"] < cosines["int8"] < 1
     assert float(rows["none, bfloat16"][4]) == 0 and float(rows["nf4"][4]) > 0.08
+
+
+def test_a_quantized_file_gives_the_logits_of_quantizing_at_load(monkeypatch, tmp_path, capsys):
+    """The whole command, which says first what it was told and what it takes for the rest."""
+    monkeypatch.setitem(SHAPES, "small", (1, 64))
+    words = ["load", "--shapes", "small", "--stores", "int8,nf4", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["bench_stores", *words])
+    assert bench_stores.main() == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"python -m tests.bench_stores {' '.join(words)} --seconds 110.0"
+    rows = {line.split()[0]: line.split() for line in lines[-3:]}
+    assert list(rows) == ["none", "int8", "nf4"] and not list(tmp_path.iterdir())
+    assert rows["int8"][-1] == rows["nf4"][-1] == "yes"
+
+
+def test_memory_of_the_host_is_seen():
+    with bench_stores.Peak() as peak:
+        kept = torch.ones(2**24)
+    assert peak.host == pytest.approx(kept.nbytes, rel=0.2) and peak.seconds > 0

@@ -24,7 +24,7 @@ def test_in_the_interpreter():
 @pytest.mark.parametrize("where", ["in place", "in a new tensor", "to nothing"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_product_is_added(T, N, R, transposed, activated, where, dtype):
-    from peft.lora import plus_product
+    from rwkv.ops.low_rank import plus_product
 
     g = torch.Generator().manual_seed(0)
     device = "cuda" if ON_GPU else "cpu"
@@ -45,7 +45,7 @@ def test_a_product_is_added(T, N, R, transposed, activated, where, dtype):
 
 @kernels
 def test_a_stream_that_is_not_contiguous_is_added_to():
-    from peft.lora import plus_product
+    from rwkv.ops.low_rank import plus_product
 
     g = torch.Generator().manual_seed(0)
     wide, low, factor = (torch.randn(shape, generator=g) for shape in ((7, 128), (7, 16), (16, 64)))
@@ -53,6 +53,28 @@ def test_a_stream_that_is_not_contiguous_is_added_to():
     before, low, factor = (x.to(device) for x in (wide[:, ::2], low, factor))
     out = plus_product(before, low, factor)
     torch.testing.assert_close(out, before + low @ factor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="float64, which needs no kernel")
+@pytest.mark.parametrize("used", ["product", "x", "both"])
+@pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
+def test_the_thin_product_and_what_is_read_behind_it_have_their_gradients(used, trains):
+    from rwkv.ops.low_rank import low_rank
+
+    g = torch.Generator().manual_seed(0)
+    x, factor = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((2, 3, 8), (8, 4)))
+    leaves = [x.requires_grad_(), *([factor.requires_grad_()] if trains else [])]
+
+    def parts(low: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+        return {"product": [low], "x": [x], "both": [low, x]}[used]
+
+    def gradients(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        total = sum((out * torch.arange(out.numel()).view_as(out)).sum() for out in outputs)
+        return torch.autograd.grad(total, leaves, materialize_grads=True)
+
+    got, want = parts(*low_rank(x, factor)), parts(x @ factor, x)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gradients(got), gradients(want))
 
 
 BLOCKS = [(1, 32, 8), (13, 192, 64), (9, 1088, 64), (8, 640, 128), (17, 768, 256), (5, 144, 48)]

@@ -199,12 +199,14 @@ def test_a_recomputed_block_keeps_what_is_counted(tmp_path, operator, version, m
 def test_selective_by_hand(tmp_path):
     """RWKV-7: r, k, v, wkv's output and 8 bytes of its own; the key's result; x A^T, rank 8.
 
+    And as many of each of the time mix's four products of low rank.
+
     ZeRO-3 recomputes it all.
     """
     config, plan = config_of(), plan_of(tmp_path)
     step = Step(1, 100, grad_cp="selective")
     att, ffn = (memory.kept_for_second_run(config, plan, step, part) for part in ("att", "ffn"))
-    assert att == 100 * (2 * (4 * C + 4 * 8) + 8 * C)
+    assert att == 100 * (2 * (4 * C + 4 * 8 + 4 * 8) + 8 * C)
     assert ffn == 100 * 2 * (4 * C + 2 * 8)
     vectors = 2 * 2 * 100 * C * 2
     assert memory.between_blocks(config, plan, step) == vectors + 2 * (att + ffn)
@@ -254,7 +256,7 @@ def test_what_leaves_the_device_is_in_host_memory(tmp_path):
     config, plan = config_of(), plan_of(tmp_path)
     found = predict(config, plan, Step(1, 3000, host_blocks=True))
     assert found.host == {"between blocks": 4 << 20}
-    low = 2 * 2 * 3000 * 8 * 2  # of 2 layers in 2 blocks, rank 8
+    low = 2 * (6 + 4) * 3000 * 8 * 2  # of 6 layers and 4 products in 2 blocks, rank 8
     assert found.moments["head"]["between blocks"] == 3 * 3000 * C * 2 + low
     assert "gradients" in found.moments["backward pass"]
 

@@ -21,7 +21,7 @@ from rwkv.config import LowRanks, RWKVConfig, default_ranks
 from rwkv.keeper import Keeper, Kept, keeping
 from rwkv.linear import Linear
 from rwkv.offload import HostPlace
-from rwkv.ops import wkv6_torch, wkv7_torch
+from rwkv.ops import low_rank, wkv6_torch, wkv7_torch
 from rwkv.ops.kept import register_gradient
 from rwkv.recompute import recomputed
 from rwkv.state import LayerState
@@ -265,17 +265,23 @@ def test_selective_runs_wkv_once_each_way(version, grad_cp, runs, monkeypatch):
     assert len(looks) == runs * model.config.n_layer
 
 
-@pytest.mark.parametrize(("grad_cp", "products"), [(True, 2 * 6 - 2), ("selective", 6)])
-def test_products_of_low_rank_run_again_only_for_what_is_computed(grad_cp, products, monkeypatch):
-    """x A^T of a layer whose result is left out is kept: it is small, and x is wide."""
-    runs, real = [], lora._product
-    monkeypatch.setattr(lora, "_product", lambda a, b, factor: runs.append(1) or real(a, b, factor))
-    model = adapted_model(7, "lora")
+@pytest.mark.parametrize("grad_cp", [False, True, "selective"])
+@pytest.mark.parametrize(("version", "products"), [(6, 2 * (2 + 8)), (7, 3 + 4 + 2 * 6)])
+def test_products_of_low_rank_run_once(version, products, grad_cp, monkeypatch):
+    """LoRA's x A^T and the time mix's own are kept: they are small, and x is wide."""
+    runs = []
+    for module in (lora, low_rank):
+        monkeypatch.setattr(
+            module,
+            "kept_result",
+            lambda compute, kept, real=module.kept_result: real(
+                lambda: runs.append(1) or compute(), kept
+            ),
+        )
+    model = adapted_model(version, "lora")
     model.grad_cp = grad_cp
-    hidden, _ = model(torch.arange(14).view(2, 7))
-    hidden.square().sum().backward()
-    backward = 6  # that of x A^T, of each layer
-    assert len(runs) == (products + backward) * model.config.n_layer
+    run_backward(model)
+    assert len(runs) == products
 
 
 def test_what_is_kept_is_freed_as_it_is_taken(monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import peft.apply
+import peft.store
 from peft.apply import install, load_with_profile
 from peft.flags import QUANT_MODES, PeftFlags
 from peft.plan import Plan
@@ -18,8 +19,9 @@ from peft.quantize import main
 from peft.quantized import read_store
 from peft.store import Store
 from peft.store_bnb import _table
-from peft.store_fp8 import LARGEST, TINY, native_gradient, native_product, to_e4m3
+from peft.store_fp8 import native_gradient, native_product
 from peft.store_fpx import BLOCK, FORMATS, SCALES, PackedFloatStore
+from peft.store_rows import CODES, LARGEST, TINY, rounded_rows
 from peft.stores import STORES, make_store, store_class, stored_size
 from rwkv.checkpoint import config_of, fingerprint, load_model, read_tensors, write_tensors
 from rwkv.config import LowRanks, RWKVConfig
@@ -253,34 +255,64 @@ def test_the_kernel_unpacks_what_torch_unpacks(kind, dtype, shape):
     torch.testing.assert_close(got.cpu().view(shape), want, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("shape", [(7, 37), (16, 256), (3, 4100)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", CODES)
+def test_the_kernel_multiplies_codes_with_their_scales(kind, dtype, shape):
+    """Bit for bit; every code is there, from the smallest to the largest of both signs."""
+    device = kernel_device()
+    from peft import rows_triton
+
+    codes = torch.arange(shape[0] * shape[1]).to(torch.uint8).view(shape)
+    if kind == "fp8":
+        codes[codes & 127 == 127] = 0  # what is no number
+    codes = codes.view(CODES[kind])
+    scale = torch.logspace(-4, -2, shape[0]).unsqueeze(1)
+    keys = {"shape": shape, "dtype": dtype}
+    store = store_class(kind).restored(kind, {"codes": codes, "scale": scale}, **keys)
+    want = store.dense(dtype)
+    got = rows_triton.unpack(codes.to(device), scale.to(device), dtype).cpu()
+    atol = 2**-7 * want.abs().max().item() if (device, dtype) == ("cpu", torch.bfloat16) else 0
+    torch.testing.assert_close(got, want, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("block", [64, 16], ids=["whole row", "row in blocks"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "with factors"])
-def test_the_kernel_rounds_rows_as_torch_does(scaled, block):
-    """In the interpreter without the rounding itself, which it does in a way of its own."""
+@pytest.mark.parametrize("kind", CODES)
+def test_the_kernel_rounds_rows_as_torch_does(kind, scaled, block):
+    """In the interpreter without the rounding to e4m3, which it does in a way of its own."""
     device = kernel_device()
-    from peft import fp8_triton
+    from peft import rows_triton
 
     draw = torch.Generator().manual_seed(2)
     x = torch.randn(5, 37, generator=draw) * torch.logspace(-3, 3, 5).unsqueeze(1)
     x[3] = 0
+    x[4] = torch.arange(37) - 18.5  # int8's codes and what lies midway between two of them
+    x[4, 0] = 127
     factor = torch.rand(1, 37, generator=draw) + 0.5 if scaled else None
-    dtype = torch.float8_e4m3fn if device == "cuda" else torch.float32
-    codes, scale = fp8_triton.round_rows(
+    dtype = torch.float32 if (device, kind) == ("cpu", "fp8") else CODES[kind]
+    codes, scale = rows_triton.round_rows(
         x.to(device), None if factor is None else factor.to(device),
-        largest=LARGEST, tiny=TINY, dtype=dtype, block=block,
+        largest=LARGEST[kind], tiny=TINY, dtype=dtype, block=block,
     )  # fmt: skip
-    want, want_scale = to_e4m3(x, factor)
+    want, want_scale = rounded_rows(kind, x, factor)
     assert torch.equal(scale.cpu(), want_scale)
-    assert torch.equal(codes.cpu().to(torch.float8_e4m3fn).float(), want.float())
+    assert torch.equal(codes.cpu().to(CODES[kind]).float(), want.float())
+
+
+def test_codes_between_two_whole_numbers_go_to_the_even_one():
+    """The row's largest is 127, so that a value is its code before it is rounded."""
+    codes, scale = rounded_rows("int8", torch.tensor([[127.0, 0.5, 1.5, -2.5, -126.6, 3.4]]))
+    assert codes.tolist() == [[127, 0, 2, -2, -127, 3]] and scale.item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("shape", [(5, 37), (70, 130)], ids=str)
 def test_the_kernel_transposes(shape):
     device = kernel_device()
-    from peft import fp8_triton
+    from peft import rows_triton
 
     codes = torch.randint(256, shape, generator=torch.Generator().manual_seed(3)).to(torch.uint8)
-    got = fp8_triton.transpose(codes.to(device).view(torch.float8_e4m3fn))
+    got = rows_triton.transpose(codes.to(device).view(torch.float8_e4m3fn))
     assert got.is_contiguous() and torch.equal(got.view(torch.uint8).cpu(), codes.T)
 
 
@@ -335,6 +367,30 @@ def test_missing_bitsandbytes_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(RuntimeError, match="need bitsandbytes .*pip install bitsandbytes, or cho"):
         make_store("nf4", weight())
+
+
+class OnGpu(torch.Tensor):
+    """A tensor in the CPU's memory that says it lies on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "fp6", "fp6_e2m3", "fp5"])
+def test_missing_triton_is_said_once_on_a_gpu(kind, monkeypatch, capsys):
+    for module in ("triton", "peft.rows_triton", "peft.fpx_triton"):
+        monkeypatch.setitem(sys.modules, module, None)
+    peft.store._imported.cache_clear()
+    store = make_store(kind, weight())
+    want = store.dense(torch.bfloat16)
+    assert capsys.readouterr().err == ""  # plain torch is a CPU's way
+    for name, part in store.tensors().items():
+        setattr(store, name, part.as_subclass(OnGpu))
+    for _ in range(2):
+        assert torch.equal(store.dense(torch.bfloat16).as_subclass(torch.Tensor), want)
+    said = capsys.readouterr().err.splitlines()
+    peft.store._imported.cache_clear()
+    assert len(said) == 1 and said[0].startswith(f"{kind}: runs slower without its Triton kernels")
+    assert said[0].endswith("; pip install triton")
 
 
 @pytest.fixture(scope="module")

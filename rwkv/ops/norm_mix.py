@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv.ops import fused
+from rwkv.ops.low_rank import low_rank
 from rwkv.token_shift import last_token, token_shift
 
 WIDEST = 8192  # channels: what a program still holds in registers
@@ -94,5 +95,5 @@ def norm_shift_mix_by_data(
 
 def _deltas(inner: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """[B, T, C] -> [M, B T, C]."""
-    mixed = torch.tanh(inner @ low).flatten(0, 1).unflatten(-1, (high.shape[0], -1))
+    mixed = torch.tanh(low_rank(inner, low)[0]).flatten(0, 1).unflatten(-1, (high.shape[0], -1))
     return torch.bmm(mixed.transpose(0, 1), high)

@@ -6,9 +6,9 @@ chunks at once. Backward: the first two kernels carry the gradient of the state 
 `gradient_kernel` makes all input gradients, all chunks at once. No atomics: results are the same
 in every run. Right for any finite w.
 
-Kept for backward beside the inputs where that takes at most 8 bytes per token and channel: the
-states before the chunks, 2 bytes at N = 64 and 4 at N = 128 in bfloat16. In float32 they would be
-more, so nothing is kept and backward makes them again. Without gradients nothing is kept.
+Kept for backward beside the inputs at N = 64 in bfloat16: the states before the chunks, 4 bytes
+per token and channel. At N = 128 and in float32 they would be 8 and more, so nothing is kept and
+backward makes them again. Without gradients nothing is kept.
 """
 
 from functools import cache
@@ -40,7 +40,7 @@ BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 # right. With one stage two programs fit on a multiprocessor.
 LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
     (BFLOAT16, 64): {
-        "C": 64,
+        "C": 32,
         "V": 16,
         "drive": {"num_warps": 4},
         "scan": {"num_warps": 1, "STAGES": 4},
@@ -48,27 +48,27 @@ LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
         "gradient": {"num_warps": 4, "K": 64},
     },
     (BFLOAT16, 128): {
-        "C": 64,
+        "C": 32,
         "V": 16,
-        "drive": {"num_warps": 8},
+        "drive": {"num_warps": 4},
         "scan": {"num_warps": 2, "STAGES": 4},
         "output": {"num_warps": 4, "K": 32},
         "gradient": {"num_warps": 4, "K": 64, "num_stages": 1},
     },
     (FLOAT32, 64): {
-        "C": 32,
+        "C": 16,
         "V": 16,
         "drive": {"num_warps": 4},
         "scan": {"num_warps": 1, "STAGES": 4},
-        "output": {"num_warps": 4, "K": 32},
+        "output": {"num_warps": 4, "K": 64},
         "gradient": {"num_warps": 8, "K": 64},
     },
     (FLOAT32, 128): {
-        "C": 32,
+        "C": 16,
         "V": 16,
-        "drive": {"num_warps": 8},
+        "drive": {"num_warps": 4},
         "scan": {"num_warps": 2, "STAGES": 4},
-        "output": {"num_warps": 8, "K": 64},
+        "output": {"num_warps": 4, "K": 64},
         "gradient": {"num_warps": 8, "K": 64},
     },
 }
@@ -95,7 +95,12 @@ def run(
     inputs = [x.contiguous() for x in (r, w, k, v, u, state)]
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(r.device, non_blocking=True)
-    keep = r.dtype == BFLOAT16 and torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    keep = (
+        r.dtype == BFLOAT16
+        and r.shape[-1] <= 64
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in inputs)
+    )
     y, final, *_ = _forward(*inputs, cu_seqlens, keep)
     return y, final
 

@@ -6,9 +6,9 @@ parallel, and makes the outputs. Backward: `reverse_scan_kernel` runs the gradie
 back through the same maps; `gradient_kernel` makes all input gradients, all chunks at once.
 No atomics: results are the same in every run.
 
-Kept for backward beside the inputs at N = 64 in bfloat16, in bytes per token and channel: states 2,
-maps 2, readout 2, inverse 2. In float32 or at N = 128 these would be up to 24, so nothing is kept
-and backward runs the forward kernels again. Without gradients nothing is kept.
+Nothing is kept for backward beside the inputs: states, maps, readouts and inverses would be 11
+bytes per token and channel and more, and running the forward kernels again takes less time than
+chunks long enough to keep less.
 
 Requires w <= -0.5, as RWKV-7 guarantees. Up to w = 0.9 the result is still right (the factors of
 half a chunk stay within float32); beyond that it is not defined.
@@ -39,7 +39,7 @@ ALL_REGISTERS = {"maxnreg": 255} if triton_chunks.NVIDIA.value else {}  # others
 # program of a scan owns.
 LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
     (BFLOAT16, 64): {
-        "C": 64,
+        "C": 32,
         "prepare": {"num_warps": 4},
         "scan": {"V": 16, "num_warps": 1, "STAGES": 2},
         "reverse": {"V": 16, "num_warps": 1, "STAGES": 2},
@@ -47,21 +47,21 @@ LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
     },
     (BFLOAT16, 128): {
         "C": 32,
-        "prepare": {"num_warps": 8},
-        "scan": {"V": 16, "num_warps": 4, "STAGES": 2},
-        "reverse": {"V": 16, "num_warps": 4, "STAGES": 2},
+        "prepare": {"num_warps": 4},
+        "scan": {"V": 32, "num_warps": 4, "STAGES": 2},
+        "reverse": {"V": 32, "num_warps": 4, "STAGES": 2},
         "gradient": {"num_warps": 8},
     },
     (FLOAT32, 64): {
-        "C": 32,
-        "prepare": {"num_warps": 8},
+        "C": 16,
+        "prepare": {"num_warps": 4},
         "scan": {"V": 16, "num_warps": 4, "STAGES": 2},
         "reverse": {"V": 16, "num_warps": 4, "STAGES": 2},
         "gradient": {"num_warps": 8, **ALL_REGISTERS},
     },
     (FLOAT32, 128): {
-        "C": 32,
-        "prepare": {"num_warps": 8},
+        "C": 16,
+        "prepare": {"num_warps": 4},
         "scan": {"V": 16, "num_warps": 4, "STAGES": 2},
         "reverse": {"V": 16, "num_warps": 4, "STAGES": 2},
         "gradient": {"num_warps": 8, **ALL_REGISTERS},
@@ -103,13 +103,7 @@ def run(
     inputs = [x.contiguous() for x in (r, w, k, v, a, b, state)]
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(r.device, non_blocking=True)
-    keep = (
-        r.dtype == BFLOAT16
-        and r.shape[-1] <= _launch(r)["C"]
-        and torch.is_grad_enabled()
-        and any(x.requires_grad for x in inputs)
-    )
-    y, final, *_ = _forward(*inputs, cu_seqlens, keep)
+    y, final, *_ = _forward(*inputs, cu_seqlens, False)
     return y, final
 
 

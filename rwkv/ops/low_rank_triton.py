@@ -15,7 +15,7 @@ from rwkv.ops.triton_chunks import INTERPRETED, narrow, product
 LAUNCH = {
     (2, 16): {"ROWS": 128, "COLUMNS": 128, "num_warps": 8},
     (2, 32): {"ROWS": 128, "COLUMNS": 128, "num_warps": 8},
-    (2, 64): {"ROWS": 128, "COLUMNS": 128, "num_warps": 8},
+    (2, 64): {"ROWS": 64, "COLUMNS": 128, "num_warps": 4},
     (2, 128): {"ROWS": 128, "COLUMNS": 128, "num_warps": 8},
     (2, 256): {"ROWS": 64, "COLUMNS": 64, "num_warps": 4},
     (4, 16): {"ROWS": 64, "COLUMNS": 64, "num_warps": 4},

@@ -1,6 +1,7 @@
-"""Rounding rows to 8-bit floats and transposing codes, one Triton kernel each.
+"""Rounding rows to 8-bit codes, transposing codes and unpacking them, one Triton kernel each.
 
-Both only move memory: a row of activations is read once and written in half its bytes.
+All only move memory: a row of activations is read once and written in half its bytes, a weight is
+read in half the bytes that are written.
 """
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 
 BLOCK = 16384  # most values of a row that a program holds at once
 TILE = 64  # side of a transposed tile, in bytes
+CHUNK = 4096  # most weights of a row that a program unpacks
+# Added and taken away again, it leaves of a float32 below 2^22 the nearest whole number, of two
+# equally near ones the even one: at 1.5 * 2^23 the last bit is a one.
+WHOLE_NUMBER = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -24,6 +29,8 @@ def _values(x, factor, at, K, SCALED: tl.constexpr):
 @triton.jit
 def _store_rounded(codes, value, inverse, at, K, LARGEST: tl.constexpr):
     inside = tl.minimum(tl.maximum(value * inverse, -LARGEST), LARGEST)
+    if codes.dtype.element_ty == tl.int8:
+        inside = (inside + WHOLE_NUMBER) - WHOLE_NUMBER
     tl.store(codes + at, inside.to(codes.dtype.element_ty), mask=at < K)
 
 
@@ -74,13 +81,33 @@ def _transpose(codes, out, M, N, TILE: tl.constexpr):
     tl.store(out + n[:, None] * M + m[None, :], tl.trans(tile), mask=tl.trans(inside))
 
 
+@triton.jit
+def _unpack(codes, scale, out, K, FLOATS: tl.constexpr, CHUNK: tl.constexpr):
+    """CHUNK weights of one row of codes [M, K], bytes: e4m3 if FLOATS, else whole numbers.
+
+    An e4m3 code moved into a float16's place is its value over 2^(15 - 7). So it is read on GPUs
+    that have no 8-bit floats.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    code = tl.load(codes + row * K + at, mask=at < K, other=0)
+    if FLOATS:
+        wide = code.to(tl.int16)
+        half = ((wide >> 7) << 15) | ((wide & 127) << 7)
+        value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    else:
+        value = code.to(tl.float32)
+    value *= tl.load(scale + row)
+    tl.store(out + row * K + at, value.to(out.dtype.element_ty), mask=at < K)
+
+
 def round_rows(
     x: Tensor,
     factor: Tensor | None,
     *,
     largest: float,
     tiny: float,
-    dtype: torch.dtype = torch.float8_e4m3fn,
+    dtype: torch.dtype,
     block: int = BLOCK,
 ) -> tuple[Tensor, Tensor]:
     """Codes of the rows of x and the scale of each.
@@ -90,7 +117,7 @@ def round_rows(
         factor: of each column, float32, K values in a row of memory; None for ones.
         largest: value of the largest code.
         tiny: least largest value of a row.
-        dtype: of the codes; float32 leaves the rounding out.
+        dtype: of the codes, int8 or e4m3; float32 leaves the rounding out.
         block: most values of a row to hold at once, a power of two.
 
     Returns:
@@ -117,4 +144,17 @@ def transpose(codes: Tensor) -> Tensor:
     grid = (triton.cdiv(M, TILE), triton.cdiv(N, TILE))
     with torch.cuda.device_of(codes):
         _transpose[grid](codes.view(torch.uint8), out.view(torch.uint8), M, N, TILE=TILE)
+    return out
+
+
+def unpack(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes [M, K], int8 or e4m3, times each row's scale, [M, 1] float32: [M, K] in `dtype`."""
+    M, K = codes.shape
+    out = torch.empty(M, K, dtype=dtype, device=codes.device)
+    chunk = min(triton.next_power_of_2(K), CHUNK)
+    floats = codes.dtype == torch.float8_e4m3fn
+    with torch.cuda.device_of(codes):
+        _unpack[(M, triton.cdiv(K, chunk))](
+            codes.view(torch.uint8) if floats else codes, scale, out, K, FLOATS=floats, CHUNK=chunk
+        )
     return out
