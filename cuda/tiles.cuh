@@ -409,10 +409,11 @@ __device__ __forceinline__ void multiply_to_triangle(Operand& out, Left& left, u
 
 // ---- powers of two ----
 
-// log2 of the power of two at or below |x|, from -100 to 100.
+// log2 of the power of two at or below |x|, from -60 to 100: as power_below of
+// rwkv/ops/triton_chunks.py.
 __device__ __forceinline__ float exponent_below(float x) {
     const int exponent = static_cast<int>((__float_as_uint(x) >> 23) & 0xff) - 127;
-    return static_cast<float>(min(max(exponent, -100), 100));
+    return static_cast<float>(min(max(exponent, -60), 100));
 }
 
 // 2 to a whole number; 0 below -126, at most 2^127.

@@ -637,7 +637,8 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
         if (STEEP) facts[8] = er, facts[9] = ek, facts[10] = eu, facts[11] = ez;
     }
     {
-        const float k_scale = power_of(-ek), v_scale = power_of(-ev), y_scale = power_of(-ey);
+        const float r_scale = power_of(-er), k_scale = power_of(-ek);
+        const float v_scale = power_of(-ev), y_scale = power_of(-ey);
         float flow[2] = {0.0f, 0.0f}, bonus[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -667,9 +668,12 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
                         pack_f16(key.x * k_scale * exp2_approx(l.rest[0] - L0 + at_end),
                                  key.y * k_scale * exp2_approx(l.rest[1] - L1 + at_end));
                 } else {
-                    *pair_at(r_in, t, j, own) = pack_bf16(reader.x * exp2_approx(L0 - step[j][e] - er),
-                                                          reader.y * exp2_approx(L1 - step[j][e + 1] - er));
-                    const float in0 = key.x * exp2_approx(-L0 - ek), in1 = key.y * exp2_approx(-L1 - ek);
+                    // Scales first: a factor of both may be infinite
+                    *pair_at(r_in, t, j, own) =
+                        pack_bf16(reader.x * r_scale * exp2_approx(L0 - step[j][e]),
+                                  reader.y * r_scale * exp2_approx(L1 - step[j][e + 1]));
+                    const float in0 = key.x * k_scale * exp2_approx(-L0);
+                    const float in1 = key.y * k_scale * exp2_approx(-L1);
                     *pair_at(k_in, t, j, own) = pack_bf16(in0, in1);
                     *pair_at(k_end, t, j, own) = pack_f16(in0 * out[0], in1 * out[1]);
                 }
@@ -854,8 +858,8 @@ __device__ __forceinline__ void make_gradients(unsigned char* memory, const Grad
                 dL[j][e + 1] = by.y * x[j][e + 1] * weight;
                 float2 L = seen[below][(below ? 64 : apart) * j];
                 if (below == 0) L.x *= sign, L.y *= sign;
-                x[j][e] *= exp2_approx(second ? -L.x : L.x) * grow;
-                x[j][e + 1] *= exp2_approx(second ? -L.y : L.y) * grow;
+                x[j][e] = x[j][e] * exp2_approx(second ? -L.x : L.x) * grow;
+                x[j][e + 1] = x[j][e + 1] * exp2_approx(second ? -L.y : L.y) * grow;
             }
     }
 

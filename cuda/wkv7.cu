@@ -619,7 +619,7 @@ __device__ __forceinline__ uint32_t pack_log(float x, float y) {
     return __byte_perm(low, high, 0x5410);
 }
 
-// What was packed times `unit`, plus a whole number.
+// What was packed times `unit`, plus a number of halves.
 __device__ __forceinline__ float2 unpack_log(uint32_t bits, float unit, float plus) {
     const uint32_t whole = __float_as_uint(WHOLE);
     const float offset = plus - WHOLE * unit;
@@ -650,7 +650,8 @@ __device__ __forceinline__ void rescale_rows(unsigned char* tile, const float* e
 // their own, u and S of 2^eu, their gradients and dS of 2^ez, so that all sums below have one unit,
 // 2^(eu + ez). The gradient of a tile with a decay in it, times that tile, is its share of the
 // gradient of L; there the factor is the rounded operand of the products, so that what must cancel
-// cancels.
+// cancels. A gradient's unit comes as two factors: where r or k are 0 in all of a chunk, one alone is
+// infinite.
 extern "C" __global__ void __launch_bounds__(256, LARGE_BLOCKS)
     wkv7_gradient(const uint16_t* r, const uint16_t* w, const uint16_t* k, const uint16_t* v,
                   const uint16_t* a, const uint16_t* b, const uint16_t* grad_y,
@@ -873,18 +874,18 @@ extern "C" __global__ void __launch_bounds__(256, LARGE_BLOCKS)
                 seen[0] -= 4, seen[1] -= 4;
             }
         }
-        const float grow = facts[5] - (second ? facts[2] : 0.0f);
+        const float half = 0.5f * (facts[5] - (second ? facts[2] : 0.0f)), rest = exp2_approx(half);
 #pragma unroll
         for (int j = 0; j < 8; ++j)
 #pragma unroll
             for (int below = 0; below < 2; ++below) {
                 const int e = 2 * below;
                 const float2 factor = unpack_bf16(*pair_at(reader, row + 8 * below, j, me));
-                const float2 log = unpack_log(seen[below][64 * j], log_unit, grow);
+                const float2 log = unpack_log(seen[below][64 * j], log_unit, half);
                 dL[j][e] = factor.x * x[j][e];
                 dL[j][e + 1] = factor.y * x[j][e + 1];
-                x[j][e] *= exp2_approx(log.x);
-                x[j][e + 1] *= exp2_approx(log.y);
+                x[j][e] = x[j][e] * exp2_approx(log.x) * rest;
+                x[j][e + 1] = x[j][e + 1] * exp2_approx(log.y) * rest;
             }
         store_by_halves<BF16, 8>((second ? dr : da) + place->first, stride, stage, x, row, place->left, me);
     }
@@ -943,18 +944,18 @@ extern "C" __global__ void __launch_bounds__(256, LARGE_BLOCKS)
         add_product<BF16>(x, part, r_in, me);
         multiply_to_triangle<F16, BF16>(part, left, dz, true, false, share, me);
         add_product<BF16>(x, part, a_in, me);
-        const float grow = facts[5] - (second ? 0.0f : facts[3]);
+        const float half = 0.5f * (facts[5] - (second ? 0.0f : facts[3])), rest = exp2_approx(half);
 #pragma unroll
         for (int j = 0; j < 8; ++j)
 #pragma unroll
             for (int below = 0; below < 2; ++below) {
                 const int e = 2 * below;
                 const float2 factor = unpack_bf16(*pair_at(writer, row + 8 * below, j, me));
-                const float2 log = unpack_log(*log_at(logs, j, below, me), -log_unit, grow);
+                const float2 log = unpack_log(*log_at(logs, j, below, me), -log_unit, half);
                 dL[j][e] = fmaf(-factor.x, x[j][e], dL[j][e]);
                 dL[j][e + 1] = fmaf(-factor.y, x[j][e + 1], dL[j][e + 1]);
-                x[j][e] *= exp2_approx(log.x);
-                x[j][e + 1] *= exp2_approx(log.y);
+                x[j][e] = x[j][e] * exp2_approx(log.x) * rest;
+                x[j][e + 1] = x[j][e + 1] * exp2_approx(log.y) * rest;
             }
         store_by_halves<BF16, 8>((second ? db : dk) + place->first, stride, stage, x, row, place->left, me);
     }

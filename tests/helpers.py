@@ -4,7 +4,7 @@ names what differs."""
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -62,19 +62,22 @@ def with_gradients(
     op: Callable[..., tuple[Tensor, Tensor]],
     inputs: dict[str, Tensor],
     state: Tensor,
+    flows: Sequence[Tensor] | None = None,
     **options,
 ) -> dict[str, Tensor]:
     """y and the last state of an operator, and the gradients (`d_NAME`) of all it was given.
 
-    What flows back into y and the last state is random, and the same for equal shapes.
+    `flows` are what flows back into y and the last state; None for random ones, the same for equal
+    shapes.
     """
     leaves = {
         name: x.detach().clone().requires_grad_() for name, x in (inputs | {"state": state}).items()
     }
     outputs = op(**leaves, **options)
-    g = torch.Generator().manual_seed(2)
-    flows = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x) for x in outputs]
-    torch.autograd.backward(outputs, flows)
+    if flows is None:
+        g = torch.Generator().manual_seed(2)
+        flows = [torch.randn(x.shape, generator=g, dtype=torch.float64) for x in outputs]
+    torch.autograd.backward(outputs, [g.to(x) for g, x in zip(flows, outputs, strict=True)])
     gradients = {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
     return {"y": outputs[0].detach(), "last state": outputs[1].detach()} | gradients
 

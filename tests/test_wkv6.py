@@ -15,8 +15,10 @@ from rwkv.ops import chunk_layout
 from rwkv.ops.wkv6 import BACKENDS, wkv6
 
 # Largest relative error against the reference. float32: the chunked form was measured at 1e-6 or
-# less. bfloat16: rounding the results alone gives 1.7e-3, tensor-core kernels up to 7.8e-3.
-ALLOWED = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
+# less. bfloat16: rounding the results alone gives 1.7e-3, our kernels up to 4.6e-3. fla's, which
+# are not ours, up to 7.8e-3.
+ALLOWED = {torch.float32: 5e-6, torch.bfloat16: 5e-3}
+ALLOWED_FLA = 8e-3
 OURS = [name for name in BACKENDS if name not in ("fla", "torch", "reference")]  # kernels
 anywhere = pytest.mark.parametrize("backend", ["torch", "reference"])
 
@@ -34,7 +36,8 @@ def check(inputs, state, backend, **options):
     """The backend's results and gradients are those of the reference in float64."""
     want = with_gradients(wkv6, double(inputs), state.double(), backend="reference", **options)
     got = with_gradients(wkv6, inputs, state, backend=backend, **options)
-    assert_all_close(got, want, ALLOWED[inputs["v"].dtype])
+    allowed = ALLOWED_FLA if backend == "fla" else ALLOWED[inputs["v"].dtype]
+    assert_all_close(got, want, allowed)
 
 
 def test_one_step_by_hand():

@@ -151,10 +151,14 @@ def narrow_where(mask, x, dtype: tl.constexpr):
 
 @triton.jit
 def power_below(x):
-    """The power of two at or below the largest |x| of a tile, float32, from 2^-100 to 2^100."""
+    """The power of two at or below the largest |x| of a tile, float32, from 2^-60 to 2^100.
+
+    At 2^-60 a tile of zeros still has room: a product of two powers is no subnormal number, and an
+    inverse times the 2^28 of half a chunk's decays is finite.
+    """
     largest = tl.max(tl.max(tl.abs(x.to(tl.float32)), axis=1), axis=0)
     bits = largest.to(tl.int32, bitcast=True) & 0x7F800000
-    return tl.minimum(tl.maximum(bits, 27 << 23), 227 << 23).to(tl.float32, bitcast=True)
+    return tl.minimum(tl.maximum(bits, 67 << 23), 227 << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -328,10 +328,12 @@ def output_kernel(
         out = add_product(out, narrow(r_out * shrink, FINE), S)
     row = tl.load(state_powers + unit * (N // V) + n // V)
     v_out = _load(v + tile, rows)
-    values = narrow(v_out * (1.0 / v_power), FINE)
-    out *= (row / (k_power * v_power))[None, :]
-    out = add_product(out, narrow(A, FINE), values) * v_power + bonus[:, None] * v_out
-    tl.store(y + tile, narrow(out * (r_power * k_power), WIDE), mask=rows)
+    # The unit is the tokens' but where what they write is nothing beside the state.
+    power = tl.maximum(k_power * v_power, tl.max(row, axis=0) * 2.0**-60)
+    values = narrow(v_out * (k_power / power), FINE)
+    out = add_product(out * (row / power)[None, :], narrow(A, FINE), values) * (r_power * power)
+    out += (bonus * (r_power * k_power))[:, None] * v_out
+    tl.store(y + tile, narrow(out, WIDE), mask=rows)
 
 
 @triton.jit

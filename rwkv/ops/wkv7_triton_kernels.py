@@ -358,7 +358,8 @@ def gradient_kernel(
     Tiles are divided by powers of two: r, k, v and dy by their own, u and S by one, its gradient
     and dS' by another, so that all products below come out in one unit, u_power * z_power. The
     gradient of a tile, times the tile, is its share of the gradient of L; there the factor is the
-    same rounded operand that made the products, so that what must cancel cancels.
+    same rounded operand that made the products, so that what must cancel cancels. Units of dr and
+    dk come as two factors: where r or k are 0 in all of a chunk, one alone is infinite.
     """
     slot = tl.program_id(0) // H
     h = tl.program_id(0) % H
@@ -441,8 +442,8 @@ def gradient_kernel(
     dA_rb = narrow_where(lower, product(dy, tl.trans(u)) * z_share, WIDE)
     grad = product(dy, S) * (scale_in * z_share)
     grad = add_product(add_product(grad, dA_rk, k_in), dA_rb, b_in)
-    out = tl.exp2(L + (log2_unit - exponent_of(r_power)))
-    tl.store(dr + first + tile, narrow(grad * out, WIDE), mask=rows)
+    half = (log2_unit - exponent_of(r_power)) * 0.5
+    tl.store(dr + first + tile, narrow(grad * tl.exp2(L + half) * tl.exp2(half), WIDE), mask=rows)
     shrink = tl.exp2(L - exponent_of(r_power))
     r_in = narrow(_load_again(r + first + tile, rows) * shrink, WIDE)
     dL = dL_before + widen(r_in) * grad
@@ -451,8 +452,8 @@ def gradient_kernel(
     factor = widen(k_in)
     dL_end = factor * grad
     grad = add_product(add_product(grad, tl.trans(dA_rk), r_in), tl.trans(dA_ak), a_in)
-    out = tl.exp2((log2_unit - exponent_of(k_power)) - L)
-    tl.store(dk + first + tile, narrow(grad * out, WIDE), mask=rows)
+    half = (log2_unit - exponent_of(k_power)) * 0.5
+    tl.store(dk + first + tile, narrow(grad * tl.exp2(half - L) * tl.exp2(half), WIDE), mask=rows)
     dL -= factor * grad
 
     grad = product(u, dS) * scale_out
