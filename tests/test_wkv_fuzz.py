@@ -138,6 +138,21 @@ def without_signs(call: Call) -> Call:
     )
 
 
+def largest_results(op: str, call: Call) -> dict[str, Tensor]:
+    """What no result's terms can add up to more than.
+
+    The gradient of a decay of wkv7 is what is left of the shares of all tokens in that of their sum
+    L, x dx, after those cancel that the decay has no part in.
+    """
+    bound = without_signs(call)
+    most = in_float64(op, bound)
+    if op == "wkv7":
+        shares = sum(bound.inputs[name] * most[f"d_{name}"] for name in "rkab")
+        rate = torch.exp(bound.inputs["w"])
+        most["d_w"] = most["d_w"].abs() + rate * shares.sum(1, keepdim=True)
+    return most
+
+
 def check_finite(op: str, backend: str, seeds: Sequence[int], N: int, dtype, device: str) -> None:
     for seed in seeds:
         got = run(op, backend, draw_call(op, seed, WILD, N, dtype, device))
@@ -149,8 +164,8 @@ def check_close(op: str, backend: str, seeds: Sequence[int], N: int, dtype, devi
     """Errors are small beside the largest that the terms of a result could add up to."""
     for seed in seeds:
         call = draw_call(op, seed, SANE, N, dtype, device)
-        got, want, bound = run(op, backend, call), in_float64(op, call), without_signs(call)
-        for name, most in in_float64(op, bound).items():
+        got, want = run(op, backend, call), in_float64(op, call)
+        for name, most in largest_results(op, call).items():
             error = (got[name].double() - want[name]).square().mean().sqrt().item()
             allowed = ALLOWED[dtype] * most.square().mean().sqrt().item()
             assert error <= allowed, f"seed {seed}: {name} is off by {error:.2e} of {allowed:.2e}"
