@@ -247,6 +247,20 @@ def test_wkv7_says_why_not(dtype, reason):
     assert reason in wkv7_triton.why_not(torch.empty(1, 1, 1, 64, dtype=dtype), False)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="needs neither a GPU nor the interpreter")
+def test_wkv7_leaves_to_torch_what_torch_does_faster():
+    pytest.importorskip("triton")
+    from rwkv.ops import wkv7_triton
+
+    slow = [
+        (dtype, N)
+        for dtype in (BFLOAT16, FLOAT32)
+        for N in (64, 128)
+        if wkv7_triton.why_slow(torch.empty(1, 1, 1, N, dtype=dtype), False)
+    ]
+    assert slow == [(FLOAT32, 128)]
+
+
 # RWKV-6 does not bound its decays. 0.5 and 1.5 cut chunks into smaller leaves.
 DECAYS6 = {
     "usual": lambda w: w,
