@@ -131,7 +131,8 @@ class _Activated(torch.autograd.Function):
 def _low(x: Tensor, A: Tensor, layer: LoraLinear) -> Tensor:
     """scale x A^T, [n, rank]. It is small, and keeping it spares another reading of x."""
     rows = x.reshape(-1, x.shape[-1])
-    return kept_result(lambda: _product(rows, A.to(x.dtype).T, layer.scale), Kept.SMALL)
+    kept = Kept.LAST if layer.closes else Kept.SMALL
+    return kept_result(lambda: _product(rows, A.to(x.dtype).T, layer.scale), kept)
 
 
 def _low_rank_output(

@@ -341,9 +341,11 @@ def kept_of_halves(
     config: RWKVConfig, plan: Plan, step: Step, parts: tuple[str, ...], blocks: int
 ) -> int:
     """What these halves of some blocks keep for their second run, within the limit."""
+    selective = step.grad_cp == "selective"
+    least = replace(step, grad_cp=True, host_blocks=False) if selective else step
     small, most = (
         blocks * sum(kept_for_second_run(config, plan, one, part) for part in parts)
-        for one in (replace(step, grad_cp=True), step)
+        for one in (least, step)
     )
     return small + min(most - small, step.kept_limit or most)
 
@@ -351,24 +353,25 @@ def kept_of_halves(
 def kept_for_second_run(config: RWKVConfig, plan: Plan, step: Step, part: str) -> int:
     """Bytes of results that a recomputed half keeps, of the block that keeps most.
 
-    x A^T of LoRA and of the time mix's own low-rank products; selective: the outputs of all layers
-    but the one that closes the half, and of wkv its output and what its backward pass reads.
-    Nothing under ZeRO-3.
+    x A^T of LoRA and of the time mix's own low-rank products, but where blocks wait in host memory,
+    which leaves that of the layer that closes the half; selective: and the outputs of all other
+    layers, and of wkv its output and what its backward pass reads. Nothing under ZeRO-3.
     """
     if step.stage == 3:
         return 0
-    small = low_rank_numbers(config) if part == "att" else 0
     closing = ("att.output", "ffn.value") if config.version == 7 else ("att.output",)
     selective, most = step.grad_cp == "selective", 0
+    low_ranks = selective or not step.host_blocks
+    small = low_rank_numbers(config) if part == "att" and low_ranks else 0
     for block in range(config.n_layer):
         numbers = small
         for name, layer in plan.layers.items():
             if not name.startswith(f"blocks.{block}.{part}.") or layer.kind != "linear":
                 continue
-            mine = plan.plans[name]
-            if mine.mode in LOW_RANK:
+            mine, closes = plan.plans[name], name.endswith(closing)
+            if mine.mode in LOW_RANK and (closes or low_ranks):
                 numbers += mine.rank
-            if selective and not name.endswith(closing):
+            if selective and not closes:
                 numbers += layer.shape[0]
         most = max(most, numbers)
     wkv = 0

@@ -17,9 +17,10 @@ Results = tuple[Tensor, ...]
 class Kept(IntEnum):
     """How much a recomputed part keeps, the cheapest for its size first."""
 
-    SMALL = 0  # what takes hardly any room
-    PRODUCTS = 1  # and the results of its large products
-    ALL = 2  # and those of wkv
+    LAST = 0  # products of low rank of the layer that is left out in the second run
+    SMALL = 1  # and all others of low rank
+    PRODUCTS = 2  # and the results of its large products
+    ALL = 3  # and those of wkv
 
 
 class Keeper:

@@ -105,7 +105,8 @@ class RWKV(nn.Module):
             activations; only the stream before and within each block is kept. "selective" keeps
             the results of its large products and of wkv too, and computes the rest again.
         grad_cp_memory: bytes that "selective" may keep; 0 for no limit.
-        grad_cp_offload: and the stream is kept in host memory.
+        grad_cp_offload: and the stream is kept in host memory; on the device as little as can be,
+            but for what "selective" keeps.
         prefix: embeddings [n, C] that are read before every text, only where they are tuned.
     """
 
@@ -185,7 +186,7 @@ class RWKV(nn.Module):
         """
         count = self.config.n_layer
         if self.grad_cp != "selective":
-            return [Kept.SMALL] * count
+            return [Kept.LAST if self.grad_cp_offload else Kept.SMALL] * count
         if not self.grad_cp_memory:
             return [Kept.ALL] * count
         levels, left = [Kept.SMALL] * count, self.grad_cp_memory

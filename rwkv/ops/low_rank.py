@@ -13,7 +13,7 @@ from rwkv.ops.fused import uses_kernels
 def low_rank(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """x factor, [..., C] [C, R] -> [..., R], and x.
 
-    A recomputed part keeps the product, which is small, and spares the second reading of x. What
+    A recomputed part may keep the product, which is small, and spare the second reading of x. What
     reads x behind this reads the x that is returned: its gradient then comes through here, where
     that of the product is added to it in one pass.
     """
