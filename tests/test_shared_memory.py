@@ -1,5 +1,9 @@
-"""The CUDA operators' kernels fit every GPU of compute capability 8.0 or more."""
+"""The operators' kernels fit every GPU of compute capability 8.0 or more, or refuse it."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -62,3 +66,32 @@ def test_a_gpu_is_refused_by_the_largest_kernel(module, dynamic, monkeypatch):
     ):
         monkeypatch.setattr(cuda_build, "shared_memory", lambda index, room=room: room)
         assert module.why_not(sample, False) == reason
+
+
+exact = pytest.param(torch.float32, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("op", ["wkv7", "wkv6"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, exact], ids=str)
+@pytest.mark.parametrize("N", [64, 128])
+def test_tritons_kernels_fit_the_smallest_gpu_or_refuse_it(op, dtype, N, monkeypatch):
+    pytest.importorskip("triton.backends.nvidia")
+    from rwkv.ops import wkv7_triton
+
+    probe = Path(__file__).with_name("triton_probe.py")
+    words = (op, str(dtype).removeprefix("torch."), str(N), "86")
+    environment = os.environ | {"PYTHONPATH": str(probe.parent.parent)}
+    done = subprocess.run(
+        [sys.executable, probe, *words], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    largest = max(int(line.split()[1]) for line in done.stdout.splitlines())
+    stated = wkv7_triton.SHARED.get((dtype, N)) if op == "wkv7" else None
+    assert largest <= LEAST if stated is None else largest == stated > LEAST
+    if stated is None:
+        return
+    monkeypatch.setattr(cuda_build, "shared_memory", lambda index: LEAST)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    device = torch.device("cuda", 0)
+    sample = SimpleNamespace(device=device, dtype=dtype, shape=(1, 64, 1, N))
+    assert f"needs {stated:,} bytes" in wkv7_triton.why_not(sample, False)

@@ -245,6 +245,15 @@ def arch_of(device: int) -> str:
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
+def too_small(device: torch.device, shared: int) -> str | None:
+    """Why a CUDA device has no room for blocks of so many bytes of shared memory, or None."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    room = shared_memory(index)
+    if room < shared:
+        return f"needs {shared:,} bytes of shared memory a block, the GPU has {room:,}"
+    return None
+
+
 @cache
 def shared_memory(index: int) -> int:
     """The bytes of shared memory that one block may have on a CUDA device; 0 without a driver."""

@@ -26,11 +26,7 @@ def why_not(sample: Tensor, shared: int) -> str | None:
         return "needs compute capability 8.0 or more"
     if reason := cuda_build.why_not():
         return reason
-    index = sample.device.index
-    room = cuda_build.shared_memory(torch.cuda.current_device() if index is None else index)
-    if room < shared:
-        return f"needs {shared:,} bytes of shared memory a block, the GPU has {room:,}"
-    return None
+    return cuda_build.too_small(sample.device, shared)
 
 
 def slot_owners(cu_seqlens: Tensor | None, slots: int) -> Tensor | None:

@@ -13,12 +13,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv.ops import cuda_build
 from rwkv.ops.packing import known
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # What only NVIDIA's compiler takes: instructions written out, and tf32.
 NVIDIA = tl.constexpr(torch.version.hip is None)
 PRECISION = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
+
+
+def why_not(sample: Tensor, shared: int = 0) -> str | None:
+    """Why kernels cannot run on tensors like this one, or None.
+
+    shared: bytes of shared memory of their largest block, if they are more than 99 KiB.
+    """
+    N = sample.shape[-1]
+    if sample.dtype not in (torch.bfloat16, torch.float32):
+        return f"computes in bfloat16 or float32, the tensors are {sample.dtype}"
+    if INTERPRETED.value:
+        return None
+    if sample.device.type != "cuda":
+        return f"needs a GPU, the tensors are on {sample.device}"
+    if torch.cuda.get_device_capability(sample.device) < (8, 0):
+        return "needs compute capability 8.0 or more"
+    if N not in (64, 128):
+        return f"handles heads of 64 or 128 channels, not {N}"
+    return cuda_build.too_small(sample.device, shared) if shared else None
 
 
 def slot_owners(cu_seqlens: Tensor | None, slots: int, C: int) -> Tensor | None:

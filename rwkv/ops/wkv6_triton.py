@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkv.keeper import keeping
+from rwkv.ops import triton_chunks
 from rwkv.ops.packing import count_slots
 from rwkv.ops.triton_chunks import slot_owners
 from rwkv.ops.wkv6_triton_kernels import (
@@ -27,9 +28,6 @@ from rwkv.ops.wkv6_triton_kernels import (
     output_kernel,
     scan_kernel,
 )
-from rwkv.ops.wkv7_triton import why_not
-
-__all__ = ["run", "why_not"]
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 
@@ -80,6 +78,10 @@ DTYPES = {
 # The most that the decay of half a leaf may be, in powers of two. It is far below what overflows:
 # in the gradient of w the large terms of a leaf cancel, and a strong decay leaves little behind.
 LIMITS = {BFLOAT16: 64.0, FLOAT32: 20.0}
+
+
+def why_not(sample: Tensor, packed: bool) -> str | None:
+    return triton_chunks.why_not(sample)
 
 
 def run(

@@ -67,6 +67,9 @@ LAUNCH: dict[tuple[torch.dtype, int], dict[str, Any]] = {
         "gradient": {"num_warps": 8, **ALL_REGISTERS},
     },
 }
+# Bytes of shared memory of a block, where a kernel takes more than the 99 KiB that all GPUs have;
+# tests/triton_probe.py has them from the compiler.
+SHARED = {(BFLOAT16, 128): 141_312, (FLOAT32, 128): 180_224}
 # Operands of matrix products: WIDE where a factor may be 2^28, FINE where tiles are scaled to 1.
 DTYPES = {
     BFLOAT16: {"WIDE": tl.bfloat16, "FINE": tl.float16},
@@ -75,18 +78,7 @@ DTYPES = {
 
 
 def why_not(sample: Tensor, packed: bool) -> str | None:
-    N, interpreted = sample.shape[-1], triton_chunks.INTERPRETED.value
-    if sample.dtype not in DTYPES:
-        return f"computes in bfloat16 or float32, the tensors are {sample.dtype}"
-    if interpreted:
-        return None
-    if sample.device.type != "cuda":
-        return f"needs a GPU, the tensors are on {sample.device}"
-    if torch.cuda.get_device_capability(sample.device) < (8, 0):
-        return "needs compute capability 8.0 or more"
-    if N not in (64, 128):
-        return f"handles heads of 64 or 128 channels, not {N}"
-    return None
+    return triton_chunks.why_not(sample, SHARED.get((sample.dtype, sample.shape[-1]), 0))
 
 
 def why_slow(sample: Tensor, packed: bool) -> str | None:
