@@ -37,11 +37,13 @@ def train(settings: Settings) -> int:
     from rwkv.run.overview import Run, count_steps, describe
     from rwkv.tokenizer import load_tokenizer
     from rwkv.training.model import read_config
+    from rwkv.training.strategy import check_strategy
 
     model_flags, trainer = settings[ModelFlags], settings[TrainerFlags]
+    device = choose_device(settings)
     if not trainer.dry_run:
         check_folder(Path(trainer.proj_dir), trainer.resume)
-    device = choose_device(settings)
+        check_strategy(trainer, device.kind)
     vocab_size = model_flags.vocab_size
     if model_flags.load_model:
         vocab_size = read_config(model_flags).vocab_size

@@ -46,8 +46,8 @@ def allow_cpu() -> None:
     lightning_deepspeed.DeepSpeedStrategy.root_device = property(
         lambda self: torch.device("cpu", 0)
     )
-    make, config = strategy.make_strategy, strategy.deepspeed_config
-    strategy.make_strategy = lambda flags, dtype, device, n: make(flags, dtype, "cuda", n)
+    strategy.check_strategy = lambda flags, device: None
+    config = strategy.deepspeed_config
 
     def scatter_all(flags, dtype, trained):
         """By itself ZeRO-3 keeps small parameters, and those that are needed again soon."""

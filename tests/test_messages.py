@@ -457,8 +457,14 @@ def test_strategy_and_optimizer_that_do_not_go_together(fails, flags, start):
 
 
 def test_deepspeed_on_a_cpu_names_what_works_there(fails):
-    text = fails(strategy="deepspeed_stage_2")
+    """Before the data is read, which is not there."""
+    text = fails(strategy="deepspeed_stage_2", train_data_file="nothing.jsonl")
     assert text.startswith("--strategy deepspeed_stage_2: DeepSpeed needs a GPU; use")
+
+
+def test_the_held_out_file_is_read_first(fails):
+    text = fails(val_data_file="no-such.jsonl", train_data_file="nothing.jsonl")
+    assert text.startswith("no-such.jsonl: no such file")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -43,10 +43,10 @@ def open_data(settings: Settings, tokenizer: Tokenizer, layers: Plan) -> Batches
 
     if chosen_objective(settings) in PREFERENCES:
         paths = settings[PairFlags].rlhf_train_file or paths
-    store, held_out = open_files(paths), None
-    if data.val_data_file:
-        held_out = open_files(data.val_data_file)
-    elif data.val_fraction:
+    # the smaller one first: what is wrong with it is told before the larger is read
+    held_out = open_files(data.val_data_file) if data.val_data_file else None
+    store = open_files(paths)
+    if data.val_fraction:
         store, held_out = split(store, data.val_fraction, settings[TrainerFlags].random_seed)
     return Batches(
         plan_batches(settings, store),

@@ -52,7 +52,7 @@ def fit(run: Run) -> int:
     flags, device = run.settings[TrainerFlags], run.device
     folder = Path(flags.proj_dir)
     point = newest(folder)
-    strategy = make_strategy(flags, device.dtype, device.kind, trained_count(run.layers))
+    strategy = make_strategy(flags, device.dtype, trained_count(run.layers))
     alone = claimed(folder) if starts_itself() else contextlib.nullcontext()
     with alone, all_ranks(flags.devices, flags.num_nodes, folder):
         take_device(flags, device.kind)

@@ -81,6 +81,10 @@ def check(settings: Settings) -> None:
         )
     if trainer.memory and not trainer.dry_run:
         raise InputError(f"--memory {trainer.memory}: is for --dry_run 1; add it, or drop --memory")
+    if trainer.memory:
+        from peft.memory_fit import read_size
+
+        read_size(trainer.memory)
     if data.val_data_file and data.val_fraction:
         raise InputError(
             f"--val_fraction {data.val_fraction}: contradicts --val_data_file; keep one of them"

@@ -1,6 +1,7 @@
 """From --strategy, --devices and --precision to what Lightning's Trainer takes."""
 
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -76,7 +77,28 @@ def uses_ddp(strategy: str, world: int) -> bool:
     return strategy == "ddp" or (strategy == "auto" and world > 1)
 
 
-def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str, trained: int) -> Any:
+def check_strategy(flags: TrainerFlags, device: str) -> None:
+    """Whether --strategy can run here; asked before a run's data is read.
+
+    Args:
+        flags: of the trainer.
+        device: `cuda` or `cpu`.
+
+    Raises:
+        InputError: DeepSpeed on a CPU.
+        RunError: DeepSpeed is not installed.
+    """
+    if not flags.strategy.startswith("deepspeed"):
+        return
+    if device != "cuda":
+        raise InputError(
+            f"--strategy {flags.strategy}: DeepSpeed needs a GPU; use --strategy auto or ddp"
+        )
+    if find_spec("deepspeed") is None:
+        raise RunError(f"--strategy {flags.strategy}: needs DeepSpeed; pip install deepspeed")
+
+
+def make_strategy(flags: TrainerFlags, dtype: torch.dtype, trained: int) -> Any:
     """Lightning's strategy object or name.
 
     Our model already has the dtype it trains in, so Lightning runs at "32-true" throughout and
@@ -86,12 +108,10 @@ def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str, trained:
     Args:
         flags: of the trainer.
         dtype: of the weights.
-        device: `cuda` or `cpu`.
         trained: how many numbers train.
 
     Raises:
-        InputError: DeepSpeed on a CPU.
-        RunError: DeepSpeed is not installed.
+        RunError: DeepSpeed cannot be imported.
     """
     if uses_ddp(flags.strategy, flags.devices * flags.num_nodes):
         from rwkv.training.ddp import BucketedDDP
@@ -99,16 +119,12 @@ def make_strategy(flags: TrainerFlags, dtype: torch.dtype, device: str, trained:
         return BucketedDDP()
     if not flags.strategy.startswith("deepspeed"):
         return flags.strategy
-    if device != "cuda":
-        raise InputError(
-            f"--strategy {flags.strategy}: DeepSpeed needs a GPU; use --strategy auto or ddp"
-        )
     try:
         import deepspeed  # noqa: F401
         from pytorch_lightning.strategies import DeepSpeedStrategy
     except ImportError as error:
         raise RunError(
-            f"--strategy {flags.strategy}: needs DeepSpeed ({error}); pip install deepspeed"
+            f"--strategy {flags.strategy}: cannot use DeepSpeed ({error}); pip install deepspeed"
         ) from None
     _name_plain_architecture()
     _scatter_after_recomputation()
