@@ -28,7 +28,7 @@ from peft.store_rows import RowStore, rounded_rows, transposed
 from rwkv.checkpoint import config_of, read_tensors
 from rwkv.config import RWKVConfig, default_ranks
 from rwkv.training.strategy import grow_segments
-from tests.bench_stores import milliseconds, relative, tokens_of, whole_models
+from tests.bench_stores import relative, timed, tokens_of, whole_models
 
 Tile = tuple[int, int, int, int, int]  # as of int8_triton.product
 TILES = (
@@ -202,9 +202,9 @@ def products(sides: tuple[int, int], tokens: int, device: str) -> None:
         "  error of output  of gradient"
     )
     times = [
-        milliseconds(lambda: x @ weight.T),
-        milliseconds(lambda: before.addmm_(x, weight.T, beta=0.5)),
-        milliseconds(lambda: grad @ weight),
+        timed(lambda: x @ weight.T),
+        timed(lambda: before.addmm_(x, weight.T, beta=0.5)),
+        timed(lambda: grad @ weight),
     ]
     print(f"{'bfloat16':<40}{row(16, 0, times, 0, 0)}")
     for name, make in CANDIDATES.items():
@@ -215,9 +215,9 @@ def products(sides: tuple[int, int], tokens: int, device: str) -> None:
             into = torch.zeros_like(exact)
             assert relative(store.forward_product(x, into), store.forward_product(x)) < 1e-2
             times = [
-                milliseconds(lambda store=store: store.forward_product(x)),
-                milliseconds(lambda store=store, into=into: store.forward_product(x, into)),
-                milliseconds(lambda store=store: store.backward_product(grad)),
+                timed(lambda store=store: store.forward_product(x)),
+                timed(lambda store=store, into=into: store.forward_product(x, into)),
+                timed(lambda store=store: store.backward_product(grad)),
             ]
         except Exception as error:  # of a compiler: the other candidates are measured still
             print(f"{name:<40}{type(error).__name__}: {str(error).splitlines()[0]}")

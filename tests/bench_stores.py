@@ -25,7 +25,6 @@ import sys
 import tempfile
 import threading
 import time
-import timeit
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,6 +47,7 @@ from rwkv.linear import Linear
 from rwkv.model import RWKV
 from rwkv.training.strategy import grow_segments
 from tests.bench_memory import Setting, config_of_shape, measured, peft_flags
+from tests.bench_wkv import milliseconds
 
 PUBLISHED = {  # GB at ctx 1024, micro batch 1, LoRA of rank 64: (1.5B, 3B)
     "none": (5.6, 8.8),
@@ -57,20 +57,9 @@ PUBLISHED = {  # GB at ctx 1024, micro batch 1, LoRA of rank 64: (1.5B, 3B)
 AIMS = {"none": 0.85, "int8": 0.8, "nf4": 0.7}  # ours over theirs
 
 
-def milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
-    """The median of `repeats` runs, after a few to warm up; on a CPU of the host's clock."""
-    if not torch.cuda.is_available():
-        return statistics.median(1e3 * timeit.timeit(run, number=1) for _ in range(repeats))
-    times = []
-    for number in range(repeats + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        if number >= 3:
-            times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+def timed(run: Callable[[], object]) -> float:
+    """Milliseconds of a run, as the other benches measure them."""
+    return milliseconds(run, "cuda" if torch.cuda.is_available() else "cpu", 20)
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -89,16 +78,16 @@ def products(options: argparse.Namespace) -> None:
     )
     print("storage     bits   error  forward ms  backward ms  output error  gradient error")
     exact, exact_grad = x @ weight.T, grad @ weight
-    forward = milliseconds(lambda: x @ weight.T)
-    backward = milliseconds(lambda: grad @ weight)
+    forward = timed(lambda: x @ weight.T)
+    backward = timed(lambda: grad @ weight)
     print(f"{'none':<10}{16:6.2f}{0:8.4f}{forward:12.2f}{backward:13.2f}{0:14.4f}{0:16.4f}")
     for kind in STORES:
         store = make_store(kind, weight)
         error = relative(store.dense(torch.bfloat16), weight)
         wrong = relative(store.forward_product(x), exact)
         wrong_grad = relative(store.backward_product(grad), exact_grad)
-        forward = milliseconds(lambda store=store: store.forward_product(x))
-        backward = milliseconds(lambda store=store: store.backward_product(grad))
+        forward = timed(lambda store=store: store.forward_product(x))
+        backward = timed(lambda store=store: store.backward_product(grad))
         bits = store.bytes() * 8 / weight.numel()
         print(
             f"{kind:<10}{bits:6.2f}{error:8.4f}{forward:12.2f}{backward:13.2f}{wrong:14.4f}"
@@ -120,7 +109,7 @@ def products(options: argparse.Namespace) -> None:
             out_dtype=torch.bfloat16,
             use_fast_accum=fast,
         )
-    print("fp8 in parts: " + ", ".join(f"{n} {milliseconds(p):.3f} ms" for n, p in parts.items()))
+    print("fp8 in parts: " + ", ".join(f"{n} {timed(p):.3f} ms" for n, p in parts.items()))
 
 
 def bound(kind: str, weight: torch.Tensor) -> float:
