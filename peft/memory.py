@@ -422,14 +422,24 @@ def states_between_chunks(config: RWKVConfig, step: Step) -> int:
 
 def head(config: RWKVConfig, step: Step) -> int:
     """The logits of one piece with what their backward pass makes."""
-    fused = step.fused and not step.beside and step.dtype.itemsize == 2
-    largest = HEAD_PIECES[fused] * MAX_LOGITS
-    size = BESIDE_BYTES[step.beside] if step.beside else HEAD_BYTES[fused]
-    return min(largest, step.tokens * config.vocab_size) * size
+    size = BESIDE_BYTES[step.beside] if step.beside else HEAD_BYTES[writes_over_logits(step)]
+    return min(largest_piece(step), step.tokens * config.vocab_size) * size
+
+
+def writes_over_logits(step: Step) -> bool:
+    """Whether the gradient of logits takes their place, so that pieces are larger."""
+    return step.fused and not step.beside and step.dtype.itemsize == 2
+
+
+def largest_piece(step: Step) -> int:
+    """Logits at once, at most."""
+    return HEAD_PIECES[writes_over_logits(step)] * MAX_LOGITS
 
 
 def unpacked_weight(plan: Plan, step: Step, *, of_head: bool) -> int:
-    """The largest stored weight, dense for a product; 8-bit codes are transposed instead.
+    """The largest stored weight with what its product makes, where it takes more of two ways.
+
+    It is made dense; or 8-bit codes are transposed, and the rows that they multiply rounded.
 
     of_head: the head's; else the largest of the blocks.
     """
@@ -441,7 +451,10 @@ def unpacked_weight(plan: Plan, step: Step, *, of_head: bool) -> int:
         out_features, in_features = layer.shape
         size = out_features * in_features * step.dtype.itemsize
         if quant in ("fp8", "int8"):
-            size = out_features * in_features + step.tokens * max(layer.shape)
+            rows = step.tokens
+            if of_head:
+                rows = min(rows, max(1, largest_piece(step) // out_features))
+            size = max(size, out_features * in_features + rows * max(layer.shape))
         most = max(most, size)
     return most
 

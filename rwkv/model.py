@@ -18,7 +18,9 @@ from rwkv.state import LayerState, State, zero_state
 from rwkv.time_mix6 import TimeMix6
 from rwkv.time_mix7 import TimeMix7
 
-WKV_BYTES = {7: 8, 6: 2}  # kept by the operator in bfloat16, bytes a token and channel
+# The most that a kernel keeps in bfloat16, in bytes a token and channel: of wkv7 the CUDA kernels,
+# of wkv6 Triton's (the CUDA kernels 2).
+WKV_BYTES = {7: 8, 6: 4}
 LAYERS: dict[int, tuple[Any, Any]] = {6: (TimeMix6, ChannelMix6), 7: (TimeMix7, ChannelMix7)}
 
 
@@ -102,8 +104,9 @@ class RWKV(nn.Module):
     Attributes:
         config: the sizes.
         grad_cp: recompute each half of a block in the backward pass instead of keeping its
-            activations; only the stream before and within each block is kept. "selective" keeps
-            the results of its large products and of wkv too, and computes the rest again.
+            activations; only the stream before and within each block is kept, and products of low
+            rank. "selective" keeps the results of its large products and of wkv too, and computes
+            the rest again.
         grad_cp_memory: bytes that "selective" may keep; 0 for no limit.
         grad_cp_offload: and the stream is kept in host memory; on the device as little as can be,
             but for what "selective" keeps.

@@ -1,5 +1,6 @@
 """The memory planner: by hand, against every allocation of a small model, and on a GPU."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from dataclasses import replace
 import bench_memory
 import pytest
 import torch
+from helpers import wkv6_inputs, wkv7_inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -319,6 +322,51 @@ def test_the_head_takes_larger_pieces_where_it_writes_over_them():
     assert memory.head(config, step) == 2 * 2**28
     assert memory.head(config, replace(step, beside="forward")) == 30 * 2**26
     assert memory.head(config, replace(step, fused=False)) == 20 * 2**26
+
+
+@pytest.mark.parametrize("op", ["wkv7", "wkv6"])
+@pytest.mark.parametrize("N", [64, 128])
+def test_tritons_kernels_keep_what_is_counted_or_nothing(op, N):
+    """In bfloat16, beside the inputs; traced, so that nothing runs."""
+    pytest.importorskip("triton")
+    run = importlib.import_module(f"rwkv.ops.{op}_triton").run
+    make = {"wkv7": wkv7_inputs, "wkv6": wkv6_inputs}[op]
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage()._cdata] = x.nbytes
+        return x
+
+    with FakeTensorMode():
+        inputs = make(B=1, T=256, H=2, N=N, dtype=torch.bfloat16)
+        leaves = {n: x.requires_grad_() for n, x in inputs.items()}
+        leaves["state"] = torch.empty(1, 2, N, N, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            run(**leaves, cu_seqlens=None)
+    assert kept
+    for x in leaves.values():
+        kept.pop(x.untyped_storage()._cdata, None)
+    counted = memory.WKV_BYTES[int(op[-1])] * 256 * 2 * N
+    states = counted if (op, N) == ("wkv6", 64) else 0  # and their powers of two, and decays
+    assert sum(kept.values()) == pytest.approx(states, rel=0.07)
+
+
+@pytest.mark.parametrize("quant", ["int8", "fp8"])
+def test_a_product_of_few_bits_by_hand(tmp_path, quant):
+    """Dense, 2 bytes a weight; or transposed codes and rounded rows, a piece of them at the head."""
+    plan = plan_of(tmp_path, quant=quant)
+    weight, rows = 4 * C * C, 100_000
+    few, many = Step(1, 16), Step(1, rows)
+    assert memory.unpacked_weight(plan, few, of_head=False) == 2 * weight
+    assert memory.unpacked_weight(plan, many, of_head=False) == weight + rows * 4 * C
+    path = tmp_path / "head.json"
+    rules = [{"match": "*", "mode": "freeze"}, {"match": "head", "mode": "freeze", "quant": quant}]
+    path.write_text(json.dumps({"rules": rules}))
+    with torch.device("meta"):
+        config = replace(config_of(), vocab_size=2**16)
+        plan = make_plan(RWKV(config), PeftFlags(layer_profile=str(path)))
+    piece = 4 * memory.MAX_LOGITS // 2**16
+    assert memory.unpacked_weight(plan, many, of_head=True) == 2**16 * (C + piece)
 
 
 def test_chunks_cut_the_packed_row(tmp_path):

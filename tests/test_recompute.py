@@ -224,7 +224,7 @@ def test_within_a_limit_late_blocks_keep_products_first(version):
     model.grad_cp = "selective"
     x = torch.empty(2, 7, 32)
     products = 4 * (64 + 3 * 32 + {7: 0, 6: 3 * 32}[version])  # gate, receptance, ffn.value
-    wkv = 32 * (4 + {7: 8, 6: 2}[version])
+    wkv = 32 * (4 + {7: 8, 6: 4}[version])
     for limit, levels in {
         products - 1: (Kept.SMALL, Kept.SMALL),
         products: (Kept.SMALL, Kept.PRODUCTS),
