@@ -74,7 +74,7 @@ class TrainerFlags:
     grad_cp: bool | str = flag(
         True,
         "recompute each half of a block in the backward pass: less memory; selective: all but its "
-        "large products and wkv",
+        "products and wkv",
         also=("selective",),
     )
     grad_cp_memory: float = flag(
