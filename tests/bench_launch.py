@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rwkv import cli
 from rwkv.errors import InputError
-from rwkv.ops import low_rank_triton, wkv6, wkv6_triton, wkv7, wkv7_triton
+from rwkv.ops import low_rank_triton, triton_chunks, wkv6, wkv6_triton, wkv7, wkv7_triton
 from tests.bench_wkv import DTYPES, milliseconds
 from tests.helpers import random_state, wkv6_inputs, wkv7_inputs
 
@@ -157,10 +157,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no GPU that PyTorch can use")
     shape = options.shape or SHAPES[options.what]
+    if options.device == "cpu" and not triton_chunks.INTERPRETED.value:
+        raise InputError("--device cpu: needs Triton's interpreter; set TRITON_INTERPRET=1")
     try:
         options.shape = [int(size) for size in shape.split(",")]
     except ValueError:
-        raise InputError(f"--shape {shape}: is not numbers such as 8,4096,32") from None
+        options.shape = []
+    if len(options.shape) != len(SHAPES[options.what].split(",")):
+        raise InputError(f"--shape {shape}: is not numbers such as {SHAPES[options.what]}")
     where = torch.cuda.get_device_name() if options.device == "cuda" else "interpreter"
     print(f"{options.what}, {options.dtype}, {shape}, {where}, torch {torch.__version__}\n")
     compare(options)

@@ -77,6 +77,28 @@ def test_the_thin_product_and_what_is_read_behind_it_have_their_gradients(used, 
     torch.testing.assert_close(gradients(got), gradients(want))
 
 
+@kernels
+@pytest.mark.parametrize("rank", [16, 24], ids=["kernel", "no kernel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_gradients_of_x_are_added_in_one_pass(rank, dtype):
+    """That of x itself is not contiguous, the factor is transposed."""
+    from rwkv.ops.low_rank import low_rank
+
+    x, factor, flow = (
+        channels(*shape, dtype, seed).requires_grad_()
+        for seed, shape in enumerate([(14, 64), (64, rank), (64, 14)])
+    )
+    x = x.detach().view(2, 7, 64).requires_grad_()
+    low, again = low_rank(x, factor)
+    grads = channels(14, rank, dtype, 3).view(2, 7, rank), flow.detach().T.view(2, 7, 64)
+    got = torch.autograd.grad((low, again), (x, factor), grads)
+    rows, behind = (grad.double().flatten(0, 1) for grad in grads)
+    allowed = 1e-5 if dtype == torch.float32 else 5e-3
+    want = behind + rows @ factor.double().T
+    assert_close("x", got[0].flatten(0, 1), want, allowed)
+    assert_close("factor", got[1], x.double().flatten(0, 1).T @ rows, allowed)
+
+
 BLOCKS = [(1, 32, 8), (13, 192, 64), (9, 1088, 64), (8, 640, 128), (17, 768, 256), (5, 144, 48)]
 blocks = pytest.mark.parametrize("n, C, R", BLOCKS)
 pairs = pytest.mark.parametrize(

@@ -353,7 +353,7 @@ def test_tritons_kernels_keep_what_is_counted_or_nothing(op, N):
 
 @pytest.mark.parametrize("quant", ["int8", "fp8"])
 def test_a_product_of_few_bits_by_hand(tmp_path, quant):
-    """Dense, 2 bytes a weight; or transposed codes and rounded rows, a piece of them at the head."""
+    """Dense, 2 bytes a weight; or transposed codes and rounded rows, of the head a piece."""
     plan = plan_of(tmp_path, quant=quant)
     weight, rows = 4 * C * C, 100_000
     few, many = Step(1, 16), Step(1, rows)

@@ -47,7 +47,8 @@ def wkv6(
             the layout of `time_state` in .pth files; None for zeros.
         cu_seqlens: for Q texts packed end to end into B = 1: where each starts, and T, [Q + 1],
             int64, as in FlashAttention.
-        backend: a key of BACKENDS, or "auto" for the first that can run and is not known to be slow.
+        backend: a key of BACKENDS, or "auto" for the first that can run and is not known to be
+            slow.
 
     Returns:
         y: [B, T, H, N], in v's dtype.
