@@ -14,7 +14,10 @@ all with Triton are their formulas in plain torch.
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -23,7 +26,7 @@ from torch import Tensor
 import peft.apply
 from peft.apply import load_with_profile, random_with_profile
 from peft.store import Store, triton_kernels
-from peft.store_int8 import LEAST_ROWS, SIDE
+from peft.store_int8 import LEAST_ROWS, SIDE, whole_product
 from peft.store_rows import RowStore, rounded_rows, transposed
 from rwkv.checkpoint import config_of, read_tensors
 from rwkv.config import RWKVConfig, default_ranks
@@ -40,6 +43,42 @@ TILES = (
 )
 
 
+def rescaled(
+    sums: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor | None,
+    dtype: torch.dtype,
+    into: Tensor | None = None,
+) -> Tensor:
+    """The formula of int8_rescale_triton.rescale."""
+    out = sums.float() * row_scale
+    if column_scale is not None:
+        out = out * column_scale.view(1, -1)
+    return out.to(dtype) if into is None else into.add_(out)
+
+
+def by_torch(
+    left: Tensor,
+    row_scale: Tensor,
+    right: Tensor,
+    column_scale: Tensor | None,
+    dtype: torch.dtype,
+    into: Tensor | None = None,
+) -> Tensor:
+    """As peft.int8_triton.product, by torch's product of whole numbers."""
+    kernels = triton_kernels("tests.int8_rescale_triton", "int8", left)
+    run = rescaled if kernels is None else kernels.rescale
+    out: Tensor = run(torch._int_mm(left, right.T), row_scale, column_scale, dtype, into)
+    return out
+
+
+def by_triton(*given: Any, tile: Tile) -> Tensor:
+    """peft.int8_triton.product; on a CPU torch's."""
+    kernels = triton_kernels("peft.int8_triton", "int8", given[0])
+    out: Tensor = by_torch(*given) if kernels is None else kernels.product(*given, tile=tile)
+    return out
+
+
 class PlainDense(RowStore):
     """Unpacked by torch's own passes, through float32."""
 
@@ -53,23 +92,23 @@ class WholeNumbers(RowStore):
     The scales of W's rows lie along the summed side of the gradient's product, so they go into the
     gradient before it is rounded, as in peft.store_fp8.
 
-    tile: of our Triton product on a GPU; None takes torch._int_mm, whose sums go through memory.
+    kernels: what multiplies, as peft.int8_triton; torch._int_mm, whose sums go through memory.
     """
 
-    tile: Tile | None = None
+    kernels: Any = SimpleNamespace(product=by_torch)
 
     def forward_product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         if not multiplies_whole_numbers(x, self.codes):
             return super().forward_product(x, into)
         left = rounded_rows("int8", x.flatten(0, -2))
-        return whole_product(*left, self.codes, self.scale, like=x, into=into, tile=self.tile)
+        return whole_product(self.kernels, *left, self.codes, self.scale, like=x, into=into)
 
     def backward_product(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
         if not multiplies_whole_numbers(grad, self.codes):
             return super().backward_product(grad, into)
         left = rounded_rows("int8", grad.flatten(0, -2), self.scale.T)
         columns = transposed("int8", self.codes)
-        return whole_product(*left, columns, None, like=grad, into=into, tile=self.tile)
+        return whole_product(self.kernels, *left, columns, None, like=grad, into=into)
 
 
 class Blocks64(Store):
@@ -112,7 +151,7 @@ def whole_numbers(tile: Tile) -> Callable[[str, Tensor], Store]:
 
     def make(kind: str, weight: Tensor) -> Store:
         store = WholeNumbers(kind, weight)
-        store.tile = tile
+        store.kernels = SimpleNamespace(product=partial(by_triton, tile=tile))
         return store
 
     return make
@@ -134,54 +173,6 @@ def multiplies_whole_numbers(x: Tensor, codes: Tensor) -> bool:
     """Whether there are enough rows, and sides that the products take."""
     rows = x.numel() // max(x.shape[-1], 1)
     return rows >= LEAST_ROWS and all(side % SIDE == 0 for side in codes.shape)
-
-
-def whole_product(
-    left: Tensor,
-    row_scale: Tensor,
-    right: Tensor,
-    column_scale: Tensor | None,
-    *,
-    like: Tensor,
-    into: Tensor | None,
-    tile: Tile | None,
-) -> Tensor:
-    """Codes [M, K] times codes [N, K], rescaled: a new tensor [..., N], or `into` += it.
-
-    Args:
-        left, row_scale: as of rounded_rows.
-        right: int8, contiguous.
-        column_scale: float32, N values in a row of memory; None for ones.
-        like: [..., K], of the result's dtype.
-        into: [..., N], contiguous.
-        tile: of our product; None for torch's.
-    """
-    out = None if into is None else into.view(-1, right.shape[0])
-    ours = triton_kernels("peft.int8_triton", "int8", left)
-    kernels = triton_kernels("tests.int8_rescale_triton", "int8", left)
-    if ours is not None and tile is not None:
-        done = ours.product(left, row_scale, right, column_scale, like.dtype, out, tile)
-    else:
-        sums = torch._int_mm(left, right.T)
-        if kernels is not None:
-            done = kernels.rescale(sums, row_scale, column_scale, like.dtype, out)
-        else:
-            done = rescaled(sums, row_scale, column_scale, like.dtype, out)
-    return done.view(*like.shape[:-1], -1)
-
-
-def rescaled(
-    sums: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor | None,
-    dtype: torch.dtype,
-    into: Tensor | None = None,
-) -> Tensor:
-    """The formula of int8_rescale_triton.rescale."""
-    out = sums.float() * row_scale
-    if column_scale is not None:
-        out = out * column_scale.view(1, -1)
-    return out.to(dtype) if into is None else into.add_(out)
 
 
 def products(sides: tuple[int, int], tokens: int, device: str) -> None:
