@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -18,10 +19,11 @@ import train
 from rwkv import chat, cli
 from rwkv.checkpoint import read_tensors, write_tensors
 from rwkv.config import RWKVConfig, default_ranks
-from rwkv.errors import InputError
+from rwkv.errors import InputError, RunError
 from rwkv.flags import is_within
 from rwkv.init import initialize
 from rwkv.model import RWKV
+from rwkv.training.flags import TrainerFlags
 from rwkv.upstream_flags import ABSENT
 
 CSV_HEADER = (
@@ -460,6 +462,19 @@ def test_deepspeed_on_a_cpu_names_what_works_there(fails):
     """Before the data is read, which is not there."""
     text = fails(strategy="deepspeed_stage_2", train_data_file="nothing.jsonl")
     assert text.startswith("--strategy deepspeed_stage_2: DeepSpeed needs a GPU; use")
+
+
+def test_a_missing_deepspeed_is_named(monkeypatch):
+    """Where it is not there before anything is read, where it cannot be imported when it is."""
+    from rwkv.training import strategy
+
+    flags = TrainerFlags(strategy="deepspeed_stage_2")
+    monkeypatch.setattr(strategy, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match="^--strategy deepspeed_stage_2: needs DeepSpeed; pip inst"):
+        strategy.check_strategy(flags, "cuda")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(RunError, match=r"^--strategy deepspeed_stage_2: cannot use DeepSpeed \("):
+        strategy.make_strategy(flags, torch.bfloat16, 1)
 
 
 def test_the_held_out_file_is_read_first(fails):
