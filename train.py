@@ -59,7 +59,7 @@ def train(settings: Settings) -> int:
     if trainer.dry_run:
         from rwkv.run.memory import preview
 
-        return preview(settings, config, layers, batches.training, device)
+        return preview(run)
     from rwkv.run.fitting import fit
 
     return fit(run)

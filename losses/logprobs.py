@@ -67,7 +67,8 @@ def score_logits(logits: Tensor, targets: Tensor, *, given_up: bool = False) -> 
 
     Args:
         logits, targets: see above.
-        given_up: write the gradient over the logits, which nothing else reads then.
+        given_up: write the gradient over the logits, which nothing else reads then; a second
+            backward pass is an error.
     """
     return TokenScores(*_Scores.apply(logits, targets, None, None, given_up))
 
@@ -124,6 +125,8 @@ class _Scores(torch.autograd.Function):
             few=few,
             out=logits if ctx.given_up else torch.empty_like(logits),
         )
+        if ctx.given_up:
+            torch.autograd.graph.increment_version(logits)  # kernels write past autograd's eyes
         return gradient, None, None, None, None
 
 

@@ -13,7 +13,7 @@ import torch
 from peft.plan import Plan, stored_bytes, trained_count, trained_sizes
 from peft.registry import ADAPTERS
 from rwkv.config import RWKVConfig
-from rwkv.model import WKV_BYTES
+from rwkv.ops.kept import WKV_BYTES, WkvBytes
 from rwkv.training.optimizer import SLICE
 from rwkv.training.strategy import bucket_size, uses_ddp
 
@@ -66,6 +66,7 @@ class Step:
     accumulate: micro-batches a step.
     tuned_state: the initial states train.
     fused: a GPU's fused kernels run.
+    kernel: the backend of wkv; those that WKV_BYTES does not have are taken for "cuda".
     beside: the divergence from a teacher that runs beside, a key of BESIDE_BYTES; "" for none.
     optim, strategy, world: --optim, --strategy, and the number of devices.
     """
@@ -82,6 +83,7 @@ class Step:
     accumulate: int = 1
     tuned_state: bool = False
     fused: bool = True
+    kernel: str = "cuda"
     beside: str = ""
     optim: str = ""
     strategy: str = "auto"
@@ -293,14 +295,24 @@ def kept_inputs(config: RWKVConfig, plan: Plan, part: str, *, already: tuple[str
     return most
 
 
-def kept_by_time_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
-    """What one block's time mix keeps for its backward pass."""
+def kept_by_time_mix(config: RWKVConfig, plan: Plan, step: Step, *, at_work: bool = False) -> int:
+    """What one block's time mix keeps for its backward pass.
+
+    at_work: and what wkv makes again when it comes to it.
+    """
     small = trains_small(plan)
     counted = TIME_MIX[config.version, step.fused][0 if small else 1] * config.dim_att
     already = ("value",) if small and config.version == 7 else ()
     numbers = counted + kept_inputs(config, plan, "att", already=already)
-    own = WKV_BYTES[config.version] * config.dim_att
-    return int(step.tokens * (numbers * step.dtype.itemsize + own))
+    own = wkv_bytes(config, step)
+    of_wkv = (own.at_work if at_work else own.kept) * config.dim_att
+    return int(step.tokens * (numbers * step.dtype.itemsize + of_wkv))
+
+
+def wkv_bytes(config: RWKVConfig, step: Step) -> WkvBytes:
+    """What the step's wkv holds for its backward pass."""
+    known = WKV_BYTES.get((config.version, step.kernel))
+    return known or WKV_BYTES[config.version, "cuda"]
 
 
 def kept_by_channel_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
@@ -376,7 +388,7 @@ def kept_for_second_run(config: RWKVConfig, plan: Plan, step: Step, part: str) -
         most = max(most, numbers)
     wkv = 0
     if selective and part == "att":
-        wkv = config.dim_att * (step.dtype.itemsize + WKV_BYTES[config.version])
+        wkv = config.dim_att * (step.dtype.itemsize + wkv_bytes(config, step).kept)
     return step.tokens * (most * step.dtype.itemsize + wkv)
 
 
@@ -404,7 +416,8 @@ def blocks_at_work(config: RWKVConfig, plan: Plan, step: Step) -> int:
     of_time, of_channels = PASSING[config.version, step.fused]
     vector = step.tokens * step.dtype.itemsize
     passing = int(of_time * vector * config.dim_att), int(of_channels * vector * config.dim_ffn)
-    halves = kept_by_time_mix(config, plan, step), kept_by_channel_mix(config, plan, step)
+    of_time_mix = kept_by_time_mix(config, plan, step, at_work=True)
+    halves = of_time_mix, kept_by_channel_mix(config, plan, step)
     if step.grad_cp and step.stage != 3:
         of_both, of_one = (
             kept_of_halves(config, plan, step, parts, 1) for parts in (("att", "ffn"), ("ffn",))

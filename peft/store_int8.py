@@ -19,9 +19,10 @@ HOPPER = 9  # major compute capability of the GPUs on which the product was meas
 class Int8Store(RowStore):
     """A weight as int8 with one float32 scale a row.
 
-    On a GPU of compute capability 9, half-precision activations are rounded to int8 too, with a
-    scale a token, and whole numbers are multiplied, forward and backward; elsewhere the weight is
-    unpacked. The largest error of an element is half a step, max|row| / 254, in float32.
+    On a GPU of compute capability 9, half-precision activations of LEAST_ROWS tokens or more are
+    rounded to int8 too, with a scale a token, and whole numbers are multiplied, forward and
+    backward; fewer tokens, and those elsewhere, meet the unpacked weight. The largest error of an
+    element is half a step, max|row| / 254, in float32.
     """
 
     def forward_product(self, x: Tensor, into: Tensor | None = None) -> Tensor:

@@ -49,7 +49,7 @@ def rounded_rows(kind: str, x: Tensor, factor: Tensor | None = None) -> tuple[Te
         codes [M, K], and scale [M, 1], float32.
     """
     dtype, top = CODES[kind], LARGEST[kind]
-    kernels = triton_kernels(KERNELS, kind, x) if _is_written(dtype, x.device) else None
+    kernels = triton_kernels(KERNELS, kind, x) if _kernel_writes(dtype, x.device) else None
     if kernels is not None:
         return kernels.round_rows(x, factor, largest=top, tiny=TINY, dtype=dtype)
     x = x.float()
@@ -67,7 +67,7 @@ def transposed(kind: str, codes: Tensor) -> Tensor:
     return codes.T.contiguous() if kernels is None else kernels.transpose(codes)
 
 
-def _is_written(dtype: torch.dtype, device: torch.device) -> bool:
+def _kernel_writes(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a Triton kernel can write such codes there."""
     whole = not dtype.is_floating_point
     return device.type == "cuda" and (whole or torch.cuda.get_device_capability(device) >= ADA)

@@ -12,15 +12,13 @@ from rwkv.config import RWKVConfig
 from rwkv.keeper import Kept
 from rwkv.linear import Linear
 from rwkv.offload import HostPlace
+from rwkv.ops.kept import WKV_BYTES
 from rwkv.recompute import recomputed
 from rwkv.scattered import is_scattered
 from rwkv.state import LayerState, State, zero_state
 from rwkv.time_mix6 import TimeMix6
 from rwkv.time_mix7 import TimeMix7
 
-# The most that a kernel keeps in bfloat16, in bytes a token and channel: of wkv7 the CUDA kernels,
-# of wkv6 Triton's (the CUDA kernels 2).
-WKV_BYTES = {7: 8, 6: 4}
 LAYERS: dict[int, tuple[Any, Any]] = {6: (TimeMix6, ChannelMix6), 7: (TimeMix7, ChannelMix7)}
 
 
@@ -85,9 +83,10 @@ class Block(nn.Module):
 
 
 def kept_bytes(block: Any, config: RWKVConfig, itemsize: int) -> tuple[int, int]:
-    """Bytes a token of a block's large products, and of what wkv gives and keeps."""
+    """Bytes a token of a block's large products, and of what wkv gives and at most keeps."""
     linear = [m for m in block.modules() if isinstance(m, Linear) and not m.closes]
-    wkv = config.dim_att * (itemsize + WKV_BYTES[config.version])
+    most = max(size.kept for (version, _), size in WKV_BYTES.items() if version == config.version)
+    wkv = config.dim_att * (itemsize + most)
     return itemsize * sum(m.out_features for m in linear), wkv
 
 

@@ -60,6 +60,7 @@ class Setting(NamedTuple):
     optim: str = ""
     rank: int = 64
     offload: bool = False
+    kernel: str = "cuda"
 
     def __str__(self) -> str:
         words = [self.shape, self.mode, self.quant, f"{self.rows} x {self.ctx_len}"]
@@ -68,6 +69,7 @@ class Setting(NamedTuple):
         words += [f"{self.accumulate} batches"] if self.accumulate > 1 else []
         words += ["limited"] if self.limited else []
         words += ["offloaded"] if self.offload else []
+        words += [self.kernel] if self.kernel != "cuda" else []
         return " ".join([*words, self.optim]).rstrip()
 
 
@@ -97,6 +99,8 @@ SETTINGS = (
     Setting("1.5B", grad_cp="selective"),
     Setting("1.5B", "bone", "nf4", rows=2, grad_cp="selective"),
     Setting("1.5B", "full", grad_cp="selective"),
+    Setting("1.5B", rows=4, kernel="triton"),
+    Setting("1.5B", rows=2, grad_cp="selective", kernel="triton"),
 )
 
 
@@ -134,6 +138,7 @@ def step_of(setting: Setting) -> Step:
         grad_cp=setting.grad_cp,
         host_blocks=setting.offload,
         accumulate=setting.accumulate,
+        kernel=setting.kernel,
         optim=setting.optim,
     )
 
@@ -161,7 +166,11 @@ def measured(setting: Setting, config: RWKVConfig, *, steps: int = 2) -> Measure
     def make() -> RWKV:
         nonlocal plan
         model, plan = random_with_profile(
-            config, peft_flags(setting), device="cuda", dtype=torch.bfloat16
+            config,
+            peft_flags(setting),
+            device="cuda",
+            dtype=torch.bfloat16,
+            backend=setting.kernel,
         )
         model.grad_cp, model.grad_cp_offload = setting.grad_cp, setting.offload
         return model

@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from rwkv.ops.backends import choose_backend, describe_choice
+from rwkv.ops.backends import choice_for, choose_backend, describe_choice
 
 SAMPLE = torch.zeros(1, 32, 2, 16)
 
@@ -74,12 +74,14 @@ def test_all_refusals_are_listed(table):
 
 @pytest.mark.parametrize("op", ["wkv6", "wkv7"])
 def test_the_choice_is_described(op):
-    text = describe_choice(op, (1, 512, 12, 64), device="cpu", dtype=torch.float32)
+    text = describe_choice(op, choice_for(op, (1, 512, 12, 64), device="cpu", dtype=torch.float32))
     assert text.startswith(f"{op}: torch (")
     assert "fla: needs a GPU, the tensors are on cpu" in text
 
 
 def test_few_tokens_go_step_by_step():
-    text = describe_choice("wkv7", (1, 1, 12, 64), device="cpu", dtype=torch.float32)
+    text = describe_choice(
+        "wkv7", choice_for("wkv7", (1, 1, 12, 64), device="cpu", dtype=torch.float32)
+    )
     assert text.startswith("wkv7: reference (")
     assert "torch: 1 tokens are fewer than a chunk is worth" in text

@@ -396,6 +396,34 @@ def test_a_gpu_multiplies_whole_numbers(shape):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("adds", [False, True], ids=["new", "added"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [store_int8.LEAST_ROWS - 1, store_int8.LEAST_ROWS])
+def test_few_tokens_meet_the_unpacked_int8_weight(rows, dtype, adds):
+    """One more, and they are rounded where whole numbers are multiplied; eagerly and as a graph."""
+    store = make_store("int8", weight().cuda())
+    draw = torch.Generator().manual_seed(1)
+    before = torch.randn(rows, OUT, generator=draw).to("cuda", dtype)
+    x = torch.randn(rows, IN, generator=draw).to("cuda", dtype)
+    hopper = torch.cuda.get_device_capability()[0] == store_int8.HOPPER
+    left = x.double()
+    if hopper and rows >= store_int8.LEAST_ROWS:
+        codes, scale = rounded_rows("int8", x)
+        left = codes.double() * scale
+    want = left @ store.dense(torch.float32).double().T + (before.double() if adds else 0)
+    out = store.forward_product(x, before.clone() if adds else None)
+    assert out.dtype == dtype
+    assert relative(out, want) < {torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    graph, into = torch.cuda.CUDAGraph(), before.clone() if adds else None
+    with torch.cuda.graph(graph):
+        captured = store.forward_product(x, into)
+    if into is not None:
+        into.copy_(before)
+    graph.replay()
+    assert torch.equal(captured, out)
+
+
+@pytest.mark.gpu
 @kinds
 def test_products_on_a_gpu_are_near_the_dense_ones(kind):
     """Only fp8 (3 bits of mantissa) and int8 round the activations and gradients as well."""

@@ -20,7 +20,7 @@ from rwkv.ops import (
     wkv7_reference,
     wkv7_torch,
 )
-from rwkv.ops.backends import describe_choice
+from rwkv.ops.backends import choice_for
 from rwkv.ops.wkv6 import wkv6
 from rwkv.ops.wkv7 import wkv7
 
@@ -252,7 +252,7 @@ def test_it_says_why_not(op, sample, reason):
 def test_auto_takes_it_where_it_fits(op):
     def choice(N, dtype):
         name = op.function.__name__
-        return describe_choice(name, (1, 64, 2, N), device="cuda", dtype=dtype).split(" ")[1]
+        return choice_for(name, (1, 64, 2, N), device="cuda", dtype=dtype).name
 
     assert choice(64, BFLOAT16) == "cuda"
     assert choice(128, BFLOAT16) == choice(64, torch.float32) == "triton"

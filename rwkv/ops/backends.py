@@ -72,7 +72,7 @@ def choose_backend(
     raise RunError(f"{op}: --kernel {wanted} cannot run here ({reasons}); use --kernel auto")
 
 
-def describe_choice(
+def choice_for(
     op: str,
     shape: tuple[int, int, int, int],
     *,
@@ -80,8 +80,8 @@ def describe_choice(
     dtype: torch.dtype,
     packed: bool = False,
     backend: str = "auto",
-) -> str:
-    """Say in one line which backend runs `op`, and why each better one does not.
+) -> Choice:
+    """The backend that will run `op`.
 
     Args:
         op: "wkv7" or "wkv6".
@@ -90,26 +90,35 @@ def describe_choice(
         packed: whether the calls will have cu_seqlens.
         backend: as the operator's argument.
 
-    Returns:
-        such as "wkv7: torch (cuda: needs a GPU, the tensors are on cpu; triton: ...)".
-
     Raises:
         InputError, RunError: as `choose_backend`.
     """
     table = importlib.import_module(f"rwkv.ops.{op}").BACKENDS
     sample = torch.empty((), device=device, dtype=dtype).expand(shape)
-    choice = choose_backend(op, table, backend, sample, packed)
+    return choose_backend(op, table, backend, sample, packed)
+
+
+def describe_choice(op: str, choice: Choice) -> str:
+    """Say in one line which backend runs `op`, and why each better one does not.
+
+    Returns:
+        such as "wkv7: torch (cuda: needs a GPU, the tensors are on cpu; triton: ...)".
+    """
     reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over.items())
     return f"{op}: {choice.name}" + (f" ({reasons})" if reasons else "")
 
 
 @torch.compiler.assume_constant_result
 def _constant_path(
-    op: str, wanted: str, device: str, dtype: torch.dtype, shape: tuple[int, ...], packed: bool
+    op: str,
+    wanted: str,
+    device: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    packed: bool,
 ) -> str:
-    table = importlib.import_module(f"rwkv.ops.{op}").BACKENDS
-    sample = torch.empty((), device=device, dtype=dtype).expand(shape)
-    return table[choose_backend(op, table, wanted, sample, packed).name]
+    choice = choice_for(op, shape, device=device, dtype=dtype, packed=packed, backend=wanted)
+    return choice.module.__name__
 
 
 def backend_module(

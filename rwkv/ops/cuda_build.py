@@ -41,7 +41,6 @@ TOOLKIT = Path("/usr/local/cuda")
 
 # From cuda.h.
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-SHARED_MEMORY_OF_A_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 INVALID_CONTEXT = 201
 
 
@@ -246,7 +245,7 @@ def arch_of(device: int) -> str:
 
 
 def too_small(device: torch.device, shared: int) -> str | None:
-    """Why a CUDA device has no room for blocks of so many bytes of shared memory, or None."""
+    """Why a GPU has no room for blocks of so many bytes of shared memory, or None."""
     index = torch.cuda.current_device() if device.index is None else device.index
     room = shared_memory(index)
     if room < shared:
@@ -254,14 +253,10 @@ def too_small(device: torch.device, shared: int) -> str | None:
     return None
 
 
-@cache
 def shared_memory(index: int) -> int:
-    """The bytes of shared memory that one block may have on a CUDA device; 0 without a driver."""
-    driver, found = _driver(), ctypes.c_int()
-    if driver is not None:
-        torch.cuda.init()
-        driver.cuDeviceGetAttribute(ctypes.byref(found), SHARED_MEMORY_OF_A_BLOCK, index)
-    return found.value
+    """The bytes of shared memory that one block may have on a GPU; AMD's have one limit only."""
+    found = torch.cuda.get_device_properties(index)
+    return int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block))
 
 
 @cache

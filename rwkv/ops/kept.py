@@ -1,10 +1,30 @@
 """The gradient of wkv operators whose forward pass may keep what their backward pass wants."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class WkvBytes(NamedTuple):
+    """What an operator holds for its backward pass in bfloat16, bytes a token and channel.
+
+    kept: from the forward pass on, beside its inputs.
+    at_work: while its backward pass runs, with what this makes again and the gradients of states;
+        over the 2 of those that the CUDA kernels make.
+    """
+
+    kept: int
+    at_work: int
+
+
+WKV_BYTES = {  # by the model's version and the backend; heads of 64 channels
+    (7, "cuda"): WkvBytes(8, 8),
+    (7, "triton"): WkvBytes(0, 13),
+    (6, "cuda"): WkvBytes(2, 2),
+    (6, "triton"): WkvBytes(4, 6),
+}
 
 
 def register_gradient(forward: Any, backward: Callable[..., tuple[Tensor, ...]]) -> None:

@@ -1,16 +1,13 @@
 """Whether a run's micro-batches become CUDA graphs."""
 
-import importlib
 from typing import TYPE_CHECKING
-
-import torch
 
 from data.flags import DataFlags
 from losses.flags import ChunkFlags
 from losses.objectives import chosen_objective
 from rwkv.errors import InputError, RunError
-from rwkv.ops.backends import choose_backend
-from rwkv.training.flags import ModelFlags, TrainerFlags
+from rwkv.run.kernel import wkv_choice
+from rwkv.training.flags import TrainerFlags
 
 if TYPE_CHECKING:
     from rwkv.run.overview import Run
@@ -40,7 +37,7 @@ def uses_graphs(run: "Run") -> bool:
 
 def why_not(run: "Run") -> str:
     """Why micro-batches cannot be recorded; "" if they can."""
-    settings, flags, plan = run.settings, run.settings[TrainerFlags], run.batches.training
+    settings, flags = run.settings, run.settings[TrainerFlags]
     if run.device.kind != "cuda":
         return f"records a GPU's work, and the model is on {run.device.kind}"
     if flags.strategy != "auto" or flags.devices * flags.num_nodes > 1:
@@ -51,17 +48,8 @@ def why_not(run: "Run") -> str:
         return "--grad_cp_offload 1 copies beside what is recorded"
     if any(layer.dropout for layer in run.layers.plans.values()):
         return "the layer profile asks for dropout, which draws anew at every step"
-    return _why_not_kernel(run, plan.micro_bsz * settings[DataFlags].ctx_len, plan.packing)
-
-
-def _why_not_kernel(run: "Run", tokens: int, packed: bool) -> str:
-    config, op = run.config, f"wkv{run.config.version}"
-    sample = torch.empty((), device=run.device.kind, dtype=run.device.dtype)
-    sample = sample.expand(1, tokens, config.n_head, config.head_size)
-    table = importlib.import_module(f"rwkv.ops.{op}").BACKENDS
-    wanted = run.settings[ModelFlags].backend
     try:
-        name = choose_backend(op, table, wanted, sample, packed).name
+        name = wkv_choice(run).name
     except RunError as error:
         return str(error)
     return "" if name in ("cuda", "triton") else f"--kernel {name} waits for the GPU"

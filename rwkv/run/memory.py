@@ -21,29 +21,34 @@ if TYPE_CHECKING:
     from peft.memory import Prediction, Step
     from peft.plan import Plan
     from rwkv.config import RWKVConfig
-    from rwkv.run.models import Device
+    from rwkv.run.overview import Run
     from rwkv.training.measure import Measured
 
 
-def preview(
-    settings: Settings,
-    config: "RWKVConfig",
-    layers: "Plan",
-    batches: "BatchPlan",
-    device: "Device",
-) -> int:
+def preview(run: "Run") -> int:
     """End a dry run with the memory that the run would take; returns the exit status."""
     from losses.objectives import make_objective
     from rwkv.run.models import load_teacher
 
-    step = step_of(settings, device.dtype)
+    settings, config, layers = run.settings, run.config, run.layers
+    step = replace(step_of(settings, run.device.dtype), kernel=kernel_of(run))
     for line in describe_memory(settings, config, layers, step):
         say(line)
     if settings[TrainerFlags].dry_run == "verify":
-        objective = make_objective(settings, load_teacher(settings, config, device))
-        for line in verify(settings, config, layers, step, batches, objective):
+        objective = make_objective(settings, load_teacher(settings, config, run.device))
+        for line in verify(settings, config, layers, step, run.batches.training, objective):
             say(line)
     return 0
+
+
+def kernel_of(run: "Run") -> str:
+    """The backend of wkv; where the run is planned for another machine, the one asked for."""
+    from rwkv.run.kernel import wkv_choice
+
+    try:
+        return wkv_choice(run).name
+    except RunError:
+        return run.settings[ModelFlags].backend
 
 
 def step_of(settings: Settings, dtype: "torch.dtype") -> "Step":

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from data.batch_plan import BatchPlan
-from data.flags import DataFlags
 from peft.flags import StateFlags
 from peft.plan import Plan
 from peft.plan import describe as describe_layers
@@ -15,9 +14,10 @@ from rwkv.flags import Settings
 from rwkv.ops.backends import describe_choice
 from rwkv.run.batches import Batches
 from rwkv.run.graphs import uses_graphs
+from rwkv.run.kernel import wkv_choice
 from rwkv.run.models import Device
 from rwkv.tokenizer import Tokenizer
-from rwkv.training.flags import ModelFlags, TrainerFlags
+from rwkv.training.flags import TrainerFlags
 
 
 class Steps(NamedTuple):
@@ -69,21 +69,14 @@ def describe(run: Run) -> Iterable[str]:
     """
     settings, config, layers, batches, steps, device, _ = run
     plan = batches.training
-    data, trainer = settings[DataFlags], settings[TrainerFlags]
+    trainer = settings[TrainerFlags]
     dtype = str(device.dtype).removeprefix("torch.")
     yield (
         f"model: {config.name}, head size {config.head_size}, vocabulary {config.vocab_size:,}, "
         f"{dtype} on {device.kind}"
     )
     try:
-        yield describe_choice(
-            f"wkv{config.version}",
-            (1, plan.micro_bsz * data.ctx_len, config.n_head, config.head_size),
-            device=device.kind,
-            dtype=device.dtype,
-            packed=plan.packing,
-            backend=settings[ModelFlags].backend,
-        )
+        yield describe_choice(f"wkv{config.version}", wkv_choice(run))
     except RunError as error:
         if not trainer.dry_run:  # which may plan for another machine
             raise
