@@ -19,6 +19,7 @@ from rwkv.config import RWKVConfig, default_ffn, default_ranks
 from rwkv.ops.packing import remember_lengths, text_lengths
 from rwkv.ops.wkv6 import wkv6
 from rwkv.ops.wkv7 import wkv7
+from rwkv.training import graphed
 from rwkv.training.flags import OptimizerFlags
 from rwkv.training.graphed import MOST, GraphedSteps, _HandOver, padded
 from rwkv.training.lit import LitModel
@@ -169,7 +170,7 @@ def test_a_graph_gives_the_bits_of_the_pass(version, mode, quant, grad_cp, tmp_p
     batches = [gpu_batch(some, 130 + 8 * n, n) for n, some in enumerate(lengths * 2)]
     assert len({tuple(x.shape for x in batch) for batch in batches}) == 1
     found = []
-    for graphed in (False, True):
+    for recording in (False, True):
         torch.manual_seed(1)
         model, _ = random_with_profile(
             config, PeftFlags(layer_profile=str(profile)), device="cuda", dtype=torch.bfloat16
@@ -178,7 +179,7 @@ def test_a_graph_gives_the_bits_of_the_pass(version, mode, quant, grad_cp, tmp_p
         graphs, seen = GraphedSteps(model, SFT()), []
         trained = [p for p in model.parameters() if p.requires_grad]
         for number, batch in enumerate(batches):
-            loss, metrics = graphs(batch) if graphed else SFT()(model, batch)
+            loss, metrics = graphs(batch) if recording else SFT()(model, batch)
             loss.backward()
             seen += [loss.detach(), *metrics.values()]
             if number % 2:
@@ -190,14 +191,19 @@ def test_a_graph_gives_the_bits_of_the_pass(version, mode, quant, grad_cp, tmp_p
                 model.zero_grad()
             del loss  # whose history would keep a node of each parameter from stream to stream
         assert not graphs.failed
-        assert len(graphs._recorded) == graphed
+        assert len(graphs._recorded) == recording
         found.append(seen)
     for got, want in zip(*found, strict=True):
         assert torch.equal(got, want)
 
 
-def test_a_shape_that_comes_once_takes_no_place(monkeypatch):
-    """Of shapes that come again, so many are recorded as may be, whatever came before."""
+class Recording(Exception):
+    """In place of a graph, for which it takes a GPU."""
+
+
+@pytest.fixture
+def coming(monkeypatch):
+    """(graphs, come, recorded): come(length) brings a batch; recorded has what was to be."""
     graphs = GraphedSteps(nn.Linear(1, 1), lambda model, batch: (batch.inputs.sum(), {}))
     recorded = []
 
@@ -205,20 +211,65 @@ def test_a_shape_that_comes_once_takes_no_place(monkeypatch):
         recorded.append(batch.inputs.shape[1])
         raise Recording
 
-    class Recording(Exception):
-        """In place of a graph, for which it takes a GPU."""
-
     def come(length):
         some = torch.ones(1, length, dtype=torch.int64)
         graphs(TokenBatch(some, some, some > 0, None, some.sum(), torch.arange(length)))
 
     monkeypatch.setattr(graphs, "_record", record)
+    monkeypatch.setattr(graphed, "memory_missing", lambda: "")
+    return graphs, come, recorded
+
+
+def test_a_shape_that_comes_once_takes_no_place(coming):
+    """Of shapes that come again, so many are recorded as may be, whatever came before."""
+    _, come, recorded = coming
     for length in range(8, 8 + 2 * MOST):
         come(length)
     assert not recorded
     with pytest.raises(Recording):
         come(8 + MOST)
     assert recorded == [8 + MOST]
+
+
+def test_the_first_graph_waits_for_the_second_step(coming):
+    """Until then the optimizer holds nothing."""
+    graphs, come, recorded = coming
+    weight = graphs._model.weight
+    come(8)
+    weight.grad = torch.ones_like(weight)
+    come(8)
+    assert not recorded
+    weight.grad = None
+    with pytest.raises(Recording):
+        come(8)
+
+
+def test_nothing_is_recorded_without_memory(coming, monkeypatch, capsys):
+    graphs, come, recorded = coming
+    monkeypatch.setattr(graphed, "memory_missing", lambda: "a graph takes 3.0 GiB")
+    for _ in range(3):
+        come(8)
+    assert not recorded and graphs.failed
+    said = capsys.readouterr().err
+    assert said.count("--cuda_graphs: a graph takes 3.0 GiB; going on kernel by kernel") == 1
+
+
+@pytest.mark.parametrize(
+    "free, share, missing",
+    [(4.0, 1.0, ""), (2.9, 1.0, "3.0 GiB, and 2.9 are"), (9.0, 0.5, "3.0 GiB, and 2.0 are")],
+)
+def test_a_step_must_fit_once_more(free, share, missing, monkeypatch):
+    """Of 24 GiB torch holds 10 and has handed out 7; a process may be held to a share of all."""
+    gib = 2**30
+    for name, value in (
+        ("memory_reserved", 10 * gib),
+        ("memory_allocated", 7 * gib),
+        ("mem_get_info", (int(free * gib), 24 * gib)),
+        ("get_per_process_memory_fraction", share),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    found = graphed.memory_missing()
+    assert missing in found and bool(found) == bool(missing)
 
 
 @pytest.mark.gpu

@@ -4,6 +4,9 @@ A small micro-batch takes a GPU less time than Python takes to launch its kernel
 each shape of a micro-batch is run once as usual, recorded at its second coming, and replayed from
 then on: the same kernels on the same numbers. To keep the shapes few, `padded` rounds up what
 differs from one batch to the next.
+
+Graphs keep their memory, beside which shapes that are not recorded take theirs: so nothing is
+recorded where a step's memory is not free once more.
 """
 
 from collections.abc import Callable, Sequence
@@ -84,12 +87,27 @@ class GraphedSteps:
         key = tuple(None if field is None else field.shape for field in batch)
         if self.failed or batch.places is None:
             return None
-        if key in self._seen and key not in self._recorded and len(self._recorded) < MOST:
+        if key in self._seen and key not in self._recorded and self._may_record():
             recorded = self._record(batch)
             if recorded is not None:
                 self._recorded[key] = recorded
         self._seen.add(key)
         return self._recorded.get(key)
+
+    def _may_record(self) -> bool:
+        """Whether there is room for one more graph.
+
+        What the first one takes is known at the beginning of the second step, when the optimizer
+        has all that it holds.
+        """
+        if self._pool is not None:
+            return len(self._recorded) < MOST
+        if any(p.grad is not None for p in self._model.parameters()):
+            return False
+        self.failed = memory_missing()
+        if self.failed:
+            say(f"--cuda_graphs: {self.failed}; going on kernel by kernel")
+        return not self.failed
 
     def _record(self, batch: TokenBatch) -> _Recorded | None:
         """Record the work on a batch, without doing it."""
@@ -133,6 +151,20 @@ class GraphedSteps:
                 own.copy_(parameter.grad)
         if empty:
             torch._foreach_zero_(empty)
+
+
+def memory_missing() -> str:
+    """Why the memory of a step is not free once more, "" if it is; after a step that ran as usual.
+
+    That step's memory is what torch holds for the next one.
+    """
+    held = torch.cuda.memory_reserved()
+    step = held - torch.cuda.memory_allocated()
+    free, total = torch.cuda.mem_get_info()
+    free = min(free, int(total * torch.cuda.get_per_process_memory_fraction()) - held)
+    if free >= step:
+        return ""
+    return f"a graph takes {step / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
 
 
 class _HandOver(torch.autograd.Function):
