@@ -43,6 +43,7 @@ class BatchPlan:
     rows_per_step: G.
     rows_per_pass, steps_per_pass: equal for all passes.
     fill: share of the rows' room that holds tokens.
+    most_texts: pieces in the row that holds most of them.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class BatchPlan:
         self.rows_per_pass = len(self._bounds) - 1
         self.steps_per_pass = -(-self.rows_per_pass // self.rows_per_step)
         self.fill = int(self.pieces.sizes.sum()) / (self.rows_per_pass * self.pieces.room)
+        self.most_texts = int(np.diff(self._bounds).max())
         self._passes: dict[int, _Pass] = {}
 
     def __getstate__(self) -> dict[str, Any]:

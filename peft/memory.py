@@ -59,6 +59,7 @@ class Step:
     dtype: of the model.
     chunk: tokens of a row that are walked at once; 0 for all.
     packed: the rows of a micro-batch lie end to end in one, which chunks cut.
+    texts: the most that a row holds.
     host_states: the states between chunks lie in host memory.
     grad_cp: blocks are recomputed; "selective": but for their large products and wkv.
     kept_limit: bytes that "selective" may keep; 0 for no limit.
@@ -76,6 +77,7 @@ class Step:
     dtype: torch.dtype = torch.bfloat16
     chunk: int = 0
     packed: bool = True
+    texts: int = 1
     host_states: bool = False
     grad_cp: bool | str = True
     kept_limit: int = 0
@@ -311,8 +313,8 @@ def kept_by_time_mix(config: RWKVConfig, plan: Plan, step: Step, *, at_work: boo
 
 def wkv_bytes(config: RWKVConfig, step: Step) -> WkvBytes:
     """What the step's wkv holds for its backward pass."""
-    known = WKV_BYTES.get((config.version, step.kernel))
-    return known or WKV_BYTES[config.version, "cuda"]
+    known = WKV_BYTES.get((config.version, step.kernel)) or WKV_BYTES[config.version, "cuda"]
+    return known.in_texts(min(step.rows * step.texts, step.tokens), step.tokens)
 
 
 def kept_by_channel_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
@@ -386,10 +388,10 @@ def kept_for_second_run(config: RWKVConfig, plan: Plan, step: Step, part: str) -
             if selective and not closes:
                 numbers += layer.shape[0]
         most = max(most, numbers)
-    wkv = 0
+    wkv = 0.0
     if selective and part == "att":
         wkv = config.dim_att * (step.dtype.itemsize + wkv_bytes(config, step).kept)
-    return step.tokens * (most * step.dtype.itemsize + wkv)
+    return int(step.tokens * (most * step.dtype.itemsize + wkv))
 
 
 def low_rank_numbers(config: RWKVConfig) -> int:

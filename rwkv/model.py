@@ -82,12 +82,21 @@ class Block(nn.Module):
         return self.att(x, self.ln1, v_first, shift, wkv, cu_seqlens)
 
 
-def kept_bytes(block: Any, config: RWKVConfig, itemsize: int) -> tuple[int, int]:
-    """Bytes a token of a block's large products, and of what wkv gives and at most keeps."""
+def kept_bytes(
+    block: Any, config: RWKVConfig, itemsize: int, texts: int, tokens: int
+) -> tuple[int, int]:
+    """Bytes of a block's large products over `tokens` in `texts`, and of what wkv gives and keeps.
+
+    Of all kernels that which keeps most is counted.
+    """
     linear = [m for m in block.modules() if isinstance(m, Linear) and not m.closes]
-    most = max(size.kept for (version, _), size in WKV_BYTES.items() if version == config.version)
-    wkv = config.dim_att * (itemsize + most)
-    return itemsize * sum(m.out_features for m in linear), wkv
+    kept = max(
+        size.in_texts(texts, tokens).kept
+        for (version, _), size in WKV_BYTES.items()
+        if version == config.version
+    )
+    wkv = tokens * config.dim_att * (itemsize + kept)
+    return tokens * itemsize * sum(m.out_features for m in linear), int(wkv)
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
@@ -160,7 +169,7 @@ class RWKV(nn.Module):
         if self.grad_cp and self.grad_cp_offload and torch.is_grad_enabled():
             place = HostPlace(x.device)
         after = []
-        levels = self._kept_by_blocks(x)
+        levels = self._kept_by_blocks(x, x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         for block, before, kept in zip(self.blocks, state, levels, strict=True):
             if self.grad_cp and scattered:  # DeepSpeed's hooks want the whole block
                 x, v_first, new = recomputed(
@@ -179,8 +188,8 @@ class RWKV(nn.Module):
             after.append(new)
         return self.ln_out(x), after
 
-    def _kept_by_blocks(self, x: Tensor) -> list[Kept]:
-        """What each block keeps of its own run over x [B, T, C].
+    def _kept_by_blocks(self, x: Tensor, texts: int) -> list[Kept]:
+        """What each block keeps of its own run over x [B, T, C], which holds so many texts.
 
         Within `grad_cp_memory` the products of as many blocks as fit, the last ones, whose turn
         comes first in the backward pass; then wkv's results, which take more room for what they
@@ -192,12 +201,13 @@ class RWKV(nn.Module):
         if not self.grad_cp_memory:
             return [Kept.ALL] * count
         levels, left = [Kept.SMALL] * count, self.grad_cp_memory
-        sizes = kept_bytes(self.blocks[-1], self.config, x.element_size())
+        tokens = x.shape[0] * x.shape[1]
+        sizes = kept_bytes(self.blocks[-1], self.config, x.element_size(), texts, tokens)
         for kept, size in zip((Kept.PRODUCTS, Kept.ALL), sizes, strict=True):
-            room = int(left // (x.shape[0] * x.shape[1] * size))
+            room = left // size
             for layer in range(max(count - room, 0), count):
                 levels[layer] = kept
-            left -= min(room, count) * x.shape[0] * x.shape[1] * size
+            left -= min(room, count) * size
             if room < count:
                 break
         return levels

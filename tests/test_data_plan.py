@@ -140,6 +140,14 @@ def test_packed_rows_hold_at_most_the_micro_batch(store):
         assert (batch.cu_seqlens.diff() > 0).all()
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_fullest_row_is_counted(store, packing):
+    plan = BatchPlan(store, ctx_len=64, packing=packing)
+    rows = [plan.micro_batch(step, 0) for step in range(plan.steps_per_pass)]
+    texts = max(len(row.cu_seqlens) - 1 if packing else len(row.inputs) for row in rows)
+    assert plan.most_texts == texts and (texts > 1) == packing
+
+
 def test_passes_and_seeds_differ_and_repeat(store):
     def first(seed, number):
         plan = BatchPlan(store, ctx_len=64, seed=seed)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rwkv.errors import RunError
 from rwkv.ops import cuda_build, wkv6_cuda, wkv7_cuda
 
 # What one block may have on compute capability 8.6, 8.9 and 12.x, the least of all from 8.0 on;
@@ -53,6 +54,7 @@ def test_a_gpu_is_refused_by_the_largest_kernel(module, dynamic, monkeypatch):
     largest = max(dynamic.values())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(cuda_build, "why_not", lambda: None)
+    monkeypatch.setattr(cuda_build, "refusal", lambda source, index: None)
     sample = SimpleNamespace(
         device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(1, 64, 1, 64)
     )
@@ -66,6 +68,27 @@ def test_a_gpu_is_refused_by_the_largest_kernel(module, dynamic, monkeypatch):
     ):
         monkeypatch.setattr(cuda_build, "shared_memory", lambda index, room=room: room)
         assert module.why_not(sample, False) == reason
+
+
+def test_a_compiler_that_refuses_the_gpu_leaves_it_to_triton(module, monkeypatch):
+    """In one line, as of a compiler that is older than the GPU."""
+
+    def refuse(*_):
+        raise RunError(
+            "wkv.cu: NVRTC 12.0 cannot compile it with -arch=sm_120a; it says:\nbad arch"
+        )
+
+    for name, value in (("why_not", lambda: None), ("build", refuse)):
+        monkeypatch.setattr(cuda_build, name, value)
+    monkeypatch.setattr(cuda_build, "too_small", lambda device, shared: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    cuda_build.refusal.cache_clear()
+    sample = SimpleNamespace(
+        device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(1, 64, 1, 64)
+    )
+    reason = "wkv.cu: NVRTC 12.0 cannot compile it with -arch=sm_120a; it says: bad arch"
+    assert module.why_not(sample, False) == reason
+    cuda_build.refusal.cache_clear()
 
 
 exact = pytest.param(torch.float32, marks=pytest.mark.slow)

@@ -193,13 +193,17 @@ def test_more_numbers_than_31_bits_count(op, backend, lengths):
 @operators
 @emulated_or_interpreted
 def test_torch_compiles_it_whole(op, backend, device):
-    """Outputs and gradients have the bits of the operator itself, in one graph."""
-    x = INPUTS[op](B=1, T=70, H=2, N=64, dtype=BFLOAT16, device=device)
-    state = random_state(x)
+    """Outputs and gradients have the bits of the operator itself, in one graph for all lengths."""
     itself = partial(FUNCTIONS[op], backend=backend)
     compiled = torch.compile(itself, fullgraph=True, backend="aot_eager")
-    want, got = with_gradients(itself, x, state), with_gradients(compiled, x, state)
-    assert all(torch.equal(got[name], value) for name, value in want.items())
+    for T, ends in ((70, None), (80, None), (90, None), (70, (10, 70)), (90, (20, 30, 90))):
+        x = INPUTS[op](B=1, T=T, H=2, N=64, dtype=BFLOAT16, device=device)
+        borders = None if ends is None else torch.tensor([0, *ends], device=device)
+        state = random_state(x, Q=1 if ends is None else len(ends))
+        want, got = (
+            with_gradients(run, x, state, cu_seqlens=borders) for run in (itself, compiled)
+        )
+        assert all(torch.equal(got[name], value) for name, value in want.items())
 
 
 @operators

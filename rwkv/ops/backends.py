@@ -23,6 +23,8 @@ from torch import Tensor
 
 from rwkv.errors import InputError, RunError
 
+TRACED_TOKENS = 4096  # of a text, where the real number is not known
+
 
 class Choice(NamedTuple):
     """The backend of one call, and the reasons against those listed before it."""
@@ -110,13 +112,9 @@ def describe_choice(op: str, choice: Choice) -> str:
 
 @torch.compiler.assume_constant_result
 def _constant_path(
-    op: str,
-    wanted: str,
-    device: str,
-    dtype: torch.dtype,
-    shape: tuple[int, int, int, int],
-    packed: bool,
+    op: str, wanted: str, device: str, dtype: torch.dtype, N: int, packed: bool
 ) -> str:
+    shape = (1, TRACED_TOKENS, 1, N)
     choice = choice_for(op, shape, device=device, dtype=dtype, packed=packed, backend=wanted)
     return choice.module.__name__
 
@@ -124,10 +122,13 @@ def _constant_path(
 def backend_module(
     op: str, table: dict[str, str], wanted: str, sample: Tensor, packed: bool
 ) -> ModuleType:
-    """The module that runs a call, as `choose_backend`; a constant where torch.compile traces."""
+    """The module that runs a call, as `choose_backend`.
+
+    A constant where torch.compile traces, to which lengths are symbols: chosen for long texts.
+    """
     if torch.compiler.is_compiling():
-        shape = tuple(sample.shape)
-        path = _constant_path(op, wanted, sample.device.type, sample.dtype, shape, packed)
+        N = int(sample.shape[-1])
+        path = _constant_path(op, wanted, sample.device.type, sample.dtype, N, packed)
         return _imported[path]
     return choose_backend(op, table, wanted, sample, packed).module
 

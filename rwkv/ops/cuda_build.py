@@ -244,6 +244,19 @@ def arch_of(device: int) -> str:
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
+@cache
+def refusal(source: str, index: int) -> str | None:
+    """Why a source of cuda/ cannot be compiled for a CUDA device, in a line, or None.
+
+    It is compiled for it, if it was not before, and kept.
+    """
+    try:
+        build(source, {}, arch_of(index))
+    except RunError as error:
+        return " ".join(str(error).splitlines()[:2])
+    return None
+
+
 def too_small(device: torch.device, shared: int) -> str | None:
     """Why a GPU has no room for blocks of so many bytes of shared memory, or None."""
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -253,6 +266,7 @@ def too_small(device: torch.device, shared: int) -> str | None:
     return None
 
 
+@cache
 def shared_memory(index: int) -> int:
     """The bytes of shared memory that one block may have on a GPU; AMD's have one limit only."""
     found = torch.cuda.get_device_properties(index)

@@ -14,8 +14,14 @@ STAGES = 3  # chunks of a scan under way
 FEW_HEADS = 100
 
 
-def why_not(sample: Tensor, shared: int) -> str | None:
-    """Why kernels whose largest block takes so many bytes of shared memory cannot run, or None."""
+def why_not(sample: Tensor, source: str, shared: int) -> str | None:
+    """Why kernels cannot run, or None.
+
+    Args:
+        sample: one input.
+        source: their file of cuda/, which is compiled where nothing else speaks against it.
+        shared: bytes of shared memory of their largest block.
+    """
     if sample.device.type != "cuda":
         return f"needs a GPU, the tensors are on {sample.device}"
     if sample.dtype != torch.bfloat16:
@@ -26,7 +32,10 @@ def why_not(sample: Tensor, shared: int) -> str | None:
         return "needs compute capability 8.0 or more"
     if reason := cuda_build.why_not():
         return reason
-    return cuda_build.too_small(sample.device, shared)
+    if reason := cuda_build.too_small(sample.device, shared):
+        return reason
+    index = torch.cuda.current_device() if sample.device.index is None else sample.device.index
+    return cuda_build.refusal(source, index)
 
 
 def slot_owners(cu_seqlens: Tensor | None, slots: int) -> Tensor | None:

@@ -10,20 +10,29 @@ from torch import Tensor
 class WkvBytes(NamedTuple):
     """What an operator holds for its backward pass in bfloat16, bytes a token and channel.
 
+    Of whole chunks: a text's last one, however short, takes the room of one, see `in_texts`.
+
     kept: from the forward pass on, beside its inputs.
     at_work: while its backward pass runs, with what this makes again and the gradients of states;
         over the 2 of those that the CUDA kernels make.
+    chunk: tokens of a chunk.
     """
 
-    kept: int
-    at_work: int
+    kept: float
+    at_work: float
+    chunk: int
+
+    def in_texts(self, texts: int, tokens: int) -> "WkvBytes":
+        """The same where `tokens` are cut into `texts`."""
+        more = 1 + self.chunk * texts / tokens
+        return self._replace(kept=self.kept * more, at_work=self.at_work * more)
 
 
 WKV_BYTES = {  # by the model's version and the backend; heads of 64 channels
-    (7, "cuda"): WkvBytes(8, 8),
-    (7, "triton"): WkvBytes(0, 13),
-    (6, "cuda"): WkvBytes(2, 2),
-    (6, "triton"): WkvBytes(4, 6),
+    (7, "cuda"): WkvBytes(7.4, 7.4, 64),
+    (7, "triton"): WkvBytes(0.0, 13.0, 32),
+    (6, "cuda"): WkvBytes(2.0, 2.0, 64),
+    (6, "triton"): WkvBytes(4.3, 6.3, 32),
 }
 
 

@@ -69,9 +69,14 @@ def text_starts(cu_seqlens: Tensor, rows: int, device: torch.device) -> Tensor:
 
 
 def check_packing(op: str, cu_seqlens: Tensor, B: int, T: int) -> None:
-    """Raise ValueError unless cu_seqlens cuts one row of T tokens into texts of at least one."""
+    """Raise ValueError unless cu_seqlens cuts one row of T tokens into texts of at least one.
+
+    Where torch.compile traces, the values are not there to be checked.
+    """
     if B != 1:
         raise ValueError(f"{op}: packed texts need B = 1, not B = {B}")
+    if torch.compiler.is_compiling():
+        return
     lengths = text_lengths(cu_seqlens)
     if min(lengths, default=0) < 1:
         raise ValueError(

@@ -27,6 +27,7 @@ PARTS = 4  # of 16 key columns, each with an exponent: cuda/wkv6.cu
 ROW = 4 * C  # bytes of a float32 for each token or channel
 OUTPUT_BYTES = 5 * TILE + 5 * ROW + 16  # of shared memory
 STEEP_OUTPUT_BYTES = 8 * TILE + 5 * ROW + 16
+SOURCE = "wkv6.cu"
 GRADIENT_BYTES = 11 * TILE + 27 * ROW + 176
 STEEP_BLOCKS = 263  # of a kernel that looks for steep chunks; odd, so that each sees all heads
 
@@ -45,7 +46,7 @@ class Kernels(NamedTuple):
 @cache
 def load_kernels(device: torch.device) -> Kernels:
     """Compile what is not compiled yet, and load it once a device."""
-    library = cuda_build.load("wkv6.cu", {}, device)
+    library = cuda_build.load(SOURCE, {}, device)
 
     def scan(name: str) -> dict[int, cuda_build.Kernel]:
         stages = {n: STAGES * (TILE + n * 4096) + n * 544 for n in (1, PARTS)}
@@ -62,7 +63,7 @@ def load_kernels(device: torch.device) -> Kernels:
 
 
 def why_not(sample: Tensor, packed: bool) -> str | None:
-    return cuda_chunks.why_not(sample, GRADIENT_BYTES)
+    return cuda_chunks.why_not(sample, SOURCE, GRADIENT_BYTES)
 
 
 def run(

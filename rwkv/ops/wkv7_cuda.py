@@ -24,7 +24,8 @@ from rwkv.ops.cuda_chunks import STAGES, TILE, C, N, slot_owners
 from rwkv.ops.kept import register_gradient
 from rwkv.ops.packing import count_slots
 
-BLOCKS, SCALARS = 10 * 512, 68  # cuda/wkv7.cu
+SOURCE = "wkv7.cu"
+BLOCKS, SCALARS = 10 * 512, 68  # as there
 SUMS = 4 * C * 4  # bytes of sums over each of four groups of rows, float32
 PREPARE_BYTES = 11 * TILE + BLOCKS + SUMS + 128  # of shared memory
 GRADIENT_BYTES = 12 * TILE + SUMS + 3 * C * 4 + 96
@@ -42,7 +43,7 @@ class Kernels(NamedTuple):
 @cache
 def load_kernels(device: torch.device) -> Kernels:
     """Compile what is not compiled yet, and load it once a device."""
-    library = cuda_build.load("wkv7.cu", {}, device)
+    library = cuda_build.load(SOURCE, {}, device)
 
     def stage(warp: int, warps: int) -> int:
         return STAGES * (2 * TILE + 512 + warps * warp)
@@ -56,7 +57,7 @@ def load_kernels(device: torch.device) -> Kernels:
 
 
 def why_not(sample: Tensor, packed: bool) -> str | None:
-    return cuda_chunks.why_not(sample, GRADIENT_BYTES)
+    return cuda_chunks.why_not(sample, SOURCE, GRADIENT_BYTES)
 
 
 def run(

@@ -31,7 +31,8 @@ def preview(run: "Run") -> int:
     from rwkv.run.models import load_teacher
 
     settings, config, layers = run.settings, run.config, run.layers
-    step = replace(step_of(settings, run.device.dtype), kernel=kernel_of(run))
+    step = step_of(settings, run.device.dtype)
+    step = replace(step, kernel=kernel_of(run), texts=run.batches.training.most_texts)
     for line in describe_memory(settings, config, layers, step):
         say(line)
     if settings[TrainerFlags].dry_run == "verify":
