@@ -7,20 +7,23 @@
 A step is what train.py does for one optimizer step, without Lightning, data and clipping: the SFT
 objective on random tokens (every token scored, vocabulary 65,536, 4,096 tokens a row), its
 gradient with --grad_cp 1 (rows that end in -kept: 0; in -selective: selective; in -graph: as a CUDA
-graph, all of it under "forward"), and fused AdamW with float32 masters. The model is bfloat16 with
-random weights.
+graph, all of it under "forward"; in -fla: wkv by flash-linear-attention, which compiles for minutes
+and runs only when named), and fused AdamW with float32 masters. The model is bfloat16 with random
+weights.
 
 Columns: tokens a second (median step); milliseconds of forward, backward, optimizer; TFLOP/s of
 the model and its share of 989 TFLOP/s (an H100's dense bfloat16); peak GiB, of a graph with the
-steps that come before it; the loss, which shows whether numbers are finite; other trainers' tokens
-a second and GiB, and ours over theirs.
+steps that come before it; seconds of the first step, in which what no cache has is compiled; the
+loss, which shows whether numbers are finite; other trainers' tokens a second and GiB, and ours over
+theirs.
 FLOPs of a token, recomputation not counted:
 
     trained in full   6 (matrices + head) + 27 head_size C layers
     adapters          4 (matrices + head) + 6 adapter parameters + 27 head_size C layers
 
-where matrices are all two-dimensional parameters of the blocks and the last term is the wkv
-operator, 9 head_size a channel and token forward and twice that backward.
+where matrices are all two-dimensional parameters of the blocks and the last term is the wkv7
+operator, 9 head_size a channel and token forward and twice that backward (that of wkv6 takes less,
+1% of all).
 """
 
 import argparse
@@ -72,6 +75,7 @@ class Row:
     kept: GiB, as --grad_cp_memory.
     offload: --grad_cp_offload.
     graph: --cuda_graphs.
+    kernel: --kernel.
     """
 
     mode: str
@@ -86,6 +90,7 @@ class Row:
     kept: float = 0.0
     offload: bool = False
     graph: bool = False
+    kernel: str = "auto"
 
     def config(self) -> RWKVConfig:
         return RWKVConfig(
@@ -107,6 +112,7 @@ ROWS = {
     "full-1.5B-8-graph": Row("full", *SMALLER, rows=8, graph=True),
     "full-2.9B-8": Row("full", *LARGER, rows=8),
     "lora-1.5B-8": Row("lora", *SMALLER, rows=8),
+    "lora-1.5B-8-fla": Row("lora", *SMALLER, rows=8, kernel="fla"),
     "lora-only-1.5B-8": Row("lora", *SMALLER, rows=8, small=False),
     "lora-1.5B-8-graph": Row("lora", *SMALLER, rows=8, graph=True),
     "lora-1.5B-1": Row("lora", *SMALLER, rows=1),
@@ -158,8 +164,12 @@ PEERS |= {
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds of a step's parts, FLOPs of a token, peak bytes, and the last loss."""
+    """Milliseconds of a step's parts, FLOPs of a token, peak bytes, and the last loss.
 
+    first: seconds of the first step, in which kernels are compiled or found in caches.
+    """
+
+    first: float
     forward: float
     backward: float
     optimizer: float
@@ -172,7 +182,7 @@ class Measured:
 def random_model(row: Row, device: str, dtype: torch.dtype) -> RWKV:
     """A model whose weights are drawn where they lie: norms as new, all else small and random."""
     with torch.device("meta"):
-        model = RWKV(row.config()).to(dtype)
+        model = RWKV(row.config(), row.kernel).to(dtype)
     model.to_empty(device=device)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -300,7 +310,10 @@ def measure(row: Row, device: str, steps: int) -> Measured:
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(WARM_UP):
+    begin = time.perf_counter()
+    training.step()[1].item()
+    first = time.perf_counter() - begin
+    for _ in range(WARM_UP - 1):
         training.step()
     if on_gpu:
         torch.cuda.synchronize()
@@ -312,6 +325,7 @@ def measure(row: Row, device: str, steps: int) -> Measured:
     parts = [clock.milliseconds() for clock, _ in done]
     forward, backward, optimizer = (statistics.median(part) for part in zip(*parts, strict=True))
     return Measured(
+        first,
         forward,
         backward,
         optimizer,
@@ -333,7 +347,7 @@ def line(name: str, row: Row, found: Measured) -> str:
     return (
         f"{name:22} {speed:8,.0f} {found.forward:8.1f} {found.backward:9.1f} "
         f"{found.optimizer:6.1f} {teraflops:8.1f} {1e12 * teraflops / PEAK:6.1%} "
-        f"{found.peak / 2**30:6.1f} {found.loss:7.3f}  {peers}"
+        f"{found.peak / 2**30:6.1f} {found.first:8.1f} {found.loss:7.3f}  {peers}"
     )
 
 
@@ -407,7 +421,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", default=list(ROWS), metavar="NAME")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[name for name, row in ROWS.items() if row.kernel == "auto"],
+        metavar="NAME",
+    )
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
     parser.add_argument("--rows", type=int, help="rows of a batch, instead of the name's")
     parser.add_argument("--profile", metavar="NAME", help="print one row's step by kernel")
@@ -423,7 +442,12 @@ def main() -> int:
         return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(
-        "row                    tokens/s  forward  backward    opt  TFLOP/s    MFU    GiB    loss"
+        "FLOPs of a token: full 6 (matrices + head) + w, adapters 4 (matrices + head) + 6 of their own "
+        "+ w; w = 27 head_size C layers; MFU of 989 TFLOP/s"
+    )
+    print(
+        "row                    tokens/s  forward  backward    opt  TFLOP/s    MFU    GiB  first s"
+        "    loss"
         "  others: tokens/s, GiB, ours over theirs"
     )
     for name in flags.only:
