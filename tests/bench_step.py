@@ -442,8 +442,8 @@ def main() -> int:
         return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(
-        "FLOPs of a token: full 6 (matrices + head) + w, adapters 4 (matrices + head) + 6 of their own "
-        "+ w; w = 27 head_size C layers; MFU of 989 TFLOP/s"
+        "FLOPs of a token: full 6 (matrices + head) + w, adapters 4 (matrices + head) + 6 of "
+        "their own + w; w = 27 head_size C layers; MFU of 989 TFLOP/s"
     )
     print(
         "row                    tokens/s  forward  backward    opt  TFLOP/s    MFU    GiB  first s"
