@@ -259,6 +259,8 @@ def refusal(source: str, index: int) -> str | None:
 
 def too_small(device: torch.device, shared: int) -> str | None:
     """Why a GPU has no room for blocks of so many bytes of shared memory, or None."""
+    if device.type != "cuda":  # where kernels are interpreted
+        return None
     index = torch.cuda.current_device() if device.index is None else device.index
     room = shared_memory(index)
     if room < shared:

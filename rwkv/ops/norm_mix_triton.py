@@ -14,9 +14,12 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rwkv.ops import cuda_build
 from rwkv.ops.fused import flags, rows_a_program, sums_of_programs
 from rwkv.ops.heads_triton import read, write
 from rwkv.ops.packing import text_starts
+
+OTHER_BYTES = 128  # at most, of shared memory beside the rows that wait there: sums of the warps
 
 
 def norm_shift_mix(
@@ -38,15 +41,25 @@ def norm_shift_mix(
     return stream, tuple(mixed), last
 
 
-def _launch(x: Tensor) -> dict[str, int]:
+def _launch(x: Tensor, rows: int) -> dict[str, int]:
     """Eight channels a thread, and the next token's loads under way while one is worked on.
 
-    These wait in shared memory, which holds 14 rows of 16 KB.
+    These wait in shared memory, where there is room for them.
+
+    Args:
+        x: [..., C].
+        rows: of x's size that a token's loads bring.
     """
     C = x.shape[-1]
     block = triton.next_power_of_2(C)
-    stages = 2 if block * x.element_size() <= 1 << 14 else 1
-    return {"C": C, "BLOCK": block, "STAGES": stages, "num_warps": min(max(block // 256, 1), 32)}
+    waiting = rows * block * x.element_size() + OTHER_BYTES
+    ahead = cuda_build.too_small(x.device, waiting) is None
+    return {
+        "C": C,
+        "BLOCK": block,
+        "STAGES": 2 if ahead else 1,
+        "num_warps": min(max(block // 256, 1), 32),
+    }
 
 
 class _NormShiftMix(torch.autograd.Function):
@@ -72,7 +85,7 @@ class _NormShiftMix(torch.autograd.Function):
             _forward_kernel[(triton.cdiv(rows, count),)](
                 *(x, weight, bias, shift, starts, deltas, mixes, mixed, statistics, last),
                 *(rows, T, count, eps),
-                **_launch(x),
+                **_launch(x, 1 + len(mixes) * (deltas is not None)),
             )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, shift, starts, deltas, statistics, *mixes)
@@ -103,7 +116,7 @@ class _NormShiftMix(torch.autograd.Function):
                 *(rows, T, count),
                 WANTED=flags(wanted),
                 SUMS=sums,
-                **_launch(x),
+                **_launch(x, 4 + len(mixes) * (1 if deltas is None else 2)),
             )
         grad_weight, grad_bias, *grad_mixes = sums_of_programs(partial, parameters, wanted)
         return (
