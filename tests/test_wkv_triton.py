@@ -42,6 +42,12 @@ DECAYS = {
     "strongest": lambda w: torch.full_like(w, -0.5),
     "none or strongest": lambda w: torch.where(w > w.median(), -0.5, -9.0),
 }
+# Places of what is kept that no text has stay unwritten, and may hold a NaN, which opcheck calls
+# unequal: packed texts that keep something fill all places here.
+as_operators = pytest.mark.parametrize(
+    "keep, T, ends",
+    [(False, 70, None), (True, 128, None), (True, 130, [0, 65, 130]), (False, 70, [0, 10, 70])],
+)
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="runs the others where there is no GPU")
@@ -185,14 +191,16 @@ def test_wkv7_keeps_at_most_8_bytes_a_token_and_channel(dtype):
 
 
 @kernels
-@pytest.mark.parametrize("keep, T", [(False, 70), (True, 128)])
-def test_wkv7_as_an_operator_of_torch(keep, T):
+@as_operators
+def test_wkv7_as_an_operator_of_torch(keep, T, ends):
     """Schema, fake implementation, gradients and tracing agree with the operator itself."""
     from rwkv.ops import wkv7_triton
 
     x = wkv7_inputs(B=1, T=T, H=1, N=64, dtype=BFLOAT16, device=DEVICE)
-    tensors = [t.requires_grad_() for t in (*x.values(), random_state(x))]
-    torch.library.opcheck(wkv7_triton._forward, (*tensors, None, keep))
+    state = random_state(x, Q=1 if ends is None else len(ends) - 1)
+    tensors = [t.requires_grad_() for t in (*x.values(), state)]
+    cu_seqlens = None if ends is None else torch.tensor(ends, device=DEVICE)
+    torch.library.opcheck(wkv7_triton._forward, (*tensors, cu_seqlens, keep))
 
 
 @kernels
@@ -220,9 +228,12 @@ def test_wkv7_with_heads_of_128(T, dtype):
 
 
 @pytest.mark.gpu
-def test_wkv7_gives_the_same_numbers_every_time():
-    x = wkv7_inputs(B=4, T=1000, H=8, N=64, dtype=BFLOAT16, device=DEVICE)
-    first, second = (with_gradients(run7, x, random_state(x)) for _ in range(2))
+@pytest.mark.parametrize("ends", [None, [0, 1, 700, 1764, 4000]], ids=["rows", "packed"])
+def test_wkv7_gives_the_same_numbers_every_time(ends):
+    B, T = (4, 1000) if ends is None else (1, 4000)
+    x = wkv7_inputs(B=B, T=T, H=32, N=64, dtype=BFLOAT16, device=DEVICE)
+    options = {"cu_seqlens": None if ends is None else torch.tensor(ends, device=DEVICE)}
+    first, second = (with_gradients(run7, x, random_state(x, Q=4), **options) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -402,14 +413,16 @@ def test_wkv6_keeps_at_most_8_bytes_a_token_and_channel(dtype, N):
 
 
 @kernels
-@pytest.mark.parametrize("keep, T", [(False, 70), (True, 128)])
-def test_wkv6_as_an_operator_of_torch(keep, T):
+@as_operators
+def test_wkv6_as_an_operator_of_torch(keep, T, ends):
     """Schema, fake implementation, gradients and tracing agree with the operator itself."""
     from rwkv.ops import wkv6_triton
 
     x = wkv6_inputs(B=1, T=T, H=1, N=64, dtype=BFLOAT16, device=DEVICE)
-    tensors = [t.requires_grad_() for t in (*x.values(), random_state(x))]
-    torch.library.opcheck(wkv6_triton._forward, (*tensors, None, keep))
+    state = random_state(x, Q=1 if ends is None else len(ends) - 1)
+    tensors = [t.requires_grad_() for t in (*x.values(), state)]
+    cu_seqlens = None if ends is None else torch.tensor(ends, device=DEVICE)
+    torch.library.opcheck(wkv6_triton._forward, (*tensors, cu_seqlens, keep))
 
 
 @kernels
@@ -440,9 +453,12 @@ def test_wkv6_with_heads_of_128(T, dtype, decay):
 
 
 @pytest.mark.gpu
-def test_wkv6_gives_the_same_numbers_every_time():
-    x = wkv6_inputs(B=4, T=1000, H=8, N=64, dtype=BFLOAT16, device=DEVICE)
-    first, second = (with_gradients(run6, x, random_state(x)) for _ in range(2))
+@pytest.mark.parametrize("ends", [None, [0, 1, 700, 1764, 4000]], ids=["rows", "packed"])
+def test_wkv6_gives_the_same_numbers_every_time(ends):
+    B, T = (4, 1000) if ends is None else (1, 4000)
+    x = wkv6_inputs(B=B, T=T, H=32, N=64, dtype=BFLOAT16, device=DEVICE)
+    options = {"cu_seqlens": None if ends is None else torch.tensor(ends, device=DEVICE)}
+    first, second = (with_gradients(run6, x, random_state(x, Q=4), **options) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
