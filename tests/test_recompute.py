@@ -60,7 +60,7 @@ def test_recomputed_blocks_give_the_plain_gradient(version, scattered, trained, 
         torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def adapted_model(version: int, mode: str, *, backend: str = "torch") -> nn.Module:
+def adapted_model(version: int, mode: str, *, backend: str = "torch", rank: int = 8) -> nn.Module:
     """A float32 model with an adapter on every linear layer of its blocks; "full": without."""
     torch.manual_seed(0)
     model = small_model(version)
@@ -71,7 +71,7 @@ def adapted_model(version: int, mode: str, *, backend: str = "torch") -> nn.Modu
     model.requires_grad_(False)
     for name, layer in list(model.blocks.named_modules()):
         if isinstance(layer, Linear):
-            model.blocks.set_submodule(name, make_adapter(mode, layer, rank=8, scale=2.0))
+            model.blocks.set_submodule(name, make_adapter(mode, layer, rank=rank, scale=2.0))
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
