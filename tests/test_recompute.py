@@ -219,6 +219,31 @@ def test_the_last_product_of_a_half_runs_once(version, mode, grad_cp, monkeypatc
 
 
 @pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("grad_cp", [False, True, "selective"])
+@pytest.mark.parametrize("trained", ["ffn.key", "att.output", "att.key"])
+def test_below_the_lowest_adapter_there_is_no_gradient(version, grad_cp, trained, monkeypatch):
+    """Only what is computed from the adapter's output in its own block, the last, has one."""
+    model, calls = small_model(version).requires_grad_(False), Counter()
+    model.grad_cp = grad_cp
+    last = model.blocks[-1]
+    last.set_submodule(
+        trained, make_adapter("lora", last.get_submodule(trained), rank=4, scale=1.0)
+    )
+    real = Linear.gradient
+
+    def counted(layer, *args):
+        calls[layer] += 1
+        return real(layer, *args)
+
+    monkeypatch.setattr(Linear, "gradient", counted)
+    run_backward(model)
+    above = {"ffn.key": ["ffn.value"]}
+    above["att.output"] = ["ffn.key", *above["ffn.key"], *(["ffn.receptance"] * (version == 6))]
+    above["att.key"] = ["att.output", *above["att.output"]]
+    assert calls == {last.get_submodule(name): 1 for name in above[trained]}
+
+
+@pytest.mark.parametrize("version", [6, 7])
 def test_within_a_limit_late_blocks_keep_products_first(version):
     """Two blocks of 64 numbers of ffn.key and 32 of each other product a token, in float32.
 
