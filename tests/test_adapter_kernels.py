@@ -8,13 +8,14 @@ import os
 
 import pytest
 import torch
-from helpers import assert_close, pass_in_the_interpreter
+from helpers import assert_all_close, assert_close, pass_in_the_interpreter
 from test_recompute import adapted_model
 from torch import Tensor
 
 from peft.bone import mix, unmix
 from peft.registry import make_adapter
 from peft.store_int8 import Int8Store
+from peft.tuned_state import add_tuned_state
 from rwkv.linear import Linear
 from rwkv.ops.fused import uses_kernels
 
@@ -159,6 +160,43 @@ def test_recomputation_with_kernels_gives_the_same_bits(mode, version, dtype, ag
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         assert torch.equal(gradients[1][name], gradient), name
+
+
+def from_a_trained_state(
+    version: int, mode: str, backend: str, dtype, grad_cp
+) -> dict[str, Tensor]:
+    """Loss, hidden states and gradients of adapter, state and norms, over packed texts."""
+    model = adapted_model(version, mode, backend=backend, rank=16)
+    add_tuned_state(model)
+    draw = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("time_state"):
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
+        elif "ln" in name:
+            parameter.requires_grad_(True)
+    model.to(DEVICE, dtype).grad_cp = grad_cp
+    borders = torch.tensor([0, 3, 4, 10], device=DEVICE)
+    hidden, states = model(torch.arange(10, device=DEVICE)[None], None, borders)
+    loss = hidden.square().sum() + sum(layer.wkv.square().sum() for layer in states)
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), "hidden": hidden.detach()} | gradients
+
+
+@kernels
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("mode", ["lora", "bone"])
+def test_packed_texts_from_a_trained_state_have_the_gradients_of_the_formulas(mode, version):
+    """Through all kernels of a model, whatever it recomputes.
+
+    The reference is plain torch in float64, for which there are no kernels.
+    """
+    want = from_a_trained_state(version, mode, "torch", torch.float64, False)
+    backend = "torch" if ON_GPU else "triton"  # as above
+    for grad_cp in (False, True, "selective"):
+        got = from_a_trained_state(version, mode, backend, torch.float32, grad_cp)
+        assert got.keys() == want.keys()
+        assert_all_close(got, want, TOLERANCE[torch.float32])
 
 
 @kernels

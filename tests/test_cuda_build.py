@@ -19,7 +19,22 @@ from rwkv.ops import cuda_build
 ROOT = Path(__file__).parent.parent
 PROBES = Path(__file__).parent / "cuda_probes.cu"
 SOURCES = [*sorted(cuda_build.CUDA.glob("*.cu")), *sorted(PROBES.parent.glob("*.cu"))]
-ARCHS = {"sm_80": (11, 0), "sm_86": (11, 1), "sm_90a": (12, 0), "sm_120a": (12, 8)}  # since CUDA
+ARCHS = {  # since CUDA
+    "sm_80": (11, 0),
+    "sm_86": (11, 1),
+    "sm_89": (11, 8),
+    "sm_90a": (12, 0),
+    "sm_100a": (12, 8),
+    "sm_103a": (12, 9),
+    "sm_120a": (12, 8),
+}
+# Bytes that nvcc 13.0 spills all the same, for these GPUs alone: the launch bounds leave these
+# kernels 128 registers.
+SPILLED = {
+    (arch, kernel): count
+    for arch in ("sm_100a", "sm_103a")
+    for kernel, count in (("wkv7_gradient", 20), ("wkv6_output", 60))
+}
 
 compiles = pytest.mark.skipif(
     cuda_build.find_compiler() is None,
@@ -30,13 +45,14 @@ compiles = pytest.mark.skipif(
 @compiles
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_every_source_compiles_and_spills_nothing(source, arch):
+def test_every_source_compiles_and_spills_no_more_than_is_stated(source, arch):
     compiler = cuda_build.find_compiler().name
     if tuple(map(int, re.findall(r"\d+", compiler)[:2])) < ARCHS[arch]:
         pytest.skip(f"{compiler} does not know {arch}")
     kernels = cuda_build.usage(source, {}, arch)
     assert {kernel.kernel for kernel in kernels} == declared(source)
-    assert [kernel for kernel in kernels if kernel.spilled] == []
+    more = [k for k in kernels if k.spilled > SPILLED.get((arch, k.kernel), 0)]
+    assert more == []
 
 
 def declared(source: Path) -> set[str]:

@@ -60,7 +60,7 @@ def test_recomputed_blocks_give_the_plain_gradient(version, scattered, trained, 
         torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def adapted_model(version: int, mode: str, *, backend: str = "torch") -> nn.Module:
+def adapted_model(version: int, mode: str, *, backend: str = "torch", rank: int = 8) -> nn.Module:
     """A float32 model with an adapter on every linear layer of its blocks; "full": without."""
     torch.manual_seed(0)
     model = small_model(version)
@@ -71,7 +71,7 @@ def adapted_model(version: int, mode: str, *, backend: str = "torch") -> nn.Modu
     model.requires_grad_(False)
     for name, layer in list(model.blocks.named_modules()):
         if isinstance(layer, Linear):
-            model.blocks.set_submodule(name, make_adapter(mode, layer, rank=8, scale=2.0))
+            model.blocks.set_submodule(name, make_adapter(mode, layer, rank=rank, scale=2.0))
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -216,6 +216,31 @@ def test_the_last_product_of_a_half_runs_once(version, mode, grad_cp, monkeypatc
     for name, layer in model.blocks.named_modules():
         if isinstance(layer, Linear):
             assert runs[layer] == (1 if name[2:] in once or grad_cp == "selective" else 2), name
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("grad_cp", [False, True, "selective"])
+@pytest.mark.parametrize("trained", ["ffn.key", "att.output", "att.key"])
+def test_below_the_lowest_adapter_there_is_no_gradient(version, grad_cp, trained, monkeypatch):
+    """Only what is computed from the adapter's output in its own block, the last, has one."""
+    model, calls = small_model(version).requires_grad_(False), Counter()
+    model.grad_cp = grad_cp
+    last = model.blocks[-1]
+    last.set_submodule(
+        trained, make_adapter("lora", last.get_submodule(trained), rank=4, scale=1.0)
+    )
+    real = Linear.gradient
+
+    def counted(layer, *args):
+        calls[layer] += 1
+        return real(layer, *args)
+
+    monkeypatch.setattr(Linear, "gradient", counted)
+    run_backward(model)
+    above = {"ffn.key": ["ffn.value"]}
+    above["att.output"] = ["ffn.key", *above["ffn.key"], *(["ffn.receptance"] * (version == 6))]
+    above["att.key"] = ["att.output", *above["att.output"]]
+    assert calls == {last.get_submodule(name): 1 for name in above[trained]}
 
 
 @pytest.mark.parametrize("version", [6, 7])

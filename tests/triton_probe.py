@@ -1,10 +1,11 @@
 """Compile a wkv operator's Triton kernels for a GPU that is not there, and print what they take.
 
     python tests/triton_probe.py wkv7 bfloat16 64 86
+    python tests/triton_probe.py wkv7 bfloat16 64 gfx942
 
-The arguments are operator, dtype, channels of a head and compute capability. Each line is a kernel
-and its bytes of shared memory a block. In a process of its own, for the compiler's target holds
-for all of one.
+The arguments are operator, dtype, channels of a head, and NVIDIA's compute capability or AMD's
+architecture, of wavefronts of 64. Each line is a kernel and its bytes of shared memory a block. In
+a process of its own, for the compiler's target holds for all of one.
 """
 
 import sys
@@ -24,8 +25,8 @@ INPUTS = {"wkv7": wkv7_inputs, "wkv6": wkv6_inputs}
 class Absent:
     """What the compiler asks of a GPU."""
 
-    def __init__(self, capability: int):
-        self.target = GPUTarget("cuda", capability, 32)
+    def __init__(self, target: GPUTarget):
+        self.target = target
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -44,6 +45,7 @@ def compile_kernels(module: ModuleType, tensors: list[torch.Tensor]) -> dict[str
 
     def compiled(kernel: Any, *args: Any, **options: Any) -> Any:
         made = run(kernel, *args, **options | {"warmup": True})
+        assert made.asm.keys() & {"cubin", "hsaco"}
         taken[kernel.fn.__name__] = max(taken.get(kernel.fn.__name__, 0), made.metadata.shared)
         return made
 
@@ -54,8 +56,11 @@ def compile_kernels(module: ModuleType, tensors: list[torch.Tensor]) -> dict[str
 
 
 if __name__ == "__main__":
-    op, dtype, N, capability = sys.argv[1:]
-    driver.set_active(Absent(int(capability)))
+    op, dtype, N, gpu = sys.argv[1:]
+    amd = gpu.startswith("gfx")
+    if amd:
+        torch.version.hip = "0"  # before the operators are imported, which ask for it
+    driver.set_active(Absent(GPUTarget("hip", gpu, 64) if amd else GPUTarget("cuda", int(gpu), 32)))
     inputs = INPUTS[op](B=1, T=128, H=1, N=int(N), dtype=getattr(torch, dtype))
     leaves = [x.requires_grad_() for x in (*inputs.values(), random_state(inputs))]
     found = compile_kernels(import_module(f"rwkv.ops.{op}_triton"), leaves)
