@@ -94,21 +94,26 @@ def test_a_compiler_that_refuses_the_gpu_leaves_it_to_triton(module, monkeypatch
 exact = pytest.param(torch.float32, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("op", ["wkv7", "wkv6"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, exact], ids=str)
-@pytest.mark.parametrize("N", [64, 128])
-def test_tritons_kernels_fit_the_smallest_gpu_or_refuse_it(op, dtype, N, monkeypatch):
+def probed(op: str, dtype: torch.dtype, channels: int, gpu: int) -> dict[str, int]:
+    """Bytes of shared memory of an operator's Triton kernels, compiled for a GPU."""
     pytest.importorskip("triton.backends.nvidia")
-    from rwkv.ops import wkv7_triton
-
     probe = Path(__file__).with_name("triton_probe.py")
-    words = (op, str(dtype).removeprefix("torch."), str(N), "86")
+    words = (op, str(dtype).removeprefix("torch."), str(channels), str(gpu))
     environment = os.environ | {"PYTHONPATH": str(probe.parent.parent)}
     done = subprocess.run(
         [sys.executable, probe, *words], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    largest = max(int(line.split()[1]) for line in done.stdout.splitlines())
+    return {name: int(size) for name, size in map(str.split, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("op", ["wkv7", "wkv6"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, exact], ids=str)
+@pytest.mark.parametrize("N", [64, 128])
+def test_tritons_kernels_fit_the_smallest_gpu_or_refuse_it(op, dtype, N, monkeypatch):
+    largest = max(probed(op, dtype, N, 86).values())
+    from rwkv.ops import wkv7_triton
+
     stated = wkv7_triton.SHARED.get((dtype, N)) if op == "wkv7" else None
     assert largest <= LEAST if stated is None else largest == stated > LEAST
     if stated is None:
@@ -118,3 +123,21 @@ def test_tritons_kernels_fit_the_smallest_gpu_or_refuse_it(op, dtype, N, monkeyp
     device = torch.device("cuda", 0)
     sample = SimpleNamespace(device=device, dtype=dtype, shape=(1, 64, 1, N))
     assert f"needs {stated:,} bytes" in wkv7_triton.why_not(sample, False)
+
+
+@pytest.mark.parametrize(
+    "version, dtype, gpu, room",
+    [
+        (6, torch.bfloat16, 86, LEAST),
+        (7, torch.bfloat16, 86, LEAST),
+        (6, torch.float32, 86, LEAST),
+        (6, torch.float32, 90, 227 << 10),
+    ],
+    ids=str,
+)
+def test_the_mixes_look_ahead_where_there_is_room(version, dtype, gpu, room):
+    """RWKV-6 brings 14 rows of 4,096 channels a token, RWKV-7 10."""
+    taken = probed(f"mixes{version}", dtype, 4096, gpu)
+    rows = {6: 14, 7: 10}[version] * 4096 * dtype.itemsize
+    assert max(taken.values()) <= room
+    assert (taken["_backward_kernel"] > rows) == (rows + 128 <= room)

@@ -1,16 +1,19 @@
-"""Compile a wkv operator's Triton kernels for a GPU that is not there, and print what they take.
+"""Compile an operator's Triton kernels for a GPU that is not there, and print what they take.
 
     python tests/triton_probe.py wkv7 bfloat16 64 86
     python tests/triton_probe.py wkv7 bfloat16 64 gfx942
+    python tests/triton_probe.py mixes6 bfloat16 4096 86
 
-The arguments are operator, dtype, channels of a head, and NVIDIA's compute capability or AMD's
-architecture, of wavefronts of 64. Each line is a kernel and its bytes of shared memory a block. In
-a process of its own, for the compiler's target holds for all of one.
+The arguments are operator (wkv7, wkv6, or the norm and mixes of a version's blocks), dtype,
+channels of a head or of all, and NVIDIA's compute capability or AMD's architecture, of wavefronts
+of 64. Each line is a kernel and its bytes of shared memory a block. In a process of its own, for
+the compiler's target holds for all of one.
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 from triton.runtime.driver import driver
 
+from rwkv.ops import cuda_build
+
+ROOM = {"80": 163 << 10, "86": 99 << 10, "90": 227 << 10}  # bytes of shared memory of a block
 INPUTS = {"wkv7": wkv7_inputs, "wkv6": wkv6_inputs}
 
 
@@ -38,30 +44,52 @@ class Absent:
         return 0
 
 
-def compile_kernels(module: ModuleType, tensors: list[torch.Tensor]) -> dict[str, int]:
-    """The most shared memory of each kernel in a forward and a backward pass; nothing runs."""
+def wkv(op: str, dtype: torch.dtype, N: int) -> None:
+    """A forward and a backward pass of an operator."""
+    inputs = INPUTS[op](B=1, T=128, H=1, N=N, dtype=dtype)
+    leaves = [x.requires_grad_() for x in (*inputs.values(), random_state(inputs))]
+    y, last, *_ = import_module(f"rwkv.ops.{op}_triton")._forward(*leaves, None, False)
+    torch.autograd.grad(y.float().sum() + last.sum(), leaves)
+
+
+def mixes(version: int, dtype: torch.dtype, C: int) -> None:
+    """Those of a time mix, in version 6 with what the text adds to them; all trains."""
+    from rwkv.ops.norm_mix_triton import norm_shift_mix
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+    count = {6: 5, 7: 6}[version]
+    deltas = drawn(count, 1, 32, C) if version == 6 else None
+    shares = [drawn(1, 1, C) for _ in range(count)]
+    norm = torch.nn.LayerNorm(C, dtype=dtype)
+    stream, mixed, last = norm_shift_mix(drawn(1, 32, C), norm, drawn(1, C), shares, None, deltas)
+    sum(x.float().sum() for x in (stream, *mixed, last)).backward()
+
+
+def compile_kernels(run: Callable[[], None]) -> dict[str, int]:
+    """The most shared memory of each kernel that is launched; none runs."""
     taken: dict[str, int] = {}
-    run = JITFunction.run
+    launch = JITFunction.run
 
     def compiled(kernel: Any, *args: Any, **options: Any) -> Any:
-        made = run(kernel, *args, **options | {"warmup": True})
+        made = launch(kernel, *args, **options | {"warmup": True})
         assert made.asm.keys() & {"cubin", "hsaco"}
         taken[kernel.fn.__name__] = max(taken.get(kernel.fn.__name__, 0), made.metadata.shared)
         return made
 
     JITFunction.run = compiled
-    y, last, *_ = module._forward(*tensors, None, False)
-    torch.autograd.grad(y.float().sum() + last.sum(), tensors)
+    run()
     return taken
 
 
 if __name__ == "__main__":
-    op, dtype, N, gpu = sys.argv[1:]
+    op, dtype, channels, gpu = sys.argv[1:]
     amd = gpu.startswith("gfx")
     if amd:
         torch.version.hip = "0"  # before the operators are imported, which ask for it
     driver.set_active(Absent(GPUTarget("hip", gpu, 64) if amd else GPUTarget("cuda", int(gpu), 32)))
-    inputs = INPUTS[op](B=1, T=128, H=1, N=int(N), dtype=getattr(torch, dtype))
-    leaves = [x.requires_grad_() for x in (*inputs.values(), random_state(inputs))]
-    found = compile_kernels(import_module(f"rwkv.ops.{op}_triton"), leaves)
+    cuda_build.too_small = lambda device, shared: "no room" if shared > ROOM[gpu] else None
+    make, kind = (mixes, int(op[-1])) if op.startswith("mixes") else (wkv, op)
+    found = compile_kernels(partial(make, kind, getattr(torch, dtype), int(channels)))
     sys.stdout.writelines(f"{kernel} {shared}\n" for kernel, shared in found.items())
