@@ -3,13 +3,17 @@ are."""
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
 from helpers import assert_all_close, random_state, with_gradients, wkv6_inputs, wkv7_inputs
+from torch.nn import functional as F
 
+from rwkv import time_mix7
+from rwkv.checkpoint import load_model
 from rwkv.ops import (
     cuda_build,
     cuda_chunks,
@@ -28,6 +32,8 @@ from rwkv.ops.wkv7 import wkv7
 # wkv7, 2.7e-3 (y) to 3.9e-3 (dw) for wkv6.
 ALLOWED = 5e-3
 BFLOAT16 = torch.bfloat16
+ROOT = Path(__file__).parent.parent
+TRAINED = ROOT / "example" / "Quickstart" / "base.pth"  # 6 layers of 4 heads, reads bytes
 
 
 class Operator(NamedTuple):
@@ -119,6 +125,40 @@ def test_every_size_of_inputs(device, operator, name, size):
     x = op.draw(device, B=1, T=70, H=1)
     x[name] = x[name] * size
     op.check(x, random_state(x))
+
+
+@pytest.fixture(scope="module")
+def trained_calls() -> list[dict[str, torch.Tensor]]:
+    """For each layer of a trained model its wkv's inputs on a text, and what flows back into y."""
+    model, real, calls = load_model(TRAINED, backend="torch"), time_mix7.wkv7, []
+
+    def noted(**given):
+        y, last = real(**given)
+        call = {name: given[name].detach() for name in "rwkvab"}
+        y.register_hook(lambda grad: call.update(grad_y=grad))
+        calls.append(call)
+        return y, last
+
+    tokens = torch.tensor(list((ROOT / "LICENSE").read_bytes()[2000:2257]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time_mix7, "wkv7", noted)
+        hidden, _ = model(tokens[None, :-1])
+    F.cross_entropy(model.logits(hidden)[0].float(), tokens[1:]).backward()
+    return calls
+
+
+@pytest.mark.parametrize("layer", range(6))
+def test_inputs_and_gradients_of_a_trained_model(device, trained_calls, layer):
+    """Neighbouring keys are alike, decays are of all sizes, and what flows back is small."""
+    op = OPERATORS["wkv7"]
+    x = {name: tensor.to(device) for name, tensor in trained_calls[layer].items()}
+    grad_y = x.pop("grad_y")
+    assert {tensor.dtype for tensor in (grad_y, *x.values())} == {BFLOAT16}
+    state = torch.zeros_like(random_state(x))
+    double = {name: tensor.double() for name, tensor in x.items()}
+    run = functools.partial(op.reference.run, cu_seqlens=None)
+    want = with_gradients(run, double, state.double(), (grad_y, state))
+    assert_all_close(with_gradients(op.run, x, state, (grad_y, state)), want, ALLOWED)
 
 
 @pytest.mark.parametrize("lengths", [[1], [64, 1, 65, 3], [1] * 4], ids=str)
