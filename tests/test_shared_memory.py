@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 
 from rwkv.errors import RunError
 from rwkv.ops import cuda_build, wkv6_cuda, wkv7_cuda
+from rwkv.ops.norm_mix import WIDEST
 
 # What one block may have on compute capability 8.6, 8.9 and 12.x, the least of all from 8.0 on;
 # 163 KiB on 8.0 and 8.7, 227 KiB on 9.0 to 11.x. Source: CUDA C++ Programming Guide, table of
@@ -94,24 +96,27 @@ def test_a_compiler_that_refuses_the_gpu_leaves_it_to_triton(module, monkeypatch
 exact = pytest.param(torch.float32, marks=pytest.mark.slow)
 
 
-def probed(op: str, dtype: torch.dtype, channels: int, gpu: int) -> dict[str, int]:
-    """Bytes of shared memory of an operator's Triton kernels, compiled for a GPU."""
+def probed(
+    ops: Sequence[str], dtype: torch.dtype, channels: Sequence[int], gpu: int
+) -> dict[tuple[str, int, str], int]:
+    """Bytes of shared memory of Triton kernels compiled for a GPU, by operator, channels, name."""
     pytest.importorskip("triton.backends.nvidia")
     probe = Path(__file__).with_name("triton_probe.py")
-    words = (op, str(dtype).removeprefix("torch."), str(channels), str(gpu))
+    several = (",".join(ops), str(dtype).removeprefix("torch."), ",".join(map(str, channels)))
     environment = os.environ | {"PYTHONPATH": str(probe.parent.parent)}
     done = subprocess.run(
-        [sys.executable, probe, *words], env=environment, capture_output=True, text=True
+        [sys.executable, probe, *several, str(gpu)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return {name: int(size) for name, size in map(str.split, done.stdout.splitlines())}
+    lines = map(str.split, done.stdout.splitlines())
+    return {(op, int(C), name): int(size) for op, C, name, size in lines}
 
 
 @pytest.mark.parametrize("op", ["wkv7", "wkv6"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, exact], ids=str)
 @pytest.mark.parametrize("N", [64, 128])
 def test_tritons_kernels_fit_the_smallest_gpu_or_refuse_it(op, dtype, N, monkeypatch):
-    largest = max(probed(op, dtype, N, 86).values())
+    largest = max(probed([op], dtype, [N], 86).values())
     from rwkv.ops import wkv7_triton
 
     stated = wkv7_triton.SHARED.get((dtype, N)) if op == "wkv7" else None
@@ -125,19 +130,26 @@ def test_tritons_kernels_fit_the_smallest_gpu_or_refuse_it(op, dtype, N, monkeyp
     assert f"needs {stated:,} bytes" in wkv7_triton.why_not(sample, False)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "version, dtype, gpu, room",
+    "gpu, room, channels",
     [
-        (6, torch.bfloat16, 86, LEAST),
-        (7, torch.bfloat16, 86, LEAST),
-        (6, torch.float32, 86, LEAST),
-        (6, torch.float32, 90, 227 << 10),
+        (86, LEAST, [2048, 2560, 4096]),
+        pytest.param(86, LEAST, [WIDEST], marks=pytest.mark.slow),
+        pytest.param(90, 227 << 10, [2048, 2560, 4096, WIDEST], marks=pytest.mark.slow),
     ],
-    ids=str,
 )
-def test_the_mixes_look_ahead_where_there_is_room(version, dtype, gpu, room):
-    """RWKV-6 brings 14 rows of 4,096 channels a token, RWKV-7 10."""
-    taken = probed(f"mixes{version}", dtype, 4096, gpu)
-    rows = {6: 14, 7: 10}[version] * 4096 * dtype.itemsize
-    assert max(taken.values()) <= room
-    assert (taken["_backward_kernel"] > rows) == (rows + 128 <= room)
+def test_the_mixes_look_ahead_where_there_is_room(dtype, gpu, room, channels):
+    """All rows that a token brings to a kernel wait in shared memory, or none."""
+    rows = {"time7": 10, "time6": 14, "channel7": 5, "channel6": 6}
+    taken = probed(rows, dtype, channels, gpu)
+    from rwkv.ops.norm_mix_triton import OTHER_BYTES
+
+    assert {op: size for op, size in taken.items() if size > room} == {}
+    for (op, C, kernel), size in taken.items():
+        block = 1 << (C - 1).bit_length()
+        waiting = (rows[op] if kernel == "_backward_kernel" else 1) * block * dtype.itemsize
+        if waiting + OTHER_BYTES <= room:
+            assert waiting < size <= waiting + OTHER_BYTES, (op, C, kernel)
+        else:
+            assert size <= 32 << 10, (op, C, kernel)

@@ -2,18 +2,19 @@
 
     python tests/triton_probe.py wkv7 bfloat16 64 86
     python tests/triton_probe.py wkv7 bfloat16 64 gfx942
-    python tests/triton_probe.py mixes6 bfloat16 4096 86
+    python tests/triton_probe.py time6,channel6 bfloat16 2048,4096 86
 
-The arguments are operator (wkv7, wkv6, or the norm and mixes of a version's blocks), dtype,
-channels of a head or of all, and NVIDIA's compute capability or AMD's architecture, of wavefronts
-of 64. Each line is a kernel and its bytes of shared memory a block. In a process of its own, for
-the compiler's target holds for all of one.
+The arguments are operators (wkv7, wkv6, or the norm and mixes in front of a version's time mix or
+channel mix), dtype, channels of a head or of all, and NVIDIA's compute capability or AMD's
+architecture, of wavefronts of 64. Each line is an operator, channels, a kernel and its bytes of
+shared memory a block. In a process of its own, for the compiler's target holds for all of one.
 """
 
 import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from triton.runtime.driver import driver
 
 from rwkv.ops import cuda_build
 
-ROOM = {"80": 163 << 10, "86": 99 << 10, "90": 227 << 10}  # bytes of shared memory of a block
+# bytes of shared memory of a block
+ROOM = {"80": 163 << 10, "86": 99 << 10, "90": 227 << 10, "gfx942": 64 << 10}
 INPUTS = {"wkv7": wkv7_inputs, "wkv6": wkv6_inputs}
+MIXES = {"time7": 6, "time6": 5, "channel7": 1, "channel6": 2}
 
 
 class Absent:
@@ -52,16 +55,15 @@ def wkv(op: str, dtype: torch.dtype, N: int) -> None:
     torch.autograd.grad(y.float().sum() + last.sum(), leaves)
 
 
-def mixes(version: int, dtype: torch.dtype, C: int) -> None:
-    """Those of a time mix, in version 6 with what the text adds to them; all trains."""
+def mixes(op: str, dtype: torch.dtype, C: int) -> None:
+    """Both passes, in version 6's time mix with what the text adds to the mixes; all trains."""
     from rwkv.ops.norm_mix_triton import norm_shift_mix
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
-    count = {6: 5, 7: 6}[version]
-    deltas = drawn(count, 1, 32, C) if version == 6 else None
-    shares = [drawn(1, 1, C) for _ in range(count)]
+    deltas = drawn(MIXES[op], 1, 32, C) if op == "time6" else None
+    shares = [drawn(1, 1, C) for _ in range(MIXES[op])]
     norm = torch.nn.LayerNorm(C, dtype=dtype)
     stream, mixed, last = norm_shift_mix(drawn(1, 32, C), norm, drawn(1, C), shares, None, deltas)
     sum(x.float().sum() for x in (stream, *mixed, last)).backward()
@@ -80,16 +82,18 @@ def compile_kernels(run: Callable[[], None]) -> dict[str, int]:
 
     JITFunction.run = compiled
     run()
+    JITFunction.run = launch
     return taken
 
 
 if __name__ == "__main__":
-    op, dtype, channels, gpu = sys.argv[1:]
+    ops, dtype, channels, gpu = sys.argv[1:]
     amd = gpu.startswith("gfx")
     if amd:
         torch.version.hip = "0"  # before the operators are imported, which ask for it
     driver.set_active(Absent(GPUTarget("hip", gpu, 64) if amd else GPUTarget("cuda", int(gpu), 32)))
     cuda_build.too_small = lambda device, shared: "no room" if shared > ROOM[gpu] else None
-    make, kind = (mixes, int(op[-1])) if op.startswith("mixes") else (wkv, op)
-    found = compile_kernels(partial(make, kind, getattr(torch, dtype), int(channels)))
-    sys.stdout.writelines(f"{kernel} {shared}\n" for kernel, shared in found.items())
+    for op, C in product(ops.split(","), map(int, channels.split(","))):
+        make = mixes if op in MIXES else wkv
+        found = compile_kernels(partial(make, op, getattr(torch, dtype), C))
+        sys.stdout.writelines(f"{op} {C} {kernel} {shared}\n" for kernel, shared in found.items())
