@@ -149,6 +149,12 @@ def read_adapter(
                     "one of them must go"
                 )
     stated = stated_layers(path, metadata)
+    missing = sorted(stated.keys() - shapes.keys())
+    if missing:
+        raise InputError(
+            f"{path}: lacks the adapter of {missing[0]}, which its .json names"
+            f"{' with others' if len(missing) > 1 else ''}; copy both files again"
+        )
     kinds = {
         layer: _kind(f"{path}: {layer}", parts, stated.get(layer), alpha)
         for layer, parts in shapes.items()

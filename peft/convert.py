@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     from peft.hf_folder import from_folder, to_folder
     from rwkv.checkpoint import write_tensors
 
+    output, given = options.output.resolve(), options.adapter.resolve()
+    if output == given or (output.exists() and given in output.parents):
+        raise InputError(f"--output {options.output}: is of the adapter; choose another name")
     if options.adapter.is_dir():
         tensors, metadata = from_folder(options.adapter)
         write_tensors(options.output, tensors, metadata)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from rwkv.flags import flag
 
-QUANT_MODES = ("nf4", "nf4_double", "fp4", "int8", "fp8", "fp6", "fp6_e2m3", "fp5")
+QUANT_MODES = ("nf4", "nf4_double", "fp4", "fp4_double", "int8", "fp8", "fp6", "fp6_e2m3", "fp5")
 QUANT_ALIASES = {"4bit": "nf4", "fp6ao": "fp6"}
 
 

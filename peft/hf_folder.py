@@ -33,6 +33,7 @@ PARTS = {
     "lora_M": "lora_magnitude_vector",
     "miss": "miss_block",
 }
+MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # first values taken out of the base
 CANNOT = {
     "bone": "is Bone, whose blocks HF peft lays out otherwise",
     "dora_column": "is DoRA with a norm a column, HF peft's has one a row",
@@ -203,6 +204,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _mode(folder: Path, config: dict[str, Any]) -> str:
     kind = config.get("peft_type")
+    start = config.get("init_lora_weights", True)
+    if kind == "LORA" and isinstance(start, str) and start.startswith(MOVED):
+        raise InputError(
+            f"{folder}: was begun with init_lora_weights {start!r}, so it lies over a base that HF "
+            "peft changed; save it as plain LoRA (path_initial_model_for_weight_conversion) first"
+        )
     if kind == "MISS" and config.get("init_weights", True) is True:
         return "miss"
     if kind == "LORA" and not config.get("modules_to_save"):

@@ -69,6 +69,7 @@ class Step:
     fused: a GPU's fused kernels run.
     kernel: the backend of wkv; those that WKV_BYTES does not have are taken for "cuda".
     beside: the divergence from a teacher that runs beside, a key of BESIDE_BYTES; "" for none.
+    teacher: bytes of that teacher's weights.
     optim, strategy, world: --optim, --strategy, and the number of devices.
     """
 
@@ -87,6 +88,7 @@ class Step:
     fused: bool = True
     kernel: str = "cuda"
     beside: str = ""
+    teacher: int = 0
     optim: str = ""
     strategy: str = "auto"
     world: int = 1
@@ -162,6 +164,8 @@ class Prediction:
 def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
     """The memory of training this model by this plan."""
     rest = weights(plan, step)
+    if step.teacher:
+        rest["the teacher's weights"] = step.teacher
     host: dict[str, int] = {}
     kept_by_optimizer = optimizer(plan, step)
     (host if step.strategy.endswith("offload") else rest)["optimizer"] = kept_by_optimizer

@@ -1,12 +1,13 @@
 """The smallest change of a run's flags that fits a given memory."""
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 from peft.memory import GIB, Prediction, Step, predict
-from peft.plan import Plan, stored_bytes
+from peft.plan import Plan, stored_bytes, trained_sizes
 from rwkv.config import RWKVConfig
 from rwkv.errors import InputError
 
@@ -75,13 +76,11 @@ def chunks(run: Choice) -> Iterator[Choice]:
 
 
 def fewer_bits(run: Choice) -> Iterator[Choice]:
-    """Frozen linear layers of the blocks in a smaller storage."""
+    """Layers whose storage the flags decide in a smaller one."""
     for kind in STORAGES:
         plans = dict(run.plan.plans)
-        for name, layer in run.plan.layers.items():
-            mine = plans[name]
-            if layer.kind == "linear" and name != "head" and mine.mode != "full":
-                plans[name] = replace(mine, quant=kind)
+        for name in run.plan.open_storage:
+            plans[name] = replace(plans[name], quant=kind)
         plan = replace(run.plan, plans=plans)
         dtype = run.step.dtype
         if sum(stored_bytes(plan, dtype).values()) < sum(stored_bytes(run.plan, dtype).values()):
@@ -96,12 +95,8 @@ def smaller_optimizer(run: Choice) -> Iterator[Choice]:
 
 def adapters_alone(run: Choice) -> Iterator[Choice]:
     """--limited_lora 1: no small layers beside the adapters."""
-    if run.plan.flags.limited_lora or not run.plan.flags.layer_profile:
-        return
     plans = {
-        name: replace(mine, mode="freeze")
-        if run.plan.layers[name].kind == "small" and mine.mode == "full" and mine.train_small
-        else mine
+        name: replace(mine, mode="freeze") if name in run.plan.beside else mine
         for name, mine in run.plan.plans.items()
     }
     if plans != run.plan.plans:
@@ -116,7 +111,11 @@ def lower_rank(run: Choice) -> Iterator[Choice]:
         plans = {
             name: replace(mine, rank=min(mine.rank, most)) for name, mine in run.plan.plans.items()
         }
-        yield _changed(run, f"a rank of {most}", plan=replace(run.plan, plans=plans))
+        plan = replace(run.plan, plans=plans)
+        with contextlib.suppress(InputError):  # Bone's ranks divide both sides of a weight
+            for name in plan.layers:
+                trained_sizes(plan, name)
+            yield _changed(run, f"a rank of {most}", plan=plan)
 
 
 CHANGES: tuple[Change, ...] = (
@@ -132,7 +131,7 @@ CHANGES: tuple[Change, ...] = (
 
 
 def what_fits(config: RWKVConfig, plan: Plan, step: Step, memory: int) -> str:
-    """One line: that the run fits, or the first change, or sum of changes, with which it would.
+    """One line: that the run fits, or the first change, two or more of them, with which it would.
 
     Args:
         config, plan, step: of the run.
@@ -147,6 +146,12 @@ def what_fits(config: RWKVConfig, plan: Plan, step: Step, memory: int) -> str:
         for other in change(run):
             if _predicted(config, other).needed <= memory:
                 return f"does not fit {asked}; {_told(config, other)}"
+    for number, change in enumerate(CHANGES):
+        for first in change(run):
+            for second in CHANGES[number + 1 :]:
+                for other in second(first):
+                    if _predicted(config, other).needed <= memory:
+                        return f"does not fit {asked}; {_told(config, other)}"
     for change in CHANGES:
         for other in list(change(run)):
             if _predicted(config, other).needed < _predicted(config, run).needed:

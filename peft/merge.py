@@ -12,6 +12,7 @@ beside the model, as MERGED-state.pth, for --state.
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,13 @@ def main(argv: list[str] | None = None) -> int:
     from peft.adapter_file import project_version
     from peft.merging import compare, merge, open_pair
     from peft.quantized import linear_layers, quantize_tensors, quantized_metadata
-    from rwkv.checkpoint import config_of, fingerprint, read_tensors, write_tensors
+    from rwkv.checkpoint import (
+        config_of,
+        fingerprint,
+        read_metadata,
+        read_tensors,
+        write_tensors,
+    )
 
     if options.output.resolve() in (options.base.resolve(), options.adapter.resolve()):
         raise InputError(f"--output {options.output}: is an input too; choose another name")
@@ -91,6 +98,22 @@ def main(argv: list[str] | None = None) -> int:
             f"{options.tolerance:g}: check that base and adapter belong together, or raise it"
         )
     origin: dict[str, Any] = {"merged": str(options.adapter), "difference": vars(difference)}
+    storage = {} if options.as_trained else read_metadata(options.adapter).get("storage") or {}
+    with contextlib.suppress(InputError):  # of PiSSA, which stored another weight
+        if storage:
+            seen = open_pair(
+                base,
+                options.adapter,
+                alpha=options.alpha,
+                other_base=options.other_base,
+                as_trained=True,
+            )
+            loss = compare(seen, merged, device=options.device)
+            origin["from_training"] = vars(loss)
+            print(  # noqa: T201
+                f"from the model as it was trained, over {', '.join(sorted(set(storage.values())))}"
+                f": {loss}; --as_trained keeps that one's weights"
+            )
     if options.quant_mode is None:
         metadata = {"kind": "model", "project": project_version(), "base": fingerprint(base)}
         write_tensors(options.output, merged, metadata | origin)

@@ -43,11 +43,15 @@ class Plan:
     plans: the plan of each, with nothing left to flags: mode is an adapter only for linear
         layers, quant is "none" or a key of STORES.
     flags: what else the user chose.
+    open_storage: layers whose storage the flags decide.
+    beside: small layers that train because adapters do.
     """
 
     layers: dict[str, Layer]
     plans: dict[str, LayerPlan]
     flags: PeftFlags
+    open_storage: frozenset[str] = frozenset()
+    beside: frozenset[str] = frozenset()
 
     def trains(self, name: str) -> bool:
         """Whether the layer's own parameters (not an adapter's) train."""
@@ -94,6 +98,20 @@ def make_plan(
     else:
         plans = dict.fromkeys(layers, LayerPlan(mode="full", rule="without --layer_profile"))
     resolved = {name: _resolve(name, layers[name], plans[name], flags) for name in layers}
+    open_storage = frozenset(
+        name
+        for name, layer in layers.items()
+        if layer.kind == "linear"
+        and plans[name].quant is None
+        and resolved[name].mode != "full"
+        and name not in (quantized or {})
+        and (name != "head" or flags.quant_head)
+    )
+    beside = frozenset(
+        name
+        for name, layer in layers.items()
+        if layer.kind == "small" and resolved[name].mode == "full" and plans[name].mode != "full"
+    )
     for name, kind in (quantized or {}).items():
         mode = resolved[name].mode
         if mode in ("full", "pissa"):
@@ -102,7 +120,7 @@ def make_plan(
                 f"{kind}; choose freeze or another adapter, or load the model it was made from"
             )
         resolved[name] = replace(resolved[name], quant=kind)
-    return Plan(layers, resolved, flags)
+    return Plan(layers, resolved, flags, open_storage, beside)
 
 
 def _resolve(name: str, layer: Layer, plan: LayerPlan, flags: PeftFlags) -> LayerPlan:

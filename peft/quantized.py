@@ -4,7 +4,9 @@ A layer `X` is held as `X.store.codes`, `X.store.scale` and so on; the `.json` b
 which storage, shape and dtype it has. rwkv.checkpoint knows the sizes, this module the codes.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from peft.adapter_file import project_version
 from peft.plan import model_layers
 from peft.store import Store
-from peft.stores import STORES, make_store, store_class
+from peft.stores import STORES, make_store, store_class, stored_size
 from rwkv.checkpoint import PARTS, TensorFile
 from rwkv.config import RWKVConfig
 from rwkv.errors import InputError
@@ -33,12 +35,36 @@ def read_store(tensors: TensorFile, layer: str) -> Store:
             f"{tensors.path}: {layer} is stored as {kind!r}, known are {', '.join(STORES)}; "
             "quantize the model again"
         )
+    parts = tensors.parts(layer)
+    _check_parts(tensors.path, layer, kind, parts, entry["shape"])
     return store_class(kind).restored(
         kind,
-        tensors.parts(layer),
+        parts,
         shape=tuple(entry["shape"]),
         dtype=getattr(torch, entry["dtype"]),
     )
+
+
+def _check_parts(
+    path: Path, layer: str, kind: str, parts: Mapping[str, Tensor], shape: Sequence[int]
+) -> None:
+    """Raise an InputError unless these are the codes and scales of such a weight."""
+    expected = _dtypes(kind)
+    size = sum(part.numel() * part.element_size() for part in parts.values())
+    if {name: part.dtype for name, part in parts.items()} != expected:
+        what = f"holds {', '.join(sorted(parts))}, not what {kind} has"
+    elif size != stored_size(kind, *shape):
+        what = f"has {size:,} bytes, not the {stored_size(kind, *shape):,} that {kind} has"
+    else:
+        return
+    raise InputError(f"{path}: {layer} {what}; copy the file and its .json again")
+
+
+@cache
+def _dtypes(kind: str) -> dict[str, torch.dtype]:
+    """Of a store's parts, by name."""
+    tiny = make_store(kind, torch.ones(64, 64))
+    return {name: part.dtype for name, part in tiny.tensors().items()}
 
 
 def linear_layers(config: RWKVConfig, *, head: bool) -> set[str]:

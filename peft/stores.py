@@ -14,6 +14,7 @@ STORES = {  # word: (module, class)
     "nf4": ("peft.store_bnb", "FourBitStore"),
     "nf4_double": ("peft.store_bnb", "FourBitStore"),
     "fp4": ("peft.store_bnb", "FourBitStore"),
+    "fp4_double": ("peft.store_bnb", "FourBitStore"),
     "int8": ("peft.store_int8", "Int8Store"),
     "fp8": ("peft.store_fp8", "Fp8Store"),
     "fp6": ("peft.store_fpx", "PackedFloatStore"),

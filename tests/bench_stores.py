@@ -123,7 +123,7 @@ def bound(kind: str, weight: torch.Tensor) -> float:
     size = w.square().mean().sqrt()
     if kind == "int8":
         return (w.abs().amax(dim=1).square().mean().sqrt() / 254 / size).item()
-    if kind in ("nf4", "nf4_double", "fp4"):
+    if kind in ("nf4", "nf4_double", "fp4", "fp4_double"):
         largest = w.reshape(-1, store_bnb.BLOCK).abs().amax(dim=1)
         gap = store_bnb._table(kind.removesuffix("_double"), w.device).sort().values.diff().max()
         scale = max(store_bnb.SCALES) * largest

@@ -2,16 +2,19 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 import types
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import bench_memory
 import pytest
 import torch
 from helpers import wkv6_inputs, wkv7_inputs
+from test_sft import small_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,13 +28,15 @@ from peft.flags import PeftFlags
 from peft.memory import GIB, Step, kept_by_block, predict
 from peft.memory_fit import read_size, what_fits
 from peft.plan import Plan, make_plan
+from peft.quantized import quantize_tensors, quantized_metadata
 from rwkv.batch import TokenBatch
+from rwkv.checkpoint import write_tensors
 from rwkv.config import LowRanks, RWKVConfig
 from rwkv.errors import InputError, RunError
 from rwkv.keeper import keeping
 from rwkv.model import RWKV
 from rwkv.ops import wkv6, wkv7
-from rwkv.run.memory import compared
+from rwkv.run.memory import compared, teacher_bytes
 from rwkv.training.measure import Measured
 from rwkv.training.strategy import grow_segments
 
@@ -464,6 +469,66 @@ def test_what_is_named_does_fit(large):
     assert told.endswith(f"--micro_bsz 2: {needed:.1f} GiB") and needed <= 30
 
 
+def fitting(tmp_path, rules: list[dict], gib: float, **flags) -> str:
+    """What would let LoRA of the 7.2B shape's first four blocks fit."""
+    config = bench_memory.config_of_shape("7.2B", layers=4)
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({"rules": rules}))
+    with torch.device("meta"):
+        plan = make_plan(RWKV(config), PeftFlags(layer_profile=str(path), **flags))
+    return what_fits(config, plan, Step(1, 256), int(gib * GIB))
+
+
+def test_no_flag_is_named_that_changes_nothing(tmp_path):
+    """The profile's own storage and its own small layers outweigh the flags."""
+    stored = [{"match": "blocks.*", "mode": "lora", "rank": 8, "quant": "fp8"}]
+    assert "--quant" not in fitting(tmp_path, stored, 1.5)
+    assert "--quant 1 --quant_mode" in fitting(
+        tmp_path, [{"match": "blocks.*", "mode": "lora", "rank": 8}], 3
+    )
+    small = [{"match": "blocks.*.ln*", "mode": "full"}]
+    assert "--limited_lora" not in fitting(tmp_path, small, 0.5)
+
+
+def test_a_rank_that_a_layer_cannot_have_is_not_proposed(tmp_path):
+    """Half of LoRA's 96 divides no side of Bone's weights."""
+    rules = [
+        {"match": "blocks.*", "mode": "bone", "rank": 64},
+        {"match": "head", "mode": "lora", "rank": 96},
+    ]
+    assert "by any of these changes" in fitting(tmp_path, rules, 0.2)
+
+
+def test_two_changes_are_tried_before_more():
+    """Changes added up in their order would be chunks, another optimizer and adapters alone."""
+    config = bench_memory.config_of_shape("7.2B")
+    with torch.device("meta"):
+        plan = make_plan(RWKV(config), PeftFlags(layer_profile="layerprofile/lora-nf4.json"))
+    told = what_fits(config, plan, Step(1, 4096), 8 * GIB)
+    assert "fits with --grad_cp_offload 1 --limited_lora 1: " in told, told
+
+
+def test_a_teacher_lies_beside(tmp_path):
+    config, plan = config_of(), plan_of(tmp_path)
+    alone, taught = (predict(config, plan, Step(1, 16, teacher=size)) for size in (0, 5000))
+    assert taught.peak - alone.peak == 5000 == taught.rest["the teacher's weights"]
+
+
+def test_a_teachers_weights_are_counted_from_its_file(tmp_path):
+    model = small_model()
+    write_tensors(tmp_path / "teacher.pth", model.state_dict())
+    numbers = sum(p.numel() for p in model.parameters())
+    assert teacher_bytes(str(tmp_path / "teacher.pth"), torch.bfloat16) == 2 * numbers
+    tensors, described = quantize_tensors(model.state_dict(), {"head"}, "int8")
+    metadata = quantized_metadata("base", described)
+    write_tensors(tmp_path / "small.pth", tensors, metadata)
+    head = model.head.weight.numel()
+    rows = model.head.out_features
+    assert teacher_bytes(str(tmp_path / "small.pth"), torch.bfloat16) == (
+        2 * (numbers - head) + head + 4 * rows
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("24GB", 24 * GIB), ("1.5 GiB", 1.5 * GIB), ("800MB", 800 * 2**20), ("12G", 12 * GIB)],
@@ -487,6 +552,15 @@ SMALL = {
 def dry(tmp_path, **more) -> list[str]:
     values = SMALL | {"cache_dir": tmp_path} | more
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def test_the_readmes_plan_is_what_is_printed(capsys, tmp_path):
+    text = Path("README.md").read_text()
+    told = re.search(r"^    (--memory 16GB: .*)$", text, re.M)[1]
+    command = re.search(r"python train.py (--sft 1 [^`]*?--memory 16GB --dry_run 1)", text)[1]
+    words = command.replace("\\\n", " ").split()
+    assert train.main([*words, "--cache_dir", str(tmp_path)]) == 0
+    assert told in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_the_memory(tmp_path, capsys):

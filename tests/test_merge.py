@@ -213,14 +213,16 @@ def test_another_base_is_refused(base, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["lora", "dora", "bone"])
-def test_merging_as_trained_keeps_the_quantized_weights(mode, base, tmp_path):
-    """Else the merged model is another than the one that was trained over 4 bits."""
+def test_merging_as_trained_keeps_the_quantized_weights(mode, base, tmp_path, capsys):
+    """Else the merged model is another than the one that was trained over 4 bits, which is told."""
     keys = {"match": "blocks.*", "mode": mode, "quant": "nf4", "train_small": False}
     model, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, **keys)))
     outputs = [tmp_path / "trained.pth", tmp_path / "plain.pth"]
     for output, more in zip(outputs, (["--as_trained"], []), strict=True):
         command = ["--base", str(base), "--adapter", str(adapter), "--output", str(output)]
         assert main([*command, *more]) == 0
+        told = "from the model as it was trained, over nf4: " in capsys.readouterr().out
+        assert told == (not more)
     trained, plain = (logits(load_model(path, backend="reference")) for path in outputs)
     torch.testing.assert_close(trained, logits(model), rtol=1e-3, atol=1e-4)
     assert (plain - trained).abs().max() > 1e-2
@@ -349,3 +351,15 @@ def test_real_models_merge_within_the_tolerance(assets, tmp_path):
         command = ["--base", str(base), "--adapter", str(adapter), "--output", str(output)]
         assert main(command) == 0
         assert read_metadata(output)["difference"]["kl"] < 1e-5
+
+
+def test_an_adapter_that_lost_a_layer_is_named(base, tmp_path):
+    """Else the model would be merged without it."""
+    _, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode="lora")))
+    tensors = {n: t for n, t in read_tensors(adapter).items() if "blocks.0.att.key.lora" not in n}
+    metadata = read_metadata(adapter)
+    write_tensors(adapter, tensors, metadata)
+    with pytest.raises(
+        InputError, match=r"lacks the adapter of blocks.0.att.key, which its .json names; copy both"
+    ):
+        open_pair(read_tensors(base), adapter)

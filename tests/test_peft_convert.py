@@ -138,8 +138,9 @@ def test_whole_tensors_can_be_left_out(tmp_path):
         ({"peft_type": "LOHA"}, "holds LOHA, .*; plain LORA"),
         ({"init_weights": "bat", "peft_type": "MISS"}, r"holds MISS \('bat'\)"),
         ({"modules_to_save": ["lm_head"]}, "possibly with modules_to_save"),
+        ({"init_lora_weights": "pissa_niter_4"}, "lies over a base that HF peft changed"),
     ],
-    ids=["kind", "variant", "modules"],
+    ids=["kind", "variant", "modules", "another base"],
 )
 def test_folders_that_cannot_be_converted_are_named(tmp_path, change, message):
     folder = tmp_path / "hf"
@@ -153,3 +154,13 @@ def test_folders_that_cannot_be_converted_are_named(tmp_path, change, message):
 def test_a_folder_without_configuration_is_named(tmp_path):
     with pytest.raises(InputError, match="lacks adapter_config.json; name HF peft's folder"):
         main(["--adapter", str(tmp_path), "--output", str(tmp_path / "a.pth")])
+
+
+def test_a_folder_is_not_overwritten_by_itself(tmp_path):
+    folder = tmp_path / "hf"
+    shutil.copytree(GOLDEN / "lora", folder)
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    for output in (folder, folder / "adapter_model.safetensors"):
+        with pytest.raises(InputError, match="is of the adapter; choose another name"):
+            main(["--adapter", str(folder), "--output", str(output)])
+    assert (folder / "adapter_model.safetensors").read_bytes() == before

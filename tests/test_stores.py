@@ -40,13 +40,22 @@ ERROR = {
     "nf4": 0.0871,
     "nf4_double": 0.0871,
     "fp4": 0.1145,
+    "fp4_double": 0.1145,
     "int8": 0.0079,
     "fp8": 0.0264,
     "fp6": 0.0436,
     "fp6_e2m3": 0.0234,
     "fp5": 0.0476,
 }
-BITS = {"nf4": 4.5, "nf4_double": 4.15, "fp4": 4.5, "int8": 8.1, "fp8": 8.1, "fp5": 5.3}
+BITS = {
+    "nf4": 4.5,
+    "nf4_double": 4.15,
+    "fp4": 4.5,
+    "fp4_double": 4.15,
+    "int8": 8.1,
+    "fp8": 8.1,
+    "fp5": 5.3,
+}
 BITS |= {"fp6": 6.3, "fp6_e2m3": 6.3}
 
 
@@ -366,7 +375,7 @@ def test_a_gpu_stores_as_a_cpu_does(kind, dtype):
     here, there = (
         make_store(kind, w.to(device)).dense(torch.float32).cpu() for device in ("cpu", "cuda")
     )
-    if kind == "fp4":
+    if kind in ("fp4", "fp4_double"):
         errors = [(made - w.float()).abs() for made in (here, there)]
         torch.testing.assert_close(*errors, rtol=0, atol=2e-6 * w.abs().max().item())
     elif kind in ("nf4", "nf4_double"):
@@ -511,6 +520,56 @@ def test_a_quantized_file_holds_the_codes_that_training_makes(kind, model_file, 
     for name, parameter in made.named_parameters():
         if not name.endswith("lora_A"):
             assert torch.equal(parameter, read.get_parameter(name))
+
+
+def without(layer: str, part: str):
+    """A change of a quantized file's tensors: one part is gone."""
+    return lambda tensors, entries: tensors.pop(f"{layer}.store.{part}")
+
+
+def shortened(layer: str, part: str):
+    def change(tensors, entries):
+        tensors[f"{layer}.store.{part}"] = tensors[f"{layer}.store.{part}"][:3].clone()
+
+    return change
+
+
+def said_to_be(layer: str, kind: str):
+    return lambda tensors, entries: entries[layer].update(storage=kind)
+
+
+LAYER = "blocks.1.ffn.key"
+
+
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        ("fp6", without(LAYER, "scale"), "holds high, low, not what fp6 has"),
+        ("fp6", shortened(LAYER, "scale"), "bytes, not the .* that fp6 has"),
+        ("fp5", said_to_be(LAYER, "fp6"), "bytes, not the .* that fp6 has"),
+        ("int8", said_to_be(LAYER, "fp8"), "holds codes, scale, not what fp8 has"),
+        ("nf4_double", without(LAYER, "second"), "not what nf4_double has"),
+    ],
+    ids=[
+        "a part is gone",
+        "a part is short",
+        "other bits",
+        "other codes",
+        "a second scale is gone",
+    ],
+)
+def test_a_quantized_file_that_lacks_something_is_named(
+    kind, change, message, model_file, tmp_path
+):
+    output = tmp_path / "small.pth"
+    main(["--load_model", str(model_file), "--quant_mode", kind, "--output", str(output)])
+    tensors = torch.load(output, weights_only=True)
+    metadata = json.loads(output.with_suffix(".json").read_text())
+    change(tensors, metadata["quantized"])
+    torch.save(tensors, output)
+    output.with_suffix(".json").write_text(json.dumps(metadata))
+    with pytest.raises(InputError, match=rf"small.pth: {LAYER} .*{message}; copy the file and"):
+        load_with_profile(output, PeftFlags(layer_profile=profile(tmp_path, mode="lora", rank=8)))
 
 
 def test_a_quantized_file_belongs_to_its_model(model_file, tmp_path):

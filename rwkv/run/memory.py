@@ -1,5 +1,6 @@
 """A run's memory before it begins: predicted, what would fit, and measured over two steps."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -72,10 +73,26 @@ def step_of(settings: Settings, dtype: "torch.dtype") -> "Step":
         accumulate=trainer.accumulate_grad_batches,
         tuned_state=settings[StateFlags].state,
         beside=distillation.kd_loss if taught else "",
+        teacher=teacher_bytes(distillation.teacher_model, dtype) if taught else 0,
         optim=settings[OptimizerFlags].optim,
         strategy=trainer.strategy,
         world=trainer.devices * trainer.num_nodes,
     )
+
+
+def teacher_bytes(path: str, dtype: "torch.dtype") -> int:
+    """What a teacher's weights occupy; those that its file holds in few bits stay so."""
+    from peft.stores import stored_size
+    from rwkv.checkpoint import read_tensors
+
+    tensors, total = read_tensors(path), 0
+    for name, shape in tensors.shapes.items():
+        stored = tensors.quantized.get(name.removesuffix(".weight"))
+        if stored is None:
+            total += math.prod(shape) * dtype.itemsize
+        else:
+            total += stored_size(stored["storage"], *shape)
+    return total
 
 
 def describe_memory(
