@@ -19,7 +19,7 @@ from peft.layer_profile import LayerPlan
 from peft.lora import LoraLinear, lora_scale
 from peft.plan import STATE, Plan
 from peft.registry import ADAPTERS
-from rwkv.checkpoint import TensorFile, read_metadata, read_tensors
+from rwkv.checkpoint import TensorFile, check_finite, read_metadata, read_tensors
 from rwkv.errors import InputError
 from rwkv.names import ROOT
 
@@ -227,7 +227,8 @@ def load_adapter(model: nn.Module, path: Path | str, *, base: str | None = None)
         base: fingerprint of the base model's file; None to skip the comparison.
 
     Raises:
-        InputError: names, shapes, alpha or base differ. Nothing is changed then.
+        InputError: names, shapes, alpha or base differ, or a number is not finite. Nothing is
+            changed then.
     """
     adapters = {n: m for n, m in model.named_modules() if isinstance(m, AdapterLinear)}
     scales = {n: m.scale for n, m in adapters.items() if isinstance(m, LoraLinear)}
@@ -240,6 +241,7 @@ def load_adapter(model: nn.Module, path: Path | str, *, base: str | None = None)
                 f"{path}: {name} is {list(tensors.shapes[name])}, the profile makes it "
                 f"{list(tensor.shape)}; set the rank (or mode) that the file was trained with"
             )
+        check_finite(Path(path), name, tensors[name])
     metadata = read_metadata(path)
     if base is not None and metadata.get("base", base) != base:
         raise InputError(

@@ -87,12 +87,6 @@ def to_folder(
             f"{folder}: holds {others[0]}, which is not of HF peft's folder; choose another one"
         )
     tensors, kinds, _ = read_adapter(path, alpha=alpha)
-    whole = [name for name in tensors if name.rpartition(".")[0] not in kinds]
-    if whole and not drop_whole:
-        raise InputError(
-            f"{path}: {len(whole)} tensors trained whole, such as {whole[0]}, and HF peft's folder "
-            "has no place for them; merge, train with --limited_lora 1, or add --drop_whole"
-        )
     modes = {kind.mode for kind in kinds.values()}
     for layer, kind in kinds.items():
         if kind.mode in CANNOT:
@@ -101,6 +95,12 @@ def to_folder(
             raise InputError(
                 f"{path}: {layer} has no name in HF's RWKV-7 models; merge it with peft.merge"
             )
+    whole = [name for name in tensors if name.rpartition(".")[0] not in kinds]
+    if whole and not drop_whole:
+        raise InputError(
+            f"{path}: {len(whole)} tensors trained whole, such as {whole[0]}, and HF peft's folder "
+            "has no place for them; merge, train with --limited_lora 1, or add --drop_whole"
+        )
     if len(modes) != 1:
         raise InputError(
             f"{path}: holds {' and '.join(sorted(modes)) or 'no adapter'}; "
@@ -213,12 +213,28 @@ def _mode(folder: Path, config: dict[str, Any]) -> str:
     if kind == "MISS" and config.get("init_weights", True) is True:
         return "miss"
     if kind == "LORA" and not config.get("modules_to_save"):
+        _check_alpha(folder, config)
         return "dora" if config.get("use_dora") else "lora"
     variant = f" ({config['init_weights']!r})" if kind == "MISS" else ""
     raise InputError(
         f"{folder}: holds {kind}{variant}, possibly with modules_to_save; "
         "plain LORA (with or without DoRA) and plain MISS can be converted"
     )
+
+
+def _check_alpha(folder: Path, config: dict[str, Any]) -> None:
+    """Raise an InputError unless the configuration says every module's alpha."""
+    patterns = config.get("alpha_pattern") or {}
+    try:
+        float(config["lora_alpha"])
+        for pattern, value in patterns.items():
+            re.compile(pattern)
+            float(value)
+    except (KeyError, TypeError, ValueError, AttributeError, re.error):
+        raise InputError(
+            f"{folder}: adapter_config.json has lora_alpha {config.get('lora_alpha')!r} and "
+            f"alpha_pattern {patterns!r}, not numbers; copy the folder again"
+        ) from None
 
 
 def _alpha(config: dict[str, Any], module: str, rank: int) -> float:

@@ -13,7 +13,7 @@ from peft.adapter_file import AdapterKind, read_adapter
 from peft.plan import PREFIX, STATE
 from peft.registry import make_adapter
 from peft.stores import make_store
-from rwkv.checkpoint import TensorFile, config_of, fill, fingerprint, set_parameter
+from rwkv.checkpoint import TensorFile, check_finite, config_of, fill, fingerprint, set_parameter
 from rwkv.errors import InputError, RunError
 from rwkv.linear import Linear
 from rwkv.model import RWKV
@@ -100,6 +100,8 @@ def open_pair(
         and not name.endswith(f".{STATE}")
         and name != PREFIX
     )
+    for name in adapter:
+        check_finite(adapter.path, name, adapter[name])
     for name in (*whole, *(f"{layer}.weight" for layer in kinds)):
         if name not in base:
             raise InputError(f"{path}: changes {name}, which {base.path} lacks; name its own base")

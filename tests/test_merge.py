@@ -363,3 +363,16 @@ def test_an_adapter_that_lost_a_layer_is_named(base, tmp_path):
         InputError, match=r"lacks the adapter of blocks.0.att.key, which its .json names; copy both"
     ):
         open_pair(read_tensors(base), adapter)
+
+
+def test_an_adapter_with_bad_numbers_is_named(base, tmp_path):
+    flags = PeftFlags(layer_profile=profile(tmp_path, mode="lora"))
+    model, adapter = saved(base, tmp_path, flags)
+    tensors = {n: t.clone() for n, t in read_tensors(adapter).items()}
+    tensors["blocks.0.att.key.lora_B"][0, 0] = float("nan")
+    write_tensors(adapter, tensors, read_metadata(adapter))
+    message = r"att\.key\.lora_B holds values that are no finite numbers; copy or download it again"
+    with pytest.raises(InputError, match=message):
+        open_pair(read_tensors(base), adapter)
+    with pytest.raises(InputError, match=message):
+        load_adapter(model, adapter)

@@ -20,9 +20,10 @@ from rwkv import chat, cli
 from rwkv.checkpoint import read_tensors, write_tensors
 from rwkv.config import RWKVConfig, default_ranks
 from rwkv.errors import InputError, RunError
-from rwkv.flags import is_within
+from rwkv.flags import is_within, parse
 from rwkv.init import initialize
 from rwkv.model import RWKV
+from rwkv.run.settings import FLAGS, without_effect
 from rwkv.training.flags import TrainerFlags
 from rwkv.upstream_flags import ABSENT
 
@@ -650,3 +651,15 @@ def test_the_sft_command_of_rwkv_lm_rlhf_starts(assets, tmp_path, capsys, name):
     assert name.split("_")[2].removesuffix(".csv") in shown
     assert "40,000 steps" in shown and "strategy deepspeed_stage_2_offload" in shown
     assert not (tmp_path / "out").exists()
+
+
+def test_flags_without_effect_are_named():
+    """Those of a switch that is off, and those of profiles where there is none."""
+    words = "--sft 1 --quant_head 1 --quant_mode fp8 --rslora 1 --orpo_alpha 2"
+    settings = parse(words.split(), FLAGS, program="train.py", description="")
+    assert without_effect(settings) == [
+        "--quant_mode fp8: has no effect without --quant 1",
+        "--quant_head 1: has no effect without --quant 1",
+        "--orpo_alpha 2.0: has no effect without --orpo 1",
+        "--rslora 1: has no effect without --layer_profile",
+    ]

@@ -139,8 +139,11 @@ def test_whole_tensors_can_be_left_out(tmp_path):
         ({"init_weights": "bat", "peft_type": "MISS"}, r"holds MISS \('bat'\)"),
         ({"modules_to_save": ["lm_head"]}, "possibly with modules_to_save"),
         ({"init_lora_weights": "pissa_niter_4"}, "lies over a base that HF peft changed"),
+        ({"lora_alpha": None}, "has lora_alpha None and alpha_pattern .*, not numbers; copy"),
+        ({"alpha_pattern": [1]}, r"and alpha_pattern \[1\], not numbers"),
+        ({"alpha_pattern": {"(": 1}}, "not numbers"),
     ],
-    ids=["kind", "variant", "modules", "another base"],
+    ids=["kind", "variant", "modules", "another base", "alpha", "alphas", "pattern"],
 )
 def test_folders_that_cannot_be_converted_are_named(tmp_path, change, message):
     folder = tmp_path / "hf"

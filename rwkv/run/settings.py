@@ -31,7 +31,7 @@ FLAGS = (
 
 
 NEEDED_BY = {  # a switch, and the flags that say nothing without it
-    "quant": ("quant_mode",),
+    "quant": ("quant_mode", "quant_head"),
     "infctx": ("chunk_ctx", "chunk_grad", "chunk_offload"),
     "prefix_tuning": ("prefix_token_len",),
     "distillation": ("teacher_model", "kd_loss", "jsd_beta", "temperature", "alpha", "top_k"),
@@ -42,16 +42,26 @@ NEEDED_BY = {  # a switch, and the flags that say nothing without it
 }
 
 
+OF_PROFILES = ("quant", "limited_lora", "rslora", "lora_plus_ratio", "svd_niter")
+
+
 def without_effect(settings: Settings) -> list[str]:
     """A line for each flag that is set while the switch that it belongs to is off."""
     values = settings.as_flags()
     usual = {f.name: f.default for kind in FLAGS for f in fields(kind)}
+    belongs = [(f"{switch} 1", switch, names) for switch, names in NEEDED_BY.items()]
+    belongs.append(("layer_profile", "layer_profile", OF_PROFILES))
     return [
-        f"--{name} {values[name]}: has no effect without --{switch} 1"
-        for switch, names in NEEDED_BY.items()
+        f"--{name} {_written(values[name])}: has no effect without --{words}"
+        for words, switch, names in belongs
         for name in names
         if not values[switch] and values[name] != usual[name]
     ]
+
+
+def _written(value: object) -> object:
+    """As on a command line."""
+    return int(value) if isinstance(value, bool) else value
 
 
 def check(settings: Settings) -> None:
