@@ -241,16 +241,6 @@ def test_wkv7_with_heads_of_128(T, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ends", [None, [0, 1, 700, 1764, 4000]], ids=["rows", "packed"])
-def test_wkv7_gives_the_same_numbers_every_time(ends):
-    B, T = (4, 1000) if ends is None else (1, 4000)
-    x = wkv7_inputs(B=B, T=T, H=32, N=64, dtype=BFLOAT16, device=DEVICE)
-    options = {"cu_seqlens": None if ends is None else torch.tensor(ends, device=DEVICE)}
-    first, second = (with_gradients(run7, x, random_state(x, Q=4), **options) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)
 def test_wkv7_over_long_texts(decay):
     """Against chunks in float64, which tests/test_wkv7.py holds to the reference."""
@@ -466,19 +456,20 @@ def test_wkv6_with_heads_of_128(T, dtype, decay):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ends", [None, [0, 1, 700, 1764, 4000]], ids=["rows", "packed"])
-def test_wkv6_gives_the_same_numbers_every_time(ends):
-    B, T = (4, 1000) if ends is None else (1, 4000)
-    x = wkv6_inputs(B=B, T=T, H=32, N=64, dtype=BFLOAT16, device=DEVICE)
-    options = {"cu_seqlens": None if ends is None else torch.tensor(ends, device=DEVICE)}
-    first, second = (with_gradients(run6, x, random_state(x, Q=4), **options) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("decay", ["usual", "none", "-20 to 20"])
 def test_wkv6_over_long_texts(decay):
     """Against chunks in float64, which tests/test_wkv6.py holds to the reference."""
     x = wkv6_inputs(B=1, T=8192, H=2, N=64, dtype=BFLOAT16, device=DEVICE)
     x["w"] = DECAYS6[decay](x["w"].double()).to(BFLOAT16)
     check6(x, random_state(x), reference=torch6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("run, draw", [(run7, wkv7_inputs), (run6, wkv6_inputs)], ids="76")
+@pytest.mark.parametrize("ends", [None, [0, 1, 700, 1764, 4000]], ids=["rows", "packed"])
+def test_they_give_the_same_numbers_every_time(run, draw, ends):
+    B, T = (4, 1000) if ends is None else (1, 4000)
+    x = draw(B=B, T=T, H=32, N=64, dtype=BFLOAT16, device=DEVICE)
+    options = {"cu_seqlens": None if ends is None else torch.tensor(ends, device=DEVICE)}
+    first, second = (with_gradients(run, x, random_state(x, Q=4), **options) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
