@@ -99,8 +99,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     origin: dict[str, Any] = {"merged": str(options.adapter), "difference": vars(difference)}
     storage = {} if options.as_trained else read_metadata(options.adapter).get("storage") or {}
-    with contextlib.suppress(InputError):  # of PiSSA, which stored another weight
-        if storage:
+    seen = None
+    if storage:
+        with contextlib.suppress(InputError):  # of PiSSA, which stored another weight
             seen = open_pair(
                 base,
                 options.adapter,
@@ -108,12 +109,13 @@ def main(argv: list[str] | None = None) -> int:
                 other_base=options.other_base,
                 as_trained=True,
             )
-            loss = compare(seen, merged, device=options.device)
-            origin["from_training"] = vars(loss)
-            print(  # noqa: T201
-                f"from the model as it was trained, over {', '.join(sorted(set(storage.values())))}"
-                f": {loss}; --as_trained keeps that one's weights"
-            )
+    if seen is not None:
+        beside = compare(seen, merged, device=options.device)
+        origin["from_training"] = vars(beside)
+        print(  # noqa: T201
+            f"from the model as it was trained, over {', '.join(sorted(set(storage.values())))}"
+            f": {beside}; --as_trained keeps that one's weights"
+        )
     if options.quant_mode is None:
         metadata = {"kind": "model", "project": project_version(), "base": fingerprint(base)}
         write_tensors(options.output, merged, metadata | origin)

@@ -244,6 +244,11 @@ def arch_of(device: int) -> str:
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
+def index_of(device: torch.device) -> int:
+    """The number of a CUDA device, which may be the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 @cache
 def refusal(source: str, index: int) -> str | None:
     """Why a source of cuda/ cannot be compiled for a CUDA device, in a line, or None.
@@ -261,8 +266,7 @@ def too_small(device: torch.device, shared: int) -> str | None:
     """Why a GPU has no room for blocks of so many bytes of shared memory, or None."""
     if device.type != "cuda":  # where kernels are interpreted
         return None
-    index = torch.cuda.current_device() if device.index is None else device.index
-    room = shared_memory(index)
+    room = shared_memory(index_of(device))
     if room < shared:
         return f"needs {shared:,} bytes of shared memory a block, the GPU has {room:,}"
     return None
@@ -312,8 +316,7 @@ def load(source: str, macros: Mapping[str, int | str], device: torch.device | in
     Raises:
         RunError: there is no driver or compiler, or one of them refuses the source.
     """
-    index = device if isinstance(device, int) else device.index
-    index = torch.cuda.current_device() if index is None else index
+    index = device if isinstance(device, int) else index_of(device)
     return _load(source, tuple(sorted(macros.items())), index)
 
 

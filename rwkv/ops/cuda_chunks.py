@@ -34,8 +34,7 @@ def why_not(sample: Tensor, source: str, shared: int) -> str | None:
         return reason
     if reason := cuda_build.too_small(sample.device, shared):
         return reason
-    index = torch.cuda.current_device() if sample.device.index is None else sample.device.index
-    return cuda_build.refusal(source, index)
+    return cuda_build.refusal(source, cuda_build.index_of(sample.device))
 
 
 def slot_owners(cu_seqlens: Tensor | None, slots: int) -> Tensor | None:

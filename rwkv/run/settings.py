@@ -30,32 +30,28 @@ FLAGS = (
 )
 
 
-NEEDED_BY = {  # a switch, and the flags that say nothing without it
-    "quant": ("quant_mode", "quant_head"),
-    "infctx": ("chunk_ctx", "chunk_grad", "chunk_offload"),
-    "prefix_tuning": ("prefix_token_len",),
-    "distillation": ("teacher_model", "kd_loss", "jsd_beta", "temperature", "alpha", "top_k"),
-    "dpo": ("dpo_beta", "dpo_alpha", "dpo_loss", "dpo_label_smoothing"),
-    "orpo": ("orpo_alpha",),
-    "simpo": ("simpo_beta", "simpo_gamma", "simpo_alpha"),
-    "kto": ("kto_beta", "kto_desirable", "kto_undesirable", "kto_alpha"),
+NEEDED_BY = {  # what switches them on, and the flags that say nothing without it
+    "quant 1": ("quant_mode", "quant_head"),
+    "infctx 1": ("chunk_ctx", "chunk_grad", "chunk_offload"),
+    "prefix_tuning 1": ("prefix_token_len",),
+    "distillation 1": ("teacher_model", "kd_loss", "jsd_beta", "temperature", "alpha", "top_k"),
+    "dpo 1": ("dpo_beta", "dpo_alpha", "dpo_loss", "dpo_label_smoothing"),
+    "orpo 1": ("orpo_alpha",),
+    "simpo 1": ("simpo_beta", "simpo_gamma", "simpo_alpha"),
+    "kto 1": ("kto_beta", "kto_desirable", "kto_undesirable", "kto_alpha"),
+    "layer_profile": ("quant", "limited_lora", "rslora", "lora_plus_ratio", "svd_niter"),
 }
-
-
-OF_PROFILES = ("quant", "limited_lora", "rslora", "lora_plus_ratio", "svd_niter")
 
 
 def without_effect(settings: Settings) -> list[str]:
     """A line for each flag that is set while the switch that it belongs to is off."""
     values = settings.as_flags()
     usual = {f.name: f.default for kind in FLAGS for f in fields(kind)}
-    belongs = [(f"{switch} 1", switch, names) for switch, names in NEEDED_BY.items()]
-    belongs.append(("layer_profile", "layer_profile", OF_PROFILES))
     return [
-        f"--{name} {_written(values[name])}: has no effect without --{words}"
-        for words, switch, names in belongs
+        f"--{name} {_written(values[name])}: has no effect without --{switch}"
+        for switch, names in NEEDED_BY.items()
         for name in names
-        if not values[switch] and values[name] != usual[name]
+        if not values[switch.split()[0]] and values[name] != usual[name]
     ]
 
 
