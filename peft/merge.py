@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     from peft.merging import compare, merge, open_pair
     from peft.quantized import linear_layers, quantize_tensors, quantized_metadata
     from rwkv.checkpoint import (
+        check_output,
         config_of,
         fingerprint,
         read_metadata,
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if options.output.resolve() in (options.base.resolve(), options.adapter.resolve()):
         raise InputError(f"--output {options.output}: is an input too; choose another name")
+    check_output(options.output)
     base = read_tensors(options.base)
     pair = open_pair(
         base,

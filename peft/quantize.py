@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     from rwkv.checkpoint import (
         check_complete,
         check_finite,
+        check_output,
         check_weight,
         config_of,
         fingerprint,
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if options.output.resolve() == options.load_model.resolve():
         raise InputError(f"--output {options.output}: is the model itself; choose another name")
+    check_output(options.output)
     tensors = read_tensors(options.load_model)
     if tensors.quantized:
         raise InputError(

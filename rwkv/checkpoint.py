@@ -358,8 +358,7 @@ def write_tensors(
         InputError: the ending is unknown, the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: is no .pth or .safetensors file; give it one of these endings")
+    check_output(path, described=metadata is not None)
     plain = {name: _plain(tensor) for name, tensor in tensors.items()}
     with replacing(path) as part:
         if path.suffix == ".safetensors":
@@ -372,6 +371,25 @@ def write_tensors(
     if metadata is not None:
         with replacing(path.with_suffix(".json")) as part:
             part.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+
+
+def check_output(path: Path, *, described: bool = True) -> None:
+    """Stop where `write_tensors` could not write, or would write over another's `.json`.
+
+    Args:
+        path: of the tensors.
+        described: whether metadata goes beside them.
+
+    Raises:
+        InputError: the ending is unknown, or the `.json` beside is none of ours.
+    """
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: is no .pth or .safetensors file; give it one of these endings")
+    if described and "kind" not in read_metadata(path) and path.with_suffix(".json").exists():
+        raise InputError(
+            f"{path}: would write over {path.with_suffix('.json').name}, which describes no "
+            "tensors; choose another name"
+        )
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -522,6 +522,20 @@ def test_a_quantized_file_holds_the_codes_that_training_makes(kind, model_file, 
             assert torch.equal(parameter, read.get_parameter(name))
 
 
+def test_a_layer_profile_is_not_written_over(model_file, tmp_path):
+    """The metadata of mine.pth is mine.json."""
+    there = tmp_path / "mine.json"
+    there.write_text('{"rules": []}')
+    command = ["--load_model", str(model_file), "--output", str(tmp_path / "mine.pth")]
+    with pytest.raises(
+        InputError, match="mine.pth: would write over mine.json, which describes no"
+    ):
+        main(command)
+    assert there.read_text() == '{"rules": []}' and not (tmp_path / "mine.pth").exists()
+    there.unlink()
+    assert main(command) == main(command) == 0
+
+
 def without(layer: str, part: str):
     """A change of a quantized file's tensors: one part is gone."""
     return lambda tensors, entries: tensors.pop(f"{layer}.store.{part}")
