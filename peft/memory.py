@@ -27,7 +27,7 @@ SLACK = 1.03  # what torch reserves over what it hands out, by the order of allo
 TIME_MIX = {
     (7, True): (18.0, 14.0),
     (7, False): (26.4, 19.6),
-    (6, True): (14.3, 12.3),
+    (6, True): (9.3, 7.3),
     (6, False): (17.4, 15.4),
 }
 # The same of the channel mix, beside relu's result and the inputs.

@@ -107,7 +107,7 @@ def rows(B: int, T: int, C: int, device: str, dtype: torch.dtype, frozen: bool) 
         return stream, *mixed
 
     given = [x, *norm.parameters(), *mixes, low, high]
-    yield row("norm_mix by data, v6 (products)", by_data, given, 13, 22)
+    yield row("norm_mix by data, v6 (products)", by_data, given, 8, 19)
 
     names = ("r", "k", "v", "v_first", "decay", "iclr", "value")
     inputs = dict(zip(names, large(7), strict=True))

@@ -167,6 +167,13 @@ def norm_mix_inputs(
     return draw(0, dtype, **shapes, **{f"mix{i}": (1, 1, C) for i in range(M)})
 
 
+def by_data_inputs(*, C: int, rank: int, dtype=FLOAT32) -> Tensors:
+    """What RWKV-6's five mixes take beside norm_mix_inputs."""
+    x = draw(1, dtype, mix=(1, 1, C), low=(C, 5 * rank), high=(5, rank, C))
+    x["low"] *= C**-0.5
+    return x
+
+
 @interpreted
 @dtypes
 @pytest.mark.parametrize(
@@ -181,8 +188,7 @@ def test_norm_mix_is_the_formula(B, T, C, M, dtype):
 @pytest.mark.parametrize("B, T, C, rank", [(2, 5, 64, 3), (1, 1, 64, 1), (1, 9, 40, 4)])
 def test_norm_mix_by_data_is_the_formula(B, T, C, rank, dtype):
     x = norm_mix_inputs(B=B, T=T, C=C, M=5, dtype=dtype)
-    x |= draw(1, dtype, mix=(1, 1, C), low=(C, 5 * rank), high=(5, rank, C))
-    x["low"] *= C**-0.5
+    x |= by_data_inputs(C=C, rank=rank, dtype=dtype)
     check(norm_mix_by_data_case, x, WITH_PRODUCTS)
 
 
@@ -196,8 +202,7 @@ def test_norm_mix_of_packed_texts_is_the_formula(lengths, by_data):
     x = norm_mix_inputs(B=1, T=sum(lengths), Q=len(lengths), M=5)
     ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
     if by_data:
-        x |= draw(1, FLOAT32, mix=(1, 1, 64), low=(64, 10), high=(5, 2, 64))
-        x["low"] *= 0.1
+        x |= by_data_inputs(C=64, rank=2)
     check(norm_mix_by_data_case if by_data else norm_mix_case, x, cu_seqlens=ends)
 
 
@@ -217,12 +222,17 @@ def test_norm_mix_of_packed_texts_is_that_of_separate_ones():
 
 
 @kernels
-def test_norm_mix_leaks_no_gradient_between_packed_texts():
+@pytest.mark.parametrize("by_data", [False, True], ids=["mixes", "by data"])
+def test_norm_mix_leaks_no_gradient_between_packed_texts(by_data):
     lengths = [4, 1, 7, 2]
-    x = norm_mix_inputs(B=1, T=sum(lengths), Q=len(lengths))
+    x = norm_mix_inputs(B=1, T=sum(lengths), Q=len(lengths), M=5)
     ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    case = norm_mix_case
+    if by_data:
+        x |= by_data_inputs(C=64, rank=2)
+        case = norm_mix_by_data_case
     leaves = x | {name: x[name].requires_grad_() for name in ("x", "shift")}
-    results = norm_mix_case(leaves, cu_seqlens=ends)
+    results = case(leaves, cu_seqlens=ends)
     loss = sum(y[0, 5:12].sum() for y in results[:-1]) + results[-1][2].sum()
     loss.backward()
     assert not x["x"].grad[0, :5].any() and not x["x"].grad[0, 12:].any()
@@ -251,15 +261,43 @@ def test_norm_mix_frozen_in_part(frozen):
     check(norm_mix_case, norm_mix_inputs(), frozen=frozen)
 
 
+@interpreted
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ("x", "shift"),
+        ("low", "high"),
+        ("low", "mix2"),
+        ("high", "weight", "bias", *(f"mix{i}" for i in range(5))),
+        ("x", "weight", "bias", "shift", "mix", "low"),
+    ],
+    ids=["no input", "no product", "some", "one side alone", "the other side"],
+)
+def test_norm_mix_by_data_frozen_in_part(frozen):
+    x = norm_mix_inputs(C=80, M=5)
+    x |= by_data_inputs(C=80, rank=3)
+    check(norm_mix_by_data_case, x, frozen=frozen)
+
+
+@interpreted
+@pytest.mark.parametrize("unused", [(0,), (1, 3), (6,), (0, 2, 4, 5, 6)], ids=str)
+def test_norm_mix_by_data_of_which_part_is_used(unused):
+    x = norm_mix_inputs(M=5)
+    x |= by_data_inputs(C=64, rank=2)
+    check(norm_mix_by_data_case, x, unused=unused)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-@pytest.mark.parametrize("C, dtype", [(768, BFLOAT16), (2560, FLOAT32), (4096, BFLOAT16)])
+@pytest.mark.parametrize(
+    "C, dtype",
+    [(768, BFLOAT16), (2304, BFLOAT16), (2560, BFLOAT16), (2560, FLOAT32), (4096, BFLOAT16)],
+)
 @pytest.mark.parametrize("by_data", [False, True], ids=["mixes", "by data"])
 def test_wide_norm_mix_is_the_formula(by_data, C, dtype):
     """As many rows as make each program go along several, and rows begin in its midst."""
     x = norm_mix_inputs(B=3, T=1001, C=C, M=5 if by_data else 6, dtype=dtype)
     if by_data:
-        x |= draw(1, dtype, mix=(1, 1, C), low=(C, 160), high=(5, 32, C))
-        x["low"] *= C**-0.5
+        x |= by_data_inputs(C=C, rank=32, dtype=dtype)
         x["high"] *= 0.1
     allowed = WITH_PRODUCTS if by_data else ALLOWED
     check(norm_mix_by_data_case if by_data else norm_mix_case, x, allowed)

@@ -141,15 +141,15 @@ def test_tritons_kernels_fit_the_smallest_gpu_or_refuse_it(op, dtype, N, monkeyp
 )
 def test_the_mixes_look_ahead_where_there_is_room(dtype, gpu, room, channels):
     """All rows that a token brings to a kernel wait in shared memory, or none."""
-    rows = {"time7": 10, "time6": 14, "channel7": 5, "channel6": 6}
+    rows = {"time7": 10, "time6": 7, "channel7": 5, "channel6": 6}
     taken = probed(rows, dtype, channels, gpu)
-    from rwkv.ops.norm_mix_triton import OTHER_BYTES
+    from rwkv.ops.norm_mix_triton import OTHER_BYTES, parts
 
     assert {op: size for op, size in taken.items() if size > room} == {}
+    assert {kernel for op, _, kernel in taken if op == "time6"} > {"_mixes_gradient_kernel"}
     for (op, C, kernel), size in taken.items():
-        block = 1 << (C - 1).bit_length()
-        waiting = (rows[op] if kernel == "_backward_kernel" else 1) * block * dtype.itemsize
-        if waiting + OTHER_BYTES <= room:
+        waiting = (rows[op] if kernel == "_backward_kernel" else 1) * sum(parts(C)) * dtype.itemsize
+        if not kernel.startswith("_mixes") and waiting + OTHER_BYTES <= room:
             assert waiting < size <= waiting + OTHER_BYTES, (op, C, kernel)
         else:
             assert size <= 32 << 10, (op, C, kernel)

@@ -23,12 +23,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 from triton.runtime.driver import driver
 
-from rwkv.ops import cuda_build
+from rwkv.ops import cuda_build, fused, low_rank
 
 # bytes of shared memory of a block
 ROOM = {"80": 163 << 10, "86": 99 << 10, "90": 227 << 10, "gfx942": 64 << 10}
 INPUTS = {"wkv7": wkv7_inputs, "wkv6": wkv6_inputs}
 MIXES = {"time7": 6, "time6": 5, "channel7": 1, "channel6": 2}
+RANK = 64  # of the largest RWKV-6's mixes
 
 
 class Absent:
@@ -56,16 +57,22 @@ def wkv(op: str, dtype: torch.dtype, N: int) -> None:
 
 
 def mixes(op: str, dtype: torch.dtype, C: int) -> None:
-    """Both passes, in version 6's time mix with what the text adds to the mixes; all trains."""
-    from rwkv.ops.norm_mix_triton import norm_shift_mix
+    """Both passes; all trains."""
+    from rwkv.ops.norm_mix import norm_shift_mix, norm_shift_mix_by_data
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
-    deltas = drawn(MIXES[op], 1, 32, C) if op == "time6" else None
+    fused.uses_kernels = lambda *_: True
+    low_rank.uses_kernels = lambda *_: False
+    x, norm, shift = drawn(1, 32, C), torch.nn.LayerNorm(C, dtype=dtype), drawn(1, C)
     shares = [drawn(1, 1, C) for _ in range(MIXES[op])]
-    norm = torch.nn.LayerNorm(C, dtype=dtype)
-    stream, mixed, last = norm_shift_mix(drawn(1, 32, C), norm, drawn(1, C), shares, None, deltas)
+    if op == "time6":
+        low, high = drawn(C, 5 * RANK), drawn(5, RANK, C)
+        results = norm_shift_mix_by_data(x, norm, shift, drawn(C), low, high, shares, None)
+    else:
+        results = norm_shift_mix(x, norm, shift, shares, None)
+    stream, mixed, last = results
     sum(x.float().sum() for x in (stream, *mixed, last)).backward()
 
 

@@ -16,6 +16,7 @@ from rwkv.ops.low_rank import low_rank
 from rwkv.token_shift import last_token, token_shift
 
 WIDEST = 8192  # channels: what a program still holds in registers
+WIDEST_RANK = 128  # of the products that move mixes by data
 
 
 def norm_shift_mix(
@@ -50,7 +51,7 @@ def norm_shift_mix(
         return x, mixed, last_token(normed, cu_seqlens)
     from rwkv.ops.norm_mix_triton import norm_shift_mix as run
 
-    return run(x, norm, shift, mixes, cu_seqlens)
+    return run(x, norm, shift, mixes, cu_seqlens)[:3]
 
 
 def norm_shift_mix_by_data(
@@ -65,8 +66,8 @@ def norm_shift_mix_by_data(
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """As `norm_shift_mix`, with M mixes that each move by delta_i = tanh(x^(mix) low)_i high_i.
 
-    The kernels keep x and the deltas for the backward pass, 2 + 2 M bytes a token and channel in
-    bfloat16, and 16 bytes a token; the products keep the input of the first, 2 bytes more.
+    The kernels keep x for the backward pass, 2 bytes a token and channel in bfloat16, and 8 bytes a
+    token; the products of low rank keep the input of the first, 2 bytes more, and tanh.
 
     Args:
         mix: for the input of the low-rank product, [C].
@@ -74,26 +75,21 @@ def norm_shift_mix_by_data(
         high: [M, rank, C].
         mixes: what the deltas are added to, M of [C].
     """
-    B, T, C = x.shape
-    M = len(mixes)
-    if C > WIDEST or not fused.uses_kernels(x, norm.weight, mix, low, high, *mixes):
+    M, rank, C = high.shape
+    fits = C <= WIDEST and rank <= WIDEST_RANK
+    if not (fits and fused.uses_kernels(x, norm.weight, mix, low, high, *mixes)):
         normed = norm(x)
         before = token_shift(normed, shift, cu_seqlens) - normed
-        deltas = _deltas(torch.addcmul(normed, before, mix), low, high)
+        lower = torch.tanh(low_rank(torch.addcmul(normed, before, mix), low)[0])
+        deltas = torch.bmm(lower.view(-1, M, rank).transpose(0, 1), high)
         mixed = tuple(
-            torch.addcmul(normed, before, base + delta.view(B, T, C))
+            torch.addcmul(normed, before, base + delta.view_as(x))
             for base, delta in zip(mixes, deltas, strict=True)
         )
         return x, mixed, last_token(normed, cu_seqlens)
+    from rwkv.ops.mixes_by_data_triton import mixes_by_data
     from rwkv.ops.norm_mix_triton import norm_shift_mix as run
 
-    x, (inner,), last = run(x, norm, shift, [mix], cu_seqlens)
-    deltas = _deltas(inner, low, high)
-    x, mixed, _ = run(x, norm, shift, mixes, cu_seqlens, deltas=deltas.view(M, B, T, C))
-    return x, mixed, last
-
-
-def _deltas(inner: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """[B, T, C] -> [M, B T, C]."""
-    mixed = torch.tanh(low_rank(inner, low)[0]).flatten(0, 1).unflatten(-1, (high.shape[0], -1))
-    return torch.bmm(mixed.transpose(0, 1), high)
+    x, (inner,), last, unmade = run(x, norm, shift, [mix], cu_seqlens)
+    lower = torch.tanh(low_rank(inner, low)[0])
+    return x, mixes_by_data(x, norm, shift, lower, high, mixes, unmade), last

@@ -3,10 +3,13 @@
 Forward reads x once and writes the mixes. Backward goes from a program's last token to its first,
 for the gradient of a norm comes from its own token and from the one behind it; it reads x and the
 gradients of the mixes and of the stream once and writes the gradient of x.
+
+A token's channels are held in parts: as many as the largest power of two takes, and those behind
+it, so that 2,560 channels are 2,048 and 512 and not 4,096.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,43 +27,65 @@ from rwkv.ops.packing import text_starts
 OTHER_BYTES = 256
 
 
+class Unmade(NamedTuple):
+    """The normed tokens, and those before them, for a kernel that makes them again from x.
+
+    Attributes:
+        normed, before: [B, T, C], without values: what gradients flow back through.
+        statistics: mean and 1 / deviation of each token, [B T, 2], float32.
+        starts: as `text_starts` gives it; None unless packed.
+    """
+
+    normed: Tensor
+    before: Tensor
+    statistics: Tensor
+    starts: Tensor | None
+
+
 def norm_shift_mix(
     x: Tensor,
     norm: nn.LayerNorm,
     shift: Tensor,
     mixes: Sequence[Tensor],
     cu_seqlens: Tensor | None,
-    deltas: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """As `norm_mix.norm_shift_mix`; `deltas`, [M, B, T, C], are added to the mixes."""
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Unmade]:
+    """As `norm_mix.norm_shift_mix`, and what stands for the normed tokens."""
     rows = x.shape[0] * x.shape[1]
     starts = None if cu_seqlens is None else text_starts(cu_seqlens, rows, x.device)
-    deltas = None if deltas is None else deltas.contiguous()
     shift = shift.to(x.dtype).contiguous()
-    stream, last, *mixed = _NormShiftMix.apply(
-        x.contiguous(), norm.weight, norm.bias, shift, starts, deltas, norm.eps, *mixes
+    stream, last, normed, before, statistics, *mixed = _NormShiftMix.apply(
+        x.contiguous(), norm.weight, norm.bias, shift, starts, norm.eps, *mixes
     )
-    return stream, tuple(mixed), last
+    return stream, tuple(mixed), last, Unmade(normed, before, statistics, starts)
 
 
-def _launch(x: Tensor, rows: int) -> dict[str, int]:
-    """Eight channels a thread, and the next token's loads under way while one is worked on.
+def parts(C: int) -> tuple[int, int]:
+    """The powers of two that hold C channels: the largest one, and one for the rest or 0."""
+    block = 1 << (C.bit_length() - 1)
+    return block, triton.next_power_of_2(C - block) if block < C else 0
 
-    These wait in shared memory, where there is room for them.
+
+def _launch(x: Tensor, M: int, rows: int) -> dict[str, int]:
+    """Channels of a thread, by what registers hold; and whether the next token's loads wait.
+
+    They do so in shared memory while a token is worked on, where there is room for them.
 
     Args:
         x: [..., C].
+        M: the number of mixes.
         rows: of x's size that a token's loads bring, those that are made for every token.
     """
     C = x.shape[-1]
-    block = triton.next_power_of_2(C)
-    waiting = rows * block * x.element_size() + OTHER_BYTES
+    block, rest = parts(C)
+    waiting = rows * (block + rest) * x.element_size() + OTHER_BYTES
     ahead = cuda_build.too_small(x.device, waiting) is None
+    warps = max((block + rest) // (512 if M <= 2 else 256), 1)
     return {
         "C": C,
         "BLOCK": block,
+        "REST": rest,
         "STAGES": 2 if ahead else 1,
-        "num_warps": min(max(block // 256, 1), 32),
+        "num_warps": min(1 << (warps.bit_length() - 1), 32),
     }
 
 
@@ -73,7 +98,6 @@ class _NormShiftMix(torch.autograd.Function):
         bias: Tensor,
         shift: Tensor,
         starts: Tensor | None,
-        deltas: Tensor | None,
         eps: float,
         *mixes: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -85,51 +109,60 @@ class _NormShiftMix(torch.autograd.Function):
         count = rows_a_program(rows, x.device, programs=8, most=16)
         with torch.cuda.device_of(x):
             _forward_kernel[(triton.cdiv(rows, count),)](
-                *(x, weight, bias, shift, starts, deltas, mixes, mixed, statistics, last),
+                *(x, weight, bias, shift, starts, mixes, mixed, statistics, last),
                 *(rows, T, count, eps),
-                **_launch(x, 1),
+                **_launch(x, len(mixes), 1),
             )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, shift, starts, deltas, statistics, *mixes)
-        return x, last, *mixed
+        ctx.mark_non_differentiable(statistics)
+        ctx.save_for_backward(x, weight, bias, shift, starts, statistics, *mixes)
+        unmade = (x.new_empty(1).expand_as(x) for _ in range(2))
+        return x, last, *unmade, statistics, *mixed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_stream: Tensor | None, grad_last: Tensor | None, *grads: Any):
-        x, weight, bias, shift, starts, deltas, statistics, *mixes = ctx.saved_tensors
+    def backward(
+        ctx: Any,
+        grad_stream: Tensor | None,
+        grad_last: Tensor | None,
+        grad_normed: Tensor | None,
+        grad_before: Tensor | None,
+        _: None,
+        *grads: Any,
+    ):
+        x, weight, bias, shift, starts, statistics, *mixes = ctx.saved_tensors
         B, T, C = x.shape
         rows = B * T
-        need_x, need_weight, need_bias, need_shift, _, need_deltas, _, *need = ctx.needs_input_grad
+        need_x, need_weight, need_bias, need_shift, _, _, *need = ctx.needs_input_grad
         grads = tuple(torch.zeros_like(x) if g is None else g.contiguous() for g in grads)
-        grad_stream = None if grad_stream is None else grad_stream.contiguous()
-        grad_last = None if grad_last is None else grad_last.contiguous()
+        given = tuple(
+            None if g is None else g.contiguous()
+            for g in (grad_stream, grad_last, grad_normed, grad_before)
+        )
         grad_x = torch.empty_like(x) if need_x else None
         grad_shift = torch.empty_like(shift) if need_shift else None
-        grad_deltas = torch.empty_like(deltas) if need_deltas else None
         parameters, wanted = [weight, bias, *mixes], [need_weight, need_bias, *need]
         sums = sum(wanted)
         count = rows_a_program(rows, x.device, programs=2, most=None if sums else 32)
         programs = triton.cdiv(rows, count)
         partial = x.new_empty(programs, sums, C, dtype=torch.float32)
+        brought = 2 + len(mixes) + sum(g is not None for g in given)
         with torch.cuda.device_of(x):
             _backward_kernel[(programs,)](
-                *(x, weight, bias, shift, starts, deltas, tuple(mixes), statistics),
-                *(grad_stream, grad_last, grads, grad_x, grad_shift, grad_deltas, partial),
+                *(x, weight, bias, shift, starts, tuple(mixes), statistics),
+                *(*given, grads, grad_x, grad_shift, partial),
                 *(rows, T, count),
                 WANTED=flags(wanted),
                 SUMS=sums,
-                **_launch(x, 4 + len(mixes) * (1 if deltas is None else 2)),
+                **_launch(x, len(mixes), brought),
             )
         grad_weight, grad_bias, *grad_mixes = sums_of_programs(partial, parameters, wanted)
-        return (
-            *(grad_x, grad_weight, grad_bias, grad_shift, None, grad_deltas, None),
-            *grad_mixes,
-        )
+        return grad_x, grad_weight, grad_bias, grad_shift, None, None, *grad_mixes
 
 
 @triton.jit
-def _text_of_start(row, starts, T):
-    """The sequence that starts with this row, or -1; their number for the row behind the last."""
+def text_of_start(row, starts, T):
+    """The sequence that starts with a row, or -1; their number for the row behind the last."""
     if starts is not None:
         return tl.load(starts + row)
     return tl.where(row % T == 0, row // T, -1)
@@ -141,20 +174,63 @@ def _and_one(tiles, tile):
 
 
 @triton.jit
-def _mix(share, deltas, offsets, inside):
-    """How much of the token before goes into a mix."""
-    mix = share
-    if deltas is not None:
-        mix = share + read(deltas, offsets, inside)
-    return mix
+def _channels(C: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr):
+    """The channels of each part, and which of them exist."""
+    c = (tl.arange(0, BLOCK),)
+    if REST > 0:
+        c = _and_one(c, BLOCK + tl.arange(0, REST))
+    inside = ()
+    for p in tl.static_range(len(c)):
+        inside = _and_one(inside, c[p] < C)
+    return c, inside
+
+
+@triton.jit
+def _read_parts(pointer, at, c, inside, wanted):
+    """A row from `at` on, in parts; zeros unless it is wanted."""
+    found = ()
+    for p in tl.static_range(len(c)):
+        found = _and_one(found, read(pointer, at + c[p], inside[p] & wanted))
+    return found
+
+
+@triton.jit
+def _read_shares(mixes, c, inside):
+    """All parts of the first mix, then those of the next one."""
+    shares = ()
+    for i in tl.static_range(len(mixes)):
+        for p in tl.static_range(len(c)):
+            shares = _and_one(shares, read(mixes[i], c[p], inside[p]))
+    return shares
+
+
+@triton.jit
+def _zeros(c):
+    found = ()
+    for p in tl.static_range(len(c)):
+        found = _and_one(found, tl.zeros_like(c[p]).to(tl.float32))
+    return found
+
+
+@triton.jit
+def _total(row):
+    """The sum over all parts of a row."""
+    total = tl.sum(row[0], axis=0)
+    if len(row) > 1:
+        total += tl.sum(row[1], axis=0)
+    return total
 
 
 @triton.jit
 def _unit(x, statistics, row, c, inside, C: tl.constexpr):
     """A row less its mean, times rstd; and rstd."""
     at = row.to(tl.int64)
+    mean = tl.load(statistics + 2 * at)
     rstd = tl.load(statistics + 2 * at + 1)
-    return (read(x, at * C + c, inside) - tl.load(statistics + 2 * at)) * rstd, rstd
+    unit = ()
+    for p in tl.static_range(len(c)):
+        unit = _and_one(unit, (read(x, at * C + c[p], inside[p]) - mean) * rstd)
+    return unit, rstd
 
 
 @triton.jit(do_not_specialize=["rows", "T", "count"])
@@ -164,7 +240,6 @@ def _forward_kernel(
     bias,
     shift,
     starts,
-    deltas,
     mixes,
     mixed,
     statistics,
@@ -175,43 +250,47 @@ def _forward_kernel(
     eps,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
+    REST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     M: tl.constexpr = len(mixes)
     first = tl.program_id(0) * count
     stop = tl.minimum(first + count, rows)
-    c = tl.arange(0, BLOCK)
-    inside = c < C
-    scale = read(weight, c, inside)
-    offset = read(bias, c, inside)
-    share = ()
-    for i in tl.static_range(M):
-        share = _and_one(share, read(mixes[i], c, inside))
-    before = tl.zeros([BLOCK], tl.float32)
-    all_rows = rows.to(tl.int64) * C
+    c, inside = _channels(C, BLOCK, REST)
+    P: tl.constexpr = len(c)
+    scale = _read_parts(weight, 0, c, inside, True)
+    offset = _read_parts(bias, 0, c, inside, True)
+    share = _read_shares(mixes, c, inside)
+    before = _zeros(c)
     # The row before the program's first is normed once more and not written.
     begin = tl.maximum(first - 1, 0)
     for step in tl.range(0, stop - begin, num_stages=STAGES):
         row = begin + step
         here = row.to(tl.int64) * C
-        value = read(x, here + c, inside)
-        mean = tl.sum(value, axis=0) / C
-        centered = tl.where(inside, value - mean, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / C + eps)
-        normed = centered * rstd * scale + offset
+        value = _read_parts(x, here, c, inside, True)
+        mean = _total(value) / C
+        centered = ()
+        squares = ()
+        for p in tl.static_range(P):
+            centered = _and_one(centered, tl.where(inside[p], value[p] - mean, 0.0))
+            squares = _and_one(squares, centered[p] * centered[p])
+        rstd = 1.0 / tl.sqrt(_total(squares) / C + eps)
+        normed = ()
+        for p in tl.static_range(P):
+            normed = _and_one(normed, centered[p] * rstd * scale[p] + offset[p])
         if row >= first:
-            q = _text_of_start(row, starts, T)
-            handed = read(shift, tl.maximum(q, 0).to(tl.int64) * C + c, inside & (q >= 0))
-            difference = tl.where(q >= 0, handed, before) - normed
-            for i in tl.static_range(M):
-                mix = _mix(share[i], deltas, i * all_rows + here + c, inside)
-                write(mixed[i], here + c, normed + difference * mix, inside)
+            q = text_of_start(row, starts, T)
+            after = text_of_start(row + 1, starts, T)
+            handed = _read_parts(shift, tl.maximum(q, 0).to(tl.int64) * C, c, inside, q >= 0)
+            handed_on = tl.maximum(after - 1, 0).to(tl.int64) * C
+            for p in tl.static_range(P):
+                difference = tl.where(q >= 0, handed[p], before[p]) - normed[p]
+                for i in tl.static_range(M):
+                    mix = normed[p] + difference * share[i * P + p]
+                    write(mixed[i], here + c[p], mix, inside[p])
+                write(last, handed_on + c[p], normed[p], inside[p] & (after >= 0))
             tl.store(statistics + 2 * row.to(tl.int64), mean)
             tl.store(statistics + 2 * row.to(tl.int64) + 1, rstd)
-            after = _text_of_start(row + 1, starts, T)
-            write(
-                last, tl.maximum(after - 1, 0).to(tl.int64) * C + c, normed, inside & (after >= 0)
-            )
         before = normed
 
 
@@ -222,21 +301,22 @@ def _backward_kernel(
     bias,
     shift,
     starts,
-    deltas,
     mixes,
     statistics,
     grad_stream,
     grad_last,
+    grad_normed,
+    grad_before,
     grads,
     grad_x,
     grad_shift,
-    grad_deltas,
     partial,
     rows,
     T,
     count,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
+    REST: tl.constexpr,
     STAGES: tl.constexpr,
     WANTED: tl.constexpr,
     SUMS: tl.constexpr,
@@ -245,81 +325,113 @@ def _backward_kernel(
     M: tl.constexpr = len(mixes)
     first = tl.program_id(0) * count
     stop = tl.minimum(first + count, rows)
-    c = tl.arange(0, BLOCK)
-    inside = c < C
-    scale = read(weight, c, inside)
-    offset = read(bias, c, inside)
-    zeros = tl.zeros([BLOCK], tl.float32)
-    all_rows = rows.to(tl.int64) * C
-    share = ()
-    for i in tl.static_range(M):
-        share = _and_one(share, read(mixes[i], c, inside))
+    c, inside = _channels(C, BLOCK, REST)
+    P: tl.constexpr = len(c)
+    scale = _read_parts(weight, 0, c, inside, True)
+    offset = _read_parts(bias, 0, c, inside, True)
+    share = _read_shares(mixes, c, inside)
 
     # What the row behind the program's last sends back to it.
     behind = stop.to(tl.int64) * C
-    continues = (stop < rows) & (_text_of_start(stop, starts, T) < 0)
-    sent_back = zeros
+    continues = (stop < rows) & (text_of_start(stop, starts, T) < 0)
+    sent_back = _read_parts(grad_before, behind, c, inside, continues)
     for i in tl.static_range(M):
-        mix = _mix(share[i], deltas, i * all_rows + behind + c, inside & continues)
-        sent_back += mix * read(grads[i], behind + c, inside & continues)
+        gradient = _read_parts(grads[i], behind, c, inside, continues)
+        sums = ()
+        for p in tl.static_range(P):
+            sums = _and_one(sums, sent_back[p] + share[i * P + p] * gradient[p])
+        sent_back = sums
 
     unit, rstd = _unit(x, statistics, stop - 1, c, inside, C)
-    sum_scale = zeros
-    sum_offset = zeros
-    sum_share = (zeros,) * M
+    sum_scale = _zeros(c)
+    sum_offset = _zeros(c)
+    sum_share = ()
+    for _ in tl.static_range(M):
+        for p in tl.static_range(P):
+            sum_share = _and_one(sum_share, tl.zeros_like(scale[p]))
     for back in tl.range(0, stop - first, num_stages=STAGES):
         row = stop - 1 - back
         here = row.to(tl.int64) * C
-        q = _text_of_start(row, starts, T)
+        q = text_of_start(row, starts, T)
+        after = text_of_start(row + 1, starts, T)
         is_first = q >= 0
         unit_before, rstd_before = _unit(x, statistics, tl.maximum(row - 1, 0), c, inside, C)
-        handed = read(shift, tl.maximum(q, 0).to(tl.int64) * C + c, inside & is_first)
-        before = tl.where(is_first, handed, unit_before * scale + offset)
-        difference = before - (unit * scale + offset)
+        at_shift = tl.maximum(q, 0).to(tl.int64) * C
+        handed = _read_parts(shift, at_shift, c, inside, is_first)
 
         direct = sent_back
-        sent = zeros
-        sums = ()
+        sent = ()
+        difference = ()
+        for p in tl.static_range(P):
+            before = tl.where(is_first, handed[p], unit_before[p] * scale[p] + offset[p])
+            difference = _and_one(difference, before - (unit[p] * scale[p] + offset[p]))
+            sent = _and_one(sent, tl.zeros_like(scale[p]))
+        new_sums = ()
         for i in tl.static_range(M):
-            gradient = read(grads[i], here + c, inside)
-            direct += gradient
-            sent += gradient * _mix(share[i], deltas, i * all_rows + here + c, inside)
-            write(grad_deltas, i * all_rows + here + c, gradient * difference, inside)
-            if (WANTED >> (i + 2)) & 1:
-                sums = _and_one(sums, sum_share[i] + gradient * difference)
+            gradient = _read_parts(grads[i], here, c, inside, True)
+            more_direct = ()
+            more_sent = ()
+            for p in tl.static_range(P):
+                more_direct = _and_one(more_direct, direct[p] + gradient[p])
+                more_sent = _and_one(more_sent, sent[p] + gradient[p] * share[i * P + p])
+                if (WANTED >> (i + 2)) & 1:
+                    new_sums = _and_one(
+                        new_sums, sum_share[i * P + p] + gradient[p] * difference[p]
+                    )
+                else:
+                    new_sums = _and_one(new_sums, sum_share[i * P + p])
+            direct = more_direct
+            sent = more_sent
+        sum_share = new_sums
+
+        normed_too = _read_parts(grad_normed, here, c, inside, True)
+        before_too = _read_parts(grad_before, here, c, inside, True)
+        handed_on = tl.maximum(after - 1, 0).to(tl.int64) * C
+        last_too = _read_parts(grad_last, handed_on, c, inside, after >= 0)
+        grad_unit = ()
+        along = ()
+        new_scale = ()
+        new_offset = ()
+        new_back = ()
+        for p in tl.static_range(P):
+            total = direct[p] - sent[p] + normed_too[p] + last_too[p]
+            to_before = sent[p] + before_too[p]
+            write(grad_shift, at_shift + c[p], to_before, inside[p] & is_first)
+            if WANTED & 1:
+                new_scale = _and_one(new_scale, sum_scale[p] + total * unit[p])
             else:
-                sums = _and_one(sums, sum_share[i])
-        sum_share = sums
-        grad_normed = direct - sent
-        if grad_last is not None:
-            after = _text_of_start(row + 1, starts, T)
-            handed_on = tl.maximum(after - 1, 0).to(tl.int64) * C + c
-            grad_normed += read(grad_last, handed_on, inside & (after >= 0))
-        write(grad_shift, tl.maximum(q, 0).to(tl.int64) * C + c, sent, inside & is_first)
-        if WANTED & 1:
-            sum_scale += grad_normed * unit
-        if WANTED & 2:
-            sum_offset += grad_normed
+                new_scale = _and_one(new_scale, sum_scale[p])
+            if WANTED & 2:
+                new_offset = _and_one(new_offset, sum_offset[p] + total)
+            else:
+                new_offset = _and_one(new_offset, sum_offset[p])
+            new_back = _and_one(new_back, tl.where(is_first, 0.0, to_before))
+            grad_unit = _and_one(grad_unit, total * scale[p])
+            along = _and_one(along, grad_unit[p] * unit[p])
+        sum_scale = new_scale
+        sum_offset = new_offset
+        sent_back = new_back
         if grad_x is not None:
-            grad_unit = grad_normed * scale
-            mean = tl.sum(grad_unit, axis=0) / C
-            along = tl.sum(grad_unit * unit, axis=0) / C
-            result = rstd * (grad_unit - mean - unit * along)
-            if grad_stream is not None:
-                result += read(grad_stream, here + c, inside)
-            write(grad_x, here + c, result, inside)
-        sent_back = tl.where(is_first, 0.0, sent)
+            stream_too = _read_parts(grad_stream, here, c, inside, True)
+            mean_grad = _total(grad_unit) / C
+            mean_along = _total(along) / C
+            for p in tl.static_range(P):
+                result = rstd * (grad_unit[p] - mean_grad - unit[p] * mean_along)
+                write(grad_x, here + c[p], result + stream_too[p], inside[p])
         unit = unit_before
         rstd = rstd_before
 
-    target = partial + tl.program_id(0).to(tl.int64) * SUMS * C + c
+    target = partial + tl.program_id(0).to(tl.int64) * SUMS * C
     if WANTED & 1:
-        tl.store(target, sum_scale, mask=inside)
+        for p in tl.static_range(P):
+            tl.store(target + c[p], sum_scale[p], mask=inside[p])
         target += C
     if WANTED & 2:
-        tl.store(target, sum_offset, mask=inside)
+        for p in tl.static_range(P):
+            tl.store(target + c[p], sum_offset[p], mask=inside[p])
         target += C
     for i in tl.static_range(M):
         if (WANTED >> (i + 2)) & 1:
-            tl.store(target, sum_share[i], mask=inside)
+            for p in tl.static_range(P):
+                tl.store(target + c[p], sum_share[i * P + p], mask=inside[p])
             target += C
