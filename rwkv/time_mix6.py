@@ -6,11 +6,12 @@ arXiv:2404.05892.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rwkv.config import RWKVConfig
 from rwkv.linear import Linear
 from rwkv.ops.head_output import head_output6
-from rwkv.ops.low_rank import low_rank, second_product
+from rwkv.ops.low_rank import low_rank
 from rwkv.ops.norm_mix import norm_shift_mix_by_data
 from rwkv.ops.wkv6 import wkv6
 
@@ -78,7 +79,7 @@ class TimeMix6(nn.Module):
         )
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         decay, _ = low_rank(x_w, self.time_decay_w1)
-        w = second_product(torch.tanh(decay), self.time_decay_w2, self.time_decay)
+        w = F.linear(torch.tanh(decay), self.time_decay_w2.t(), self.time_decay.flatten())
         r, w, k, v = (t.unflatten(-1, (-1, self.N)) for t in (r, w, k, v))
         y, wkv = wkv6(
             r=r,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rwkv.config import RWKVConfig
 from rwkv.linear import Linear
 from rwkv.ops.head_output import head_output7
-from rwkv.ops.low_rank import low_rank, second_product
+from rwkv.ops.low_rank import low_rank
 from rwkv.ops.norm_mix import norm_shift_mix
 from rwkv.ops.wkv7 import wkv7
 from rwkv.ops.wkv7_inputs import wkv7_inputs
@@ -95,9 +95,9 @@ class TimeMix7(nn.Module):
             k=self.key(x_k),
             v=self.value(x_v),
             v_first=None if first else v_first,
-            decay=second_product(torch.tanh(decay), self.w2),
-            iclr=second_product(iclr, self.a2),
-            value=None if value is None else second_product(value, self.v2),
+            decay=torch.tanh(decay) @ self.w2,
+            iclr=iclr @ self.a2,
+            value=None if value is None else value @ self.v2,
             w0=self.w0,
             a0=self.a0,
             v0=None if first else self.v0,
@@ -116,6 +116,6 @@ class TimeMix7(nn.Module):
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
-        gate = second_product(torch.sigmoid(gate), self.g2)
+        gate = torch.sigmoid(gate) @ self.g2
         out = head_output7(y, self.ln_x, p.bonus, p.v_again, gate)
         return self.output(out, residual=x), p.v_first, shift, wkv

@@ -1,4 +1,4 @@
-"""Products with a thin matrix: the first and the second of a low-rank pair."""
+"""Products with a thin matrix: the first of a low-rank pair, and what the second adds."""
 
 from typing import Any
 
@@ -44,38 +44,6 @@ class _LowRank(torch.autograd.Function):
         return d_x.view(grad_x.shape), d_factor
 
 
-def second_product(low: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
-    """low factor + bias, [..., R] [R, C] and C numbers -> [..., C]."""
-    product: Tensor = _SecondProduct.apply(low, factor, bias)
-    return product
-
-
-class _SecondProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, low: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(low, factor)
-        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        rows = low.reshape(-1, low.shape[-1])
-        before = None if bias is None else bias.to(low.dtype).view(1, -1).expand(len(rows), -1)
-        return plus_product(before, rows, factor).view(*low.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        low, factor = ctx.saved_tensors
-        need_low, need_factor, need_bias = ctx.needs_input_grad
-        d_low = d_factor = d_bias = None
-        if need_low:
-            d_low = grad @ factor.T
-        rows = grad.reshape(-1, grad.shape[-1])
-        if need_factor:
-            d_factor = low.reshape(-1, low.shape[-1]).T @ rows
-        if need_bias:
-            shape, dtype = ctx.bias
-            d_bias = rows.sum(dim=0).to(dtype).view(shape)
-        return d_low, d_factor, d_bias
-
-
 def plus_product(
     before: Tensor | None,
     low: Tensor,
@@ -87,7 +55,7 @@ def plus_product(
     """before [n, columns] + low [n, rank] factor [rank, columns], all of one dtype.
 
     Args:
-        before: None for zeros; rows that are all the same may lie in one place.
+        before: None for zeros.
         low, factor: of a product of low rank.
         out: where the sum goes, contiguous; it may be `before`. None for a new tensor.
         activated: max(sum, 0)^2 in place of the sum.
@@ -98,8 +66,7 @@ def plus_product(
         from rwkv.ops import low_rank_triton
 
         if low_rank_triton.fits(out, low.shape[1]):
-            if before is not None and before.stride(0):
-                before = before.contiguous()
+            before = None if before is None else before.contiguous()
             low_rank_triton.plus_product(before, low.contiguous(), factor, out, activated=activated)
             return out
     if before is None:

@@ -34,36 +34,29 @@ def _plus_product_kernel(
     N,
     along_rank,
     along_columns,
-    RANK: tl.constexpr,
     R: tl.constexpr,
-    ONE_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ACTIVATED: tl.constexpr,
 ):
-    """A tile of out [T, N] = before + low [T, RANK] factor [RANK, N]; ACTIVATED: max(that, 0)^2.
+    """A tile of out [T, N] = before + low [T, R] factor [R, N]; ACTIVATED: max(that, 0)^2.
 
-    before: as out, and it may be out; ONE_ROW: [N]; None for zeros.
+    before: as out, and it may be out; None for zeros.
     """
     tiles = tl.cdiv(N, COLUMNS)
     t = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
     r = tl.arange(0, R)
     rows, columns = (t < T)[:, None], (n < N)[None, :]
-    summed = r < RANK
-    left = tl.load(low + t[:, None] * RANK + r[None, :], mask=rows & summed[None, :], other=0.0)
+    left = tl.load(low + t[:, None] * R + r[None, :], mask=rows, other=0.0)
     right = tl.load(
-        factor + r[:, None] * along_rank + n[None, :] * along_columns,
-        mask=columns & summed[:, None],
-        other=0.0,
+        factor + r[:, None] * along_rank + n[None, :] * along_columns, mask=columns, other=0.0
     )
     if INTERPRETED:  # which multiplies bfloat16 as integers
         left, right = left.to(tl.float32), right.to(tl.float32)
     at = t[:, None] * N + n[None, :]
     total = product(left, right)
-    if ONE_ROW:
-        total += tl.load(before + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    elif before is not None:
+    if before is not None:
         total += tl.load(before + at, mask=rows & columns, other=0.0).to(tl.float32)
     if ACTIVATED:
         total = tl.where(total < 0.0, 0.0, total)  # a NaN stays one
@@ -73,7 +66,7 @@ def _plus_product_kernel(
 
 def fits(out: Tensor, rank: int) -> bool:
     """Whether the kernel handles this dtype and rank, and out as it lies in memory."""
-    return (out.dtype.itemsize, _padded(rank)) in LAUNCH and out.is_contiguous()
+    return (out.dtype.itemsize, rank) in LAUNCH and out.is_contiguous()
 
 
 def plus_product(
@@ -81,23 +74,13 @@ def plus_product(
 ) -> None:
     """out [T, N] = before + low [T, R] factor [R, N], all of one dtype.
 
-    before: may be out; None for zeros. It, out and low are contiguous, or it is one row expanded.
+    before: may be out; None for zeros. It, out and low are contiguous.
     activated: out = max(that, 0)^2.
     """
-    (T, N), rank = out.shape, low.shape[1]
-    launch = LAUNCH[out.dtype.itemsize, _padded(rank)]
+    (T, N), R = out.shape, low.shape[1]
+    launch = LAUNCH[out.dtype.itemsize, R]
     grid = (triton.cdiv(T, launch["ROWS"]) * triton.cdiv(N, launch["COLUMNS"]),)
     with torch.cuda.device_of(out):
         _plus_product_kernel[grid](
-            *(out, before, low, factor, T, N, *factor.stride()),
-            RANK=rank,
-            R=_padded(rank),
-            ONE_ROW=before is not None and T > 1 and before.stride(0) == 0,
-            ACTIVATED=activated,
-            **launch,
+            *(out, before, low, factor, T, N, *factor.stride()), R=R, ACTIVATED=activated, **launch
         )
-
-
-def _padded(rank: int) -> int:
-    """What a tile's summed side is rounded up to."""
-    return max(triton.next_power_of_2(rank), 16)
