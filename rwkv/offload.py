@@ -3,12 +3,46 @@
 import weakref
 from collections import deque
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
 BEHIND = 2  # pieces after which the memory of what has left is free again
+
+
+class HostBuffers:
+    """Host memory that stays, for graphs: each replay copies to where the recorded pass did.
+
+    Within a block, which records one pass, every HostPlace takes its memory from here. Passes that
+    never run at a time share it, each from the first buffer on.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._outgrown: list[Tensor] = []  # earlier passes copy there
+        self._taken = 0
+
+    def __enter__(self) -> None:
+        self._taken = 0
+        self._before = _buffers.set(self)
+
+    def __exit__(self, *_: object) -> None:
+        _buffers.reset(self._before)
+
+    def room_for(self, x: Tensor) -> Tensor:
+        """An uninitialized tensor like x, the next one of this pass."""
+        size, n = x.numel() * x.element_size(), self._taken
+        if n == len(self._buffers) or self._buffers[n].numel() < size:
+            self._outgrown += self._buffers[n : n + 1]
+            new = torch.empty(size, dtype=torch.uint8, pin_memory=x.is_cuda)
+            self._buffers[n : n + 1] = [new]
+        self._taken += 1
+        return self._buffers[n][:size].view(x.dtype).view(x.shape)
+
+
+_buffers: ContextVar[HostBuffers | None] = ContextVar("buffers", default=None)
 
 
 class HostPlace:
@@ -47,7 +81,11 @@ class HostPlace:
         if small or x.data_ptr() in self._resident:
             return x
         piece = len(self._pieces) - 1
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        buffers = _buffers.get()
+        if buffers is None:
+            host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        else:
+            host = buffers.room_for(x)
         with torch.cuda.stream(self._stream):
             host.copy_(x, non_blocking=True)
         if self._stream is not None:

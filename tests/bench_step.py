@@ -125,10 +125,19 @@ ROWS = {
     "lora-1.5B-8-host-kept": Row(
         "lora", *SMALLER, rows=8, offload=True, grad_cp="selective", kept=6.7
     ),
+    "lora-1.5B-8-host-kept-graph": Row(
+        "lora", *SMALLER, rows=8, offload=True, grad_cp="selective", kept=6.7, graph=True
+    ),
     "lora-2.9B-4": Row("lora", *LARGER, rows=4),
     "lora-only-2.9B-4": Row("lora", *LARGER, rows=4, small=False),
     "lora-2.9B-4-host": Row("lora", *LARGER, rows=4, offload=True),
     "lora-2.9B-4-graph": Row("lora", *LARGER, rows=4, graph=True),
+    "lora-2.9B-4-host-kept": Row(
+        "lora", *LARGER, rows=4, offload=True, grad_cp="selective", kept=0.5
+    ),
+    "lora-2.9B-4-host-kept-graph": Row(
+        "lora", *LARGER, rows=4, offload=True, grad_cp="selective", kept=0.5, graph=True
+    ),
     "lora-2.9B-1": Row("lora", *LARGER, rows=1),
     "lora-2.9B-1-graph": Row("lora", *LARGER, rows=1, graph=True),
     "bone-1.5B-8": Row("bone", *SMALLER, rows=8),
@@ -158,6 +167,9 @@ PEERS |= {
     "lora-2.9B-4-host": PEERS["lora-2.9B-4"],
     "lora-1.5B-8-graph": PEERS["lora-1.5B-8"],
     "lora-2.9B-4-graph": PEERS["lora-2.9B-4"],
+    "lora-2.9B-4-host-kept": PEERS["lora-2.9B-4"],
+    "lora-2.9B-4-host-kept-graph": PEERS["lora-2.9B-4"],
+    "lora-1.5B-8-host-kept-graph": PEERS["lora-1.5B-8"],
     "full-1.5B-8-graph": PEERS["full-1.5B-8"],
 }
 
@@ -345,7 +357,7 @@ def line(name: str, row: Row, found: Measured) -> str:
         for who, (tokens, gib) in PEERS.get(name, {}).items()
     )
     return (
-        f"{name:22} {speed:8,.0f} {found.forward:8.1f} {found.backward:9.1f} "
+        f"{name:27} {speed:8,.0f} {found.forward:8.1f} {found.backward:9.1f} "
         f"{found.optimizer:6.1f} {teraflops:8.1f} {1e12 * teraflops / PEAK:6.1%} "
         f"{found.peak / 2**30:6.1f} {found.first:8.1f} {found.loss:7.3f}  {peers}"
     )
@@ -446,9 +458,8 @@ def main() -> int:
         "their own + w; w = 27 head_size C layers; MFU of 989 TFLOP/s"
     )
     print(
-        "row                    tokens/s  forward  backward    opt  TFLOP/s    MFU    GiB  first s"
-        "    loss"
-        "  others: tokens/s, GiB, ours over theirs"
+        "row                         tokens/s  forward  backward    opt  TFLOP/s    MFU    GiB"
+        "  first s    loss  others: tokens/s, GiB, ours over theirs"
     )
     for name in flags.only:
         row = ROWS[name] if flags.rows is None else replace(ROWS[name], rows=flags.rows)
@@ -456,7 +467,7 @@ def main() -> int:
             try:
                 print(line(name, row, measure(row, device, flags.steps)), flush=True)
             except Exception as error:  # the other rows are worth having
-                print(f"{name:22} {type(error).__name__}: {str(error)[:300]}", flush=True)
+                print(f"{name:27} {type(error).__name__}: {str(error)[:300]}", flush=True)
     return 0
 
 

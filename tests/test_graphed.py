@@ -149,8 +149,10 @@ def gpu_batch(lengths: list[int], scored: int, seed: int) -> TokenBatch:
 @pytest.mark.parametrize(
     ("mode", "quant"), [("full", ""), ("lora", "none"), ("lora", "nf4"), ("bone", "fp8")]
 )
-@pytest.mark.parametrize("grad_cp", [True, "selective"])
-def test_a_graph_gives_the_bits_of_the_pass(version, mode, quant, grad_cp, tmp_path):
+@pytest.mark.parametrize(
+    ("grad_cp", "offload"), [(True, False), ("selective", False), (True, True)]
+)
+def test_a_graph_gives_the_bits_of_the_pass(version, mode, quant, grad_cp, offload, tmp_path):
     """Batches of one shape that differ in all else, two to a step, weights changed in between."""
     rule = {"match": "blocks.*", "mode": mode, "rank": 16, "quant": quant}
     if mode == "full":
@@ -169,13 +171,13 @@ def test_a_graph_gives_the_bits_of_the_pass(version, mode, quant, grad_cp, tmp_p
     lengths = ([200, 300, 12], [100, 100, 100, 100, 112], [512], [1, 2, 3, 506])
     batches = [gpu_batch(some, 130 + 8 * n, n) for n, some in enumerate(lengths * 2)]
     assert len({tuple(x.shape for x in batch) for batch in batches}) == 1
-    found = []
+    found, kept = [], torch.empty(512, config.n_embd, dtype=torch.bfloat16)
     for recording in (False, True):
         torch.manual_seed(1)
         model, _ = random_with_profile(
             config, PeftFlags(layer_profile=str(profile)), device="cuda", dtype=torch.bfloat16
         )
-        model.grad_cp = grad_cp
+        model.grad_cp, model.grad_cp_offload = grad_cp, offload
         graphs, seen = GraphedSteps(model, SFT()), []
         trained = [p for p in model.parameters() if p.requires_grad]
         for number, batch in enumerate(batches):
@@ -190,6 +192,9 @@ def test_a_graph_gives_the_bits_of_the_pass(version, mode, quant, grad_cp, tmp_p
                             p -= 0.1 * p.grad
                 model.zero_grad()
             del loss  # whose history would keep a node of each parameter from stream to stream
+            # over what pinned memory was given back
+            others = [torch.full_like(kept, 7.0, pin_memory=True) for _ in range(16)]
+            assert all(other.is_pinned() for other in others)
         assert not graphs.failed
         assert len(graphs._recorded) == recording
         found.append(seen)

@@ -21,7 +21,7 @@ from peft.registry import make_adapter
 from rwkv.config import LowRanks, RWKVConfig, default_ranks
 from rwkv.keeper import Keeper, Kept, keeping
 from rwkv.linear import Linear
-from rwkv.offload import HostPlace
+from rwkv.offload import HostBuffers, HostPlace
 from rwkv.ops import low_rank, wkv6_torch, wkv7_torch
 from rwkv.ops.kept import register_gradient
 from rwkv.recompute import recomputed
@@ -132,6 +132,26 @@ def test_only_the_stream_leaves_for_host_memory(monkeypatch):
     monkeypatch.setattr(HostPlace, "_pack", watched)
     run_backward(model)
     assert left == [(2, 7, model.config.n_embd)] * 2 * model.config.n_layer
+
+
+def test_recorded_passes_share_the_host_memory_that_stays():
+    """In a pass no two tensors share any, a larger pass leaves that of the smaller one alone."""
+    plain, model = (adapted_model(7, "lora") for _ in range(2))
+    plain.grad_cp = model.grad_cp = model.grad_cp_offload = True
+    buffers, places = HostBuffers(), []
+    for length in (7, 7, 14, 7):
+        tokens = torch.arange(length)[None] % 37
+        plain(tokens)[0].square().sum().backward()
+        with buffers:
+            model(tokens)[0].square().sum().backward()
+        for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+            assert one.grad is other.grad or torch.equal(one.grad, other.grad)
+        places.append([buffer.data_ptr() for buffer in buffers._buffers])
+        assert len(set(places[-1])) == 2 * model.config.n_layer
+        for some in (plain, model):
+            some.zero_grad()
+    assert places[0] == places[1] and places[2] == places[3]
+    assert [buffer.data_ptr() for buffer in buffers._outgrown] == places[0]
 
 
 @pytest.mark.gpu

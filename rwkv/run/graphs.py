@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from data.flags import DataFlags
 from losses.flags import ChunkFlags
 from losses.objectives import chosen_objective
 from rwkv.errors import InputError, RunError
@@ -11,10 +10,6 @@ from rwkv.training.flags import TrainerFlags
 
 if TYPE_CHECKING:
     from rwkv.run.overview import Run
-
-# Tokens of a micro-batch times channels squared, from which on the GPU takes longer than the host
-# anyway: an H100 at 4,096 tokens and 4,096 channels.
-LARGEST = 2**36
 
 
 def uses_graphs(run: "Run") -> bool:
@@ -31,8 +26,7 @@ def uses_graphs(run: "Run") -> bool:
     elsewhere = bool(flags.dry_run) and run.device.kind != "cuda"  # planned for another machine
     if reason and wanted != "auto" and not elsewhere:
         raise InputError(f"--cuda_graphs 1: {reason}; use --cuda_graphs auto")
-    tokens = run.batches.training.micro_bsz * run.settings[DataFlags].ctx_len
-    return not reason and (wanted != "auto" or tokens * run.config.n_embd**2 <= LARGEST)
+    return not reason
 
 
 def why_not(run: "Run") -> str:
@@ -44,8 +38,6 @@ def why_not(run: "Run") -> str:
         return "records what one GPU does under --strategy auto"
     if chosen_objective(settings) != "sft" or settings[ChunkFlags].infctx:
         return "records --sft 1 without --infctx 1"
-    if flags.grad_cp_offload:
-        return "--grad_cp_offload 1 copies beside what is recorded"
     if any(layer.dropout for layer in run.layers.plans.values()):
         return "the layer profile asks for dropout, which draws anew at every step"
     try:

@@ -85,7 +85,7 @@ class TrainerFlags:
     )
     cuda_graphs: bool | str = flag(
         "auto",
-        "launch a micro-batch's kernels all at once; auto: where that is faster, in SFT on one GPU",
+        "launch a micro-batch's kernels all at once; auto: where that can be, in SFT on one GPU",
         also=("auto",),
     )
     epoch_steps: int = flag(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rwkv.batch import TokenBatch
 from rwkv.cli import say
 from rwkv.gradients import leaves
+from rwkv.offload import HostBuffers
 from rwkv.ops.packing import remember_lengths, text_lengths
 
 MOST = 16  # shapes that are recorded; others run as usual
@@ -40,7 +41,8 @@ class GraphedSteps:
     """Runs `objective(model, batch)` and its backward pass as graphs, for TokenBatches.
 
     Every parameter's gradient is summed in a tensor that stays, for the graphs write to it. The
-    graphs share their memory, and run one after another.
+    graphs share their memory, on the device and of what is kept on the host, and run one after
+    another.
 
     Args:
         model: on the GPU on which it trains, without random draws.
@@ -60,6 +62,7 @@ class GraphedSteps:
         self._recorded: dict[Any, _Recorded] = {}
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._pool: Any = None
+        self._host = HostBuffers()
         self.failed = ""
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -125,7 +128,8 @@ class GraphedSteps:
             for parameter, own in self._sums.items():
                 parameter.grad = own
             # other threads, which load data, may pin memory meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            recording = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+            with self._host, recording:
                 loss, metrics = self._objective(self._model, held)
                 trained = [p for p in leaves(loss) if p in self._sums]
                 loss.backward()
