@@ -14,6 +14,7 @@ from peft.flags import PeftFlags
 from peft.layer_profile import ADAPTER_MODES
 from peft.merge import main
 from peft.merging import TEXT, compare, fixed_text, merge, open_pair
+from peft.stores import STORES
 from rwkv.checkpoint import fingerprint, load_model, read_metadata, read_tensors, write_tensors
 from rwkv.config import LowRanks, RWKVConfig
 from rwkv.errors import InputError
@@ -117,13 +118,21 @@ def test_the_package_rwkv_writes_what_the_adapter_does(base, tmp_path):
 
 
 @modes
-def test_training_goes_on_from_a_file(mode, base, tmp_path):
-    flags = PeftFlags(layer_profile=profile(tmp_path, mode=mode))
+@pytest.mark.parametrize("storage", ["none", *STORES])
+def test_training_goes_on_from_a_file(mode, storage, base, tmp_path):
+    """The reader has the logits of the writer, before a step and after it."""
+    keys = {"mode": mode, "quant": storage}
+    flags = PeftFlags(layer_profile=profile(tmp_path, **keys), quant_head=True)
     model, adapter = saved(base, tmp_path, flags)
     again, _ = load_with_profile(base, flags, backend="reference")
     load_adapter(again, adapter, base=fingerprint(read_tensors(base)))
-    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
     assert trained_tensors(again).keys() == trained_tensors(model).keys()
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+    for one in (model, again):
+        steps = torch.optim.SGD((p for p in one.parameters() if p.requires_grad), lr=0.1)
+        one.logits(one(TOKENS)[0])[..., 0].mean().backward()
+        steps.step()
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_full_training_is_merged_whole(base, tmp_path):
