@@ -21,11 +21,13 @@ class AdapterLinear(Linear):
     Attributes:
         MODE: the adapter's word in a layer profile.
         PARTS: its parameters, as named in adapter files.
+        WIDE: those of them that are float32 in a model of any dtype.
         active: whether the adapter acts; see `adapters_off`.
     """
 
     MODE: ClassVar[str]
     PARTS: ClassVar[tuple[str, ...]]
+    WIDE: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, base: Linear):
         with torch.device("meta"):
@@ -59,7 +61,7 @@ class AdapterLinear(Linear):
         return (self.adapted_output if self.active else self.original_output)(x, residual)
 
     def add_parts(self, rank: int, fill: Callable[[str, Tensor], Tensor]) -> None:
-        """Make the parameters, in the base's dtype and on its device.
+        """Make the parameters, on the base's device, in its dtype or that of WIDE.
 
         Args:
             rank: as in `sizes`.
@@ -67,7 +69,9 @@ class AdapterLinear(Linear):
         """
         device, dtype = _home(self)
         for part, shape in self.sizes(self.out_features, self.in_features, rank).items():
-            setattr(self, part, nn.Parameter(fill(part, torch.zeros(shape)).to(device, dtype)))
+            first = fill(part, torch.zeros(shape))
+            own = torch.float32 if part in self.WIDE else dtype
+            setattr(self, part, nn.Parameter(first.to(device, own)))
 
     def exported(self) -> dict[str, Tensor]:
         """The parts as an adapter file holds them."""

@@ -20,7 +20,8 @@ class DoraLinear(LoraLinear):
     """y = x W'^T, where W' = M V / |V| and V = W + scale * B A.
 
     |V| is the length of each row (an output) of V; M starts at |W|, so a fresh adapter changes
-    nothing. Saved as LoRA's names and `X.lora_M` [out, 1].
+    nothing: M is float32 in a model of any dtype, for in bfloat16 a length is off by up to 0.2%.
+    DeepSpeed casts it nevertheless. Saved as LoRA's names and `X.lora_M` [out, 1].
 
     The lengths need neither V nor a dequantized W:
     |V_i|^2 = |W_i|^2 + 2 scale B_i (W_i A^T)^T + scale^2 B_i A A^T B_i^T, where W A^T is the
@@ -29,6 +30,7 @@ class DoraLinear(LoraLinear):
 
     MODE = "dora"
     PARTS = ("lora_A", "lora_B", "lora_M")
+    WIDE = ("lora_M",)
     lora_M: nn.Parameter
     squared: Tensor  # |W_i|^2, [out], float32
 

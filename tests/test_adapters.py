@@ -106,13 +106,19 @@ def test_every_mode_has_an_adapter():
 @grid
 @modes
 def test_fresh_adapter_changes_nothing(mode, storage, place):
-    """PiSSA over codes is nearer to W than the codes of W, so it is held to W itself."""
+    """PiSSA over codes is nearer to W than the codes of W, so it is held to W itself.
+
+    Over bfloat16 its rest is rounded once more than W. A GPU sums a product that adds to zeros in
+    an order of its own.
+    """
     made, x = adapter(mode, storage, place), rows(place)
     if mode == "pissa" and storage != "none":
         dense = F.linear(x, base(place=place).weight)
         assert relative(made(x), dense) <= relative(base(storage, place)(x), dense) * 1.05
     else:
-        assert relative(made(x), base(storage, place)(x)) < tolerance(storage, place)
+        exact = 1e-5 if place.device == "cpu" and mode != "pissa" else 8e-3
+        allowed = min(exact, tolerance(storage, place))
+        assert relative(made(x), base(storage, place)(x)) < allowed
 
 
 @pytest.mark.parametrize("storage", ["none", "int8", "fp6"])

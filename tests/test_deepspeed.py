@@ -33,6 +33,7 @@ MODES = {
     "no recomputation": {"grad_cp": 0, "layer_profile": "lora.json"},
 }
 PROFILES = {
+    "dora": [{"match": "blocks.*", "mode": "dora", "rank": 4, "alpha": 8}],
     "lora": [{"match": "blocks.*", "mode": "lora", "rank": 4, "alpha": 8, "dropout": 0.2}],
     "bare": [
         {"match": "*", "mode": "freeze"},
@@ -149,6 +150,19 @@ def test_every_stage_trains_like_auto(folder, mode):
     for run in others:
         assert_same(run, want)
         assert run.report.get("left", 0) == 0
+
+
+def test_magnitudes_of_dora_get_the_dtype_of_the_rest(folder):
+    """They are float32 under `auto`; DeepSpeed trains in one dtype."""
+    more = {"layer_profile": "dora.json", "precision": "bf16"}
+    runs = start(folder, {f"dora {s}": more | {"strategy": s} for s in ("auto", *STAGES[1:])})
+    want, *others = runs.values()
+    for run in others:
+        losses = ([line["loss"] for line in one.steps] for one in (run, want))
+        assert next(losses) == pytest.approx(next(losses), rel=5e-3)
+        assert {tensor.dtype for tensor in run.tensors().values()} == {torch.bfloat16}
+    found = {name.endswith("lora_M"): t.dtype for name, t in want.tensors().items()}
+    assert found == {True: torch.float32, False: torch.bfloat16}
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "full in chunks", "lora in chunks"])

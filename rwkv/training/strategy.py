@@ -138,7 +138,8 @@ def scatter(model: nn.Module, strategy: Any) -> None:
 
     A model that was built in the host's memory comes to the GPU in parts, and may be larger than
     one GPU. A block is gathered as a whole when it runs, so that its kernels may read parameters
-    of several modules.
+    of several modules. All parameters get the dtype that DeepSpeed trains in, DoRA's magnitudes
+    too, as its other stages give it to them by themselves.
 
     Args:
         model: on any device; buffers move to the rank's own.
@@ -146,6 +147,9 @@ def scatter(model: nn.Module, strategy: Any) -> None:
     """
     import deepspeed
 
+    dtype = torch.bfloat16 if strategy.config["bf16"]["enabled"] else torch.float32
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     deepspeed.zero.Init(module=model, config_dict_or_path=strategy.config)
     for block in model.modules():
         if isinstance(block, Block):
