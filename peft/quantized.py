@@ -1,10 +1,11 @@
 """Quantized model files: some layers' weights as codes and scales, the rest as in the model.
 
 A layer `X` is held as `X.store.codes`, `X.store.scale` and so on; the `.json` beside the file says
-which storage, shape and dtype it has. rwkv.checkpoint knows the sizes, this module the codes.
+which storage, shape and dtype it has, and a fingerprint of its codes. rwkv.checkpoint knows the
+sizes, this module the codes.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from peft.adapter_file import project_version
 from peft.plan import model_layers
 from peft.store import Store
 from peft.stores import STORES, make_store, store_class, stored_size
-from rwkv.checkpoint import PARTS, TensorFile
+from rwkv.checkpoint import PARTS, TensorFile, fingerprint
 from rwkv.config import RWKVConfig
 from rwkv.errors import InputError
 from rwkv.model import RWKV
@@ -26,7 +27,8 @@ def read_store(tensors: TensorFile, layer: str) -> Store:
     """The store of one layer of a quantized file, bit for bit as it was written.
 
     Raises:
-        InputError: the file is of a storage that this version does not know.
+        InputError: the file is of a storage that this version does not know, or its .json is
+            another's.
     """
     entry = tensors.quantized[layer]
     kind = entry["storage"]
@@ -36,7 +38,7 @@ def read_store(tensors: TensorFile, layer: str) -> Store:
             "quantize the model again"
         )
     parts = tensors.parts(layer)
-    _check_parts(tensors.path, layer, kind, parts, entry["shape"])
+    _check_parts(tensors.path, layer, kind, parts, entry)
     return store_class(kind).restored(
         kind,
         parts,
@@ -46,18 +48,25 @@ def read_store(tensors: TensorFile, layer: str) -> Store:
 
 
 def _check_parts(
-    path: Path, layer: str, kind: str, parts: Mapping[str, Tensor], shape: Sequence[int]
+    path: Path, layer: str, kind: str, parts: Mapping[str, Tensor], entry: Mapping[str, Any]
 ) -> None:
-    """Raise an InputError unless these are the codes and scales of such a weight."""
+    """Raise an InputError unless these are the codes and scales that the entry describes."""
     expected = _dtypes(kind)
     size = sum(part.numel() * part.element_size() for part in parts.values())
     if {name: part.dtype for name, part in parts.items()} != expected:
         what = f"holds {', '.join(sorted(parts))}, not what {kind} has"
-    elif size != stored_size(kind, *shape):
-        what = f"has {size:,} bytes, not the {stored_size(kind, *shape):,} that {kind} has"
+    elif size != (needed := stored_size(kind, *entry["shape"])):
+        what = f"has {size:,} bytes, not the {needed:,} that {kind} has"
+    elif entry.get("codes", "") not in ("", _fingerprint(kind, parts)):
+        what = f"holds other codes than those of {kind} that its .json describes"
     else:
         return
     raise InputError(f"{path}: {layer} {what}; copy the file and its .json again")
+
+
+def _fingerprint(kind: str, parts: Mapping[str, Tensor]) -> str:
+    """A hash by which a layer's .json knows its codes: formats of as many bits look alike."""
+    return fingerprint({f"{kind} {name}": part for name, part in parts.items()})
 
 
 @cache
@@ -111,10 +120,12 @@ def quantize_tensors(
             written[name] = tensors[name]
             continue
         store = make_store(kind, tensors[name].to(device))
+        parts = {part_name: part.cpu() for part_name, part in store.tensors().items()}
         described[layer] = {
             "storage": kind,
             "shape": list(store.shape),
             "dtype": str(store.dtype).removeprefix("torch."),
+            "codes": _fingerprint(kind, parts),
         }
-        written |= {f"{layer}{PARTS}{n}": part.cpu() for n, part in store.tensors().items()}
+        written |= {f"{layer}{PARTS}{part_name}": part for part_name, part in parts.items()}
     return written, described

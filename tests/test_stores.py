@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import peft.apply
 import peft.store
 from peft import store_int8
-from peft.apply import install, load_with_profile
+from peft.apply import install, load_frozen, load_with_profile
 from peft.flags import QUANT_MODES, PeftFlags
 from peft.plan import Plan
 from peft.quantize import main
@@ -563,6 +563,8 @@ LAYER = "blocks.1.ffn.key"
         ("fp5", said_to_be(LAYER, "fp6"), "bytes, not the .* that fp6 has"),
         ("int8", said_to_be(LAYER, "fp8"), "holds codes, scale, not what fp8 has"),
         ("nf4_double", without(LAYER, "second"), "not what nf4_double has"),
+        ("nf4", said_to_be(LAYER, "fp4"), "holds other codes than those of fp4 that .*"),
+        ("fp6", said_to_be(LAYER, "fp6_e2m3"), "other codes than those of fp6_e2m3 that .*"),
     ],
     ids=[
         "a part is gone",
@@ -570,6 +572,8 @@ LAYER = "blocks.1.ffn.key"
         "other bits",
         "other codes",
         "a second scale is gone",
+        "another format of 4 bits",
+        "another format of 6 bits",
     ],
 )
 def test_a_quantized_file_that_lacks_something_is_named(
@@ -584,6 +588,21 @@ def test_a_quantized_file_that_lacks_something_is_named(
     output.with_suffix(".json").write_text(json.dumps(metadata))
     with pytest.raises(InputError, match=rf"small.pth: {LAYER} .*{message}; copy the file and"):
         load_with_profile(output, PeftFlags(layer_profile=profile(tmp_path, mode="lora", rank=8)))
+
+
+def test_another_files_json_is_named(model_file, tmp_path):
+    """Both are of one model, and their codes occupy as much; without a fingerprint all is read."""
+    for kind in ("nf4", "fp4"):
+        output = str(tmp_path / f"{kind}.pth")
+        main(["--load_model", str(model_file), "--quant_mode", kind, "--output", output])
+    (tmp_path / "nf4.json").write_text((tmp_path / "fp4.json").read_text())
+    with pytest.raises(InputError, match=r"nf4.pth: blocks.0.\S+ holds other codes than those of "):
+        load_frozen(tmp_path / "nf4.pth")
+    metadata = json.loads((tmp_path / "fp4.json").read_text())
+    for entry in metadata["quantized"].values():
+        del entry["codes"]
+    (tmp_path / "fp4.json").write_text(json.dumps(metadata))
+    assert len(stores_of(load_frozen(tmp_path / "fp4.pth"))) == 12
 
 
 def test_a_quantized_file_belongs_to_its_model(model_file, tmp_path):
