@@ -107,7 +107,7 @@ def score_records(model: Any, store: "PairStore", numbers: Any) -> Any:
     from losses.preference import answer_log_probs
     from rwkv.errors import not_finite
 
-    device = model.emb.weight.device
+    device = model.device
     batch = make_batch([store.pair(int(number)) for number in numbers])
     moved = batch._replace(**{n: t.to(device) for n, t in batch._asdict().items() if t is not None})
     with torch.no_grad():

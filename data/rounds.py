@@ -173,7 +173,7 @@ def make_judge(judge: Any, tokenizer: Tokenizer, template: Template) -> Reward:
         given = TextPair(pair.prompt, [Message("assistant", answer)], [])
         prompt, tokens, _ = encode_pair(given, recipe, tokenizer)
         batch = make_batch([Pair(np.array(prompt), np.array(tokens), nothing)])
-        device = judge.emb.weight.device
+        device = judge.device
         moved = {n: t.to(device) for n, t in batch._asdict().items() if t is not None}
         with torch.no_grad():
             return answer_log_probs(judge, batch._replace(**moved)).item() / len(tokens)

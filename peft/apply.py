@@ -8,14 +8,14 @@ from torch import nn
 
 from peft.flags import PeftFlags
 from peft.lora import lora_scale
-from peft.plan import STATE, Plan, make_plan
+from peft.plan import STATE, STORED, Plan, make_plan
 from peft.quantized import read_store
 from peft.registry import ADAPTERS, make_adapter
 from peft.stores import make_store
 from rwkv.checkpoint import TensorFile, config_of, fill, read_tensors, set_parameter
 from rwkv.config import RWKVConfig
 from rwkv.init import initialize
-from rwkv.linear import Linear
+from rwkv.linear import Linear, Matrix
 from rwkv.model import RWKV
 
 
@@ -179,10 +179,8 @@ def load_frozen(
         name = parameter.removesuffix(".weight")
         if name in quantized:
             _restore(model, name, tensors, device, dtype)
-        elif plan is not None and name in plan.layers and plan.layers[name].kind == "linear":
-            layer = model.get_submodule(name)
-            assert isinstance(layer, Linear)
-            _store(layer, plan, name)
+        elif plan is not None and name in plan.layers and plan.layers[name].kind in STORED:
+            _store(model, plan, name)
 
     fill(model, tensors, device=device, dtype=dtype, placed=placed)
     return model.requires_grad_(False).eval()
@@ -197,7 +195,7 @@ def _restore(
 ) -> None:
     """Give a layer the store that a quantized file holds for it."""
     layer = model.get_submodule(name)
-    assert isinstance(layer, Linear)
+    assert isinstance(layer, Matrix)
     store = read_store(tensors, name).to(device)
     store.dtype = dtype or store.dtype
     layer.store_as(store)
@@ -220,15 +218,15 @@ def apply_profile(model: nn.Module, flags: PeftFlags) -> Plan:
 def install(model: nn.Module, name: str, plan: Plan) -> None:
     """Store one layer's weight and put its adapter in place; other layers stay as they are."""
     mine = plan.plans[name]
-    if plan.layers[name].kind != "linear" or mine.mode == "full":
+    if plan.layers[name].kind not in STORED or mine.mode == "full":
         return
     layer = model.get_submodule(name)
-    assert isinstance(layer, Linear)
     layer.requires_grad_(False)
     late = mine.mode == "pissa"  # what it stores is the rest beside its first directions
     if not late:
-        _store(layer, plan, name)
+        _store(model, plan, name)
     if mine.mode in ADAPTERS:
+        assert isinstance(layer, Linear)
         layer = make_adapter(
             mine.mode,
             layer,
@@ -239,11 +237,12 @@ def install(model: nn.Module, name: str, plan: Plan) -> None:
         )
         model.set_submodule(name, layer)
     if late:
-        _store(layer, plan, name)
+        _store(model, plan, name)
 
 
-def _store(layer: Linear, plan: Plan, name: str) -> None:
-    quant = plan.plans[name].quant
+def _store(model: nn.Module, plan: Plan, name: str) -> None:
+    layer, quant = model.get_submodule(name), plan.plans[name].quant
+    assert isinstance(layer, Matrix)
     if quant is not None and quant != "none" and layer.weight is not None:
         layer.store_as(make_store(quant, layer.weight))
 

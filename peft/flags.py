@@ -33,7 +33,7 @@ class PeftFlags:
         "storage of frozen weights; 4bit means nf4, fp6ao means fp6",
         choices=(*QUANT_MODES, *QUANT_ALIASES),
     )
-    quant_head: bool = flag(False, "quantize the head too, if it is frozen")
+    quant_head: bool = flag(False, "quantize head and embedding too, where they are frozen")
 
 
 @dataclass(frozen=True)

@@ -465,7 +465,8 @@ def unpacked_weight(plan: Plan, step: Step, *, of_head: bool) -> int:
     most = 0
     for name, layer in plan.layers.items():
         quant = plan.plans[name].quant
-        if quant in (None, "none") or (name == "head") != of_head:
+        looked_up = layer.kind == "embedding"
+        if quant in (None, "none") or looked_up or (name == "head") != of_head:
             continue
         out_features, in_features = layer.shape
         size = out_features * in_features * step.dtype.itemsize

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         choices=(*QUANT_MODES, *QUANT_ALIASES),
         help="write the merged linear layers in fewer bits",
     )
-    parser.add_argument("--quant_head", action="store_true", help="quantize the head too")
+    parser.add_argument("--quant_head", action="store_true", help="quantize head and embedding too")
     parser.add_argument(
         "--quant_tolerance",
         type=float,
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from peft.adapter_file import project_version
     from peft.merging import compare, merge, open_pair
-    from peft.quantized import linear_layers, quantize_tensors, quantized_metadata
+    from peft.quantized import layers_to_store, quantize_tensors, quantized_metadata
     from rwkv.checkpoint import (
         check_output,
         config_of,
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         write_start(options, pair.adapter)
         return 0
     kind = QUANT_ALIASES.get(options.quant_mode, options.quant_mode)
-    layers = linear_layers(config_of(base), head=options.quant_head)
+    layers = layers_to_store(config_of(base), ends=options.quant_head)
     loss = compare(pair, merged, device=options.device, storage=dict.fromkeys(layers, kind))
     if not loss.kl <= options.quant_tolerance:
         raise InputError(

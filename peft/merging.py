@@ -15,7 +15,7 @@ from peft.registry import make_adapter
 from peft.stores import make_store
 from rwkv.checkpoint import TensorFile, check_finite, config_of, fill, fingerprint, set_parameter
 from rwkv.errors import InputError, RunError
-from rwkv.linear import Linear
+from rwkv.linear import Linear, Matrix
 from rwkv.model import RWKV
 from rwkv.tokenizer import load_tokenizer
 
@@ -250,9 +250,9 @@ def _adapted_model(pair: Pair, device: str) -> RWKV:
 
 def _store(model: RWKV, storage: Mapping[str, str]) -> None:
     for layer, kind in storage.items():
-        linear = model.get_submodule(layer)
-        assert isinstance(linear, Linear) and linear.weight is not None
-        linear.store_as(make_store(kind, linear.weight))
+        matrix = model.get_submodule(layer)
+        assert isinstance(matrix, Matrix) and matrix.weight is not None
+        matrix.store_as(make_store(kind, matrix.weight))
 
 
 def _merged_model(pair: Pair, merged: Mapping[str, Tensor], device: str) -> RWKV:

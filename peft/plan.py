@@ -10,10 +10,12 @@ from peft.flags import QUANT_ALIASES, PeftFlags
 from peft.layer_profile import ADAPTER_MODES, LayerPlan, read_profile
 from peft.registry import ADAPTERS
 from rwkv.errors import InputError
-from rwkv.linear import Linear
+from rwkv.linear import Embedding, Linear
 
+ENDS = ("emb", "head")  # stored in few bits only where it is said
 STATE = "time_state"
 PREFIX = "prefix"
+STORED = ("linear", "embedding")  # kinds of layers that may be stored in few bits
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of a linear layer's weight, [out, in]."""
+        """Of a linear layer's or an embedding's weight, [out, in]."""
         (shape,) = self.parameters.values()
         return shape[0], shape[1]
 
@@ -41,7 +43,7 @@ class Plan:
 
     layers: the model's layers, by name, as they were before.
     plans: the plan of each, with nothing left to flags: mode is an adapter only for linear
-        layers, quant is "none" or a key of STORES.
+        layers, quant is "none" or, for these and the embedding, a key of STORES.
     flags: what else the user chose.
     open_storage: layers whose storage the flags decide.
     beside: small layers that train because adapters do.
@@ -63,9 +65,9 @@ def model_layers(model: nn.Module) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     for module_name, module in model.named_modules():
         direct = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-        whole = isinstance(module, Linear | nn.Embedding | nn.LayerNorm | nn.GroupNorm)
+        whole = isinstance(module, Linear | Embedding | nn.LayerNorm | nn.GroupNorm)
         if whole:
-            kind = {Linear: "linear", nn.Embedding: "embedding"}.get(type(module), "small")
+            kind = {Linear: "linear", Embedding: "embedding"}.get(type(module), "small")
             named = {f"{module_name}.{name}": shape for name, shape in direct.items()}
             layers[module_name] = Layer(kind, named)
             continue
@@ -101,11 +103,11 @@ def make_plan(
     open_storage = frozenset(
         name
         for name, layer in layers.items()
-        if layer.kind == "linear"
+        if layer.kind in STORED
         and plans[name].quant is None
         and resolved[name].mode != "full"
         and name not in (quantized or {})
-        and (name != "head" or flags.quant_head)
+        and (name not in ENDS or flags.quant_head)
     )
     beside = frozenset(
         name
@@ -125,13 +127,15 @@ def make_plan(
 
 def _resolve(name: str, layer: Layer, plan: LayerPlan, flags: PeftFlags) -> LayerPlan:
     adapts = plan.mode in ADAPTER_MODES
-    if layer.kind != "linear":
+    if layer.kind not in STORED:
         small = layer.kind == "small" and plan.train_small and not flags.limited_lora
         mode = "full" if plan.mode == "full" or (adapts and small) else "freeze"
         return replace(plan, mode=mode, rank=0, alpha=None, dropout=0.0, quant="none")
+    if layer.kind == "embedding":
+        adapts, plan = False, plan if plan.mode == "full" else replace(plan, mode="freeze")
     quant = plan.quant
     if quant is None:
-        wanted = flags.quant and (flags.quant_head or name != "head")
+        wanted = flags.quant and (flags.quant_head or name not in ENDS)
         quant = QUANT_ALIASES.get(flags.quant_mode, flags.quant_mode) if wanted else "none"
     if not adapts:
         quant = "none" if plan.mode == "full" else quant

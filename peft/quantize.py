@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--quant_mode", default="nf4", choices=(*QUANT_MODES, *QUANT_ALIASES), help="the storage"
     )
-    parser.add_argument("--quant_head", action="store_true", help="quantize the head too")
+    parser.add_argument("--quant_head", action="store_true", help="quantize head and embedding too")
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
     parser.add_argument("--device", default="cpu", help="where to quantize: cpu or cuda")
     options = parser.parse_args(argv)
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from peft.quantized import linear_layers, quantize_tensors, quantized_metadata
+    from peft.quantized import layers_to_store, quantize_tensors, quantized_metadata
     from rwkv.checkpoint import (
         check_complete,
         check_finite,
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     config = config_of(tensors)
     with torch.device("meta"):
         check_complete(tensors, dict(RWKV(config).named_parameters()))
-    linear = linear_layers(config, head=options.quant_head)
+    linear = layers_to_store(config, ends=options.quant_head)
     for name in tensors:
         check_weight(options.load_model, name, tensors[name])
         check_finite(options.load_model, name, tensors[name])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peft.adapter_file import project_version
-from peft.plan import model_layers
+from peft.plan import ENDS, STORED, model_layers
 from peft.store import Store
 from peft.stores import STORES, make_store, store_class, stored_size
 from rwkv.checkpoint import PARTS, TensorFile, fingerprint
@@ -76,11 +76,11 @@ def _dtypes(kind: str) -> dict[str, torch.dtype]:
     return {name: part.dtype for name, part in tiny.tensors().items()}
 
 
-def linear_layers(config: RWKVConfig, *, head: bool) -> set[str]:
-    """The names of a model's linear layers, with or without the head."""
+def layers_to_store(config: RWKVConfig, *, ends: bool) -> set[str]:
+    """The names of a model's linear layers, with or without the head and the embedding."""
     with torch.device("meta"):
         layers = model_layers(RWKV(config))
-    return {n for n, layer in layers.items() if layer.kind == "linear" and (n != "head" or head)}
+    return {n for n, layer in layers.items() if layer.kind in STORED and (n not in ENDS or ends)}
 
 
 def quantized_metadata(base: str, described: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def quantize_tensors(
 
     Args:
         tensors: the model.
-        layers: names of linear layers.
+        layers: names of linear layers or the embedding.
         kind: a key of STORES.
         device: where to quantize; one layer is there at a time.
 

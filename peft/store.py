@@ -23,7 +23,11 @@ class Store(nn.Module):
         kind: the word for its format, such as nf4.
         shape: of the weight, [out, in].
         dtype: of the weight it was made from.
+        GROUP: consecutive weights that share a scale. Where a row is a whole number of groups,
+            its codes and scales lie by themselves.
     """
+
+    GROUP: int
 
     def __init__(self, kind: str, weight: Tensor):
         super().__init__()
@@ -53,6 +57,22 @@ class Store(nn.Module):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in], dequantized."""
         raise NotImplementedError
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of the weight, dequantized to its dtype, [...] -> [..., in]."""
+        width = self.shape[1]
+        if width % self.GROUP:
+            return self.dense(self.dtype)[index]
+        return self.some_rows(index.flatten()).dense(self.dtype).view(*index.shape, width)
+
+    def some_rows(self, index: Tensor) -> "Store":
+        """A store of n rows, [n] -> [n, in], each a whole number of groups."""
+        out_features, width = self.shape
+        parts = {
+            name: part.view(out_features, -1)[index].view(-1, *part.shape[1:])
+            for name, part in self.tensors().items()
+        }
+        return self.restored(self.kind, parts, shape=(len(index), width), dtype=self.dtype)
 
     def adds_freely(self, x: Tensor) -> bool:
         """Whether products of x's kind add to a tensor without another pass over it."""

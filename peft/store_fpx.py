@@ -34,6 +34,8 @@ class PackedFloatStore(Store):
     scale: [weights / 64], bfloat16.
     """
 
+    GROUP = BLOCK
+
     low: Tensor
     high: Tensor
     scale: Tensor

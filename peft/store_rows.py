@@ -18,6 +18,8 @@ class RowStore(Store):
     A row's largest value has the largest code. The kind is a key of CODES.
     """
 
+    GROUP = 1
+
     codes: Tensor  # [out, in]
     scale: Tensor  # [out, 1], float32
 

@@ -21,7 +21,7 @@ def add_tuned_state(model: RWKV) -> None:
     A state that is there already, from a file, is trained on. It stays float32 in a model of any
     dtype, and on the model's device.
     """
-    home = model.ln_out.weight.device
+    home = model.device
     for block in model.blocks:
         att: Any = block.att
         if att.time_state is None:
@@ -36,9 +36,8 @@ def add_prefix(model: RWKV, length: int) -> None:
 
     They begin as the embeddings of tokens drawn at random.
     """
-    table = model.emb.weight.detach()
-    tokens = torch.randint(len(table), (length,)).to(table.device)
-    model.prefix = nn.Parameter(table[tokens].float())
+    tokens = torch.randint(model.config.vocab_size, (length,)).to(model.device)
+    model.prefix = nn.Parameter(model.emb(tokens).detach().float())
 
 
 def state_shape(config: RWKVConfig) -> tuple[int, int, int]:

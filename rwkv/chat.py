@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=options.seed,
     )
     if sys.stdin.isatty():
-        device = model.emb.weight.device
+        device = model.device
         print(f"{model.config.name} on {device}; /help lists commands", file=sys.stderr)  # noqa: T201
     converse(chat, _lines())
     return 0

@@ -177,7 +177,7 @@ class Picker:
         self, model: RWKV, sampling: Sampling, seed: int, banned: Tensor | None, rows: int = 1
     ):
         self.model, self.sampling, self.seed, self.banned = model, sampling, seed, banned
-        device = model.emb.weight.device
+        device = model.device
         self._rows = torch.zeros(rows, dtype=torch.long, device=device)
         self._steps = torch.zeros_like(self._rows)
         width = model.config.vocab_size if sampling.counts else 0

@@ -184,7 +184,7 @@ class TextStream:
 
         with evaluating(self.model):
             if len(self._unread) == 1 and self.state is not None:
-                tokens = torch.tensor(self._unread, device=self.model.emb.weight.device)
+                tokens = torch.tensor(self._unread, device=self.model.device)
                 self._hidden = read_one(self.model, tokens, self.state)
             elif self._unread:
                 self._hidden, state = read_to_the_end(self.model, [self._unread], self.state)
@@ -293,7 +293,7 @@ def banned_tokens(
     banned = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     banned[list(forbidden)] = True
     banned[known:] = True
-    return banned.to(model.emb.weight.device) if banned.any() else None
+    return banned.to(model.device) if banned.any() else None
 
 
 @contextmanager

@@ -47,9 +47,9 @@ def initialize(model: RWKV, seed: int = 0, *, placed: Callable[[str], None] | No
         block.att.ln_x.bias.zero_()
         hand_on(f"blocks.{layer}", block)
     _made(model.ln_out).reset_parameters()
-    _uniform(_made(model.emb).weight, 1e-4, draw)
-    head = _made(model.head).weight
-    assert head is not None
+    embedding, head = _made(model.emb).weight, _made(model.head).weight
+    assert embedding is not None and head is not None
+    _uniform(embedding, 1e-4, draw)
     V, C = head.shape
     nn.init.orthogonal_(head, gain=0.5 * math.sqrt(max(V / C, 1.0)), generator=draw)
     for name in ("ln_out", "emb", "head"):

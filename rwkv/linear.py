@@ -1,10 +1,14 @@
-"""The one linear layer of the model; adapters and quantized storage both build on it."""
+"""The model's matrices: the one linear layer, on which adapters build, and the embedding.
+
+Either holds its weight as a parameter or as a store of fewer bits.
+"""
 
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rwkv.keeper import in_second_run, kept_result
 from rwkv.ops.activation import squared_relu
@@ -16,9 +20,11 @@ class WeightStore(Protocol):
     It is a module without parameters, so that it moves with the model and trains nothing.
 
     kind: the word for its format, such as nf4.
+    dtype: of the weight that it stands for.
     """
 
     kind: str
+    dtype: torch.dtype
 
     def adds_freely(self, x: Tensor) -> bool:
         """Whether products of x's kind add to a tensor without another pass over it."""
@@ -36,32 +42,25 @@ class WeightStore(Protocol):
         """The weight [out, in], dequantized."""
         ...
 
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of the weight, dequantized, [...] -> [..., in]."""
+        ...
+
     def bytes(self) -> int:
         """Bytes that codes and scales occupy."""
         ...
 
 
-class Linear(nn.Module):
-    """y = x W^T, without bias.
-
-    W is the parameter `weight` [out, in] or, after `store_as`, a frozen WeightStore. Subclasses
-    (the adapters) reach it through `dense_weight`, `base_output`, `product` and `gradient` only,
-    so every adapter works over every store.
-
-    Attributes:
-        closes: whether nothing but the stream reads the output: it is the last of a part of the
-            model that may be run again, and its result is then left out.
-    """
+class Matrix(nn.Module):
+    """A weight: the parameter `weight` [out, in] or, after `store_as`, a frozen WeightStore."""
 
     weight: nn.Parameter | None
     store: WeightStore | None
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, out_features: int, in_features: int):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.store = None
-        self.closes = False
 
     def store_as(self, store: WeightStore) -> None:
         """Keep the weight as `store` from here on; the parameter is dropped."""
@@ -74,6 +73,34 @@ class Linear(nn.Module):
             return self.weight.to(dtype)
         assert self.store is not None
         return self.store.dense(dtype)
+
+
+class Embedding(Matrix):
+    """A row of the weight [V, C] for each token."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Ids [...] -> [..., C]."""
+        if self.weight is not None:
+            return F.embedding(tokens, self.weight)
+        assert self.store is not None
+        return self.store.rows(tokens)
+
+
+class Linear(Matrix):
+    """y = x W^T, without bias.
+
+    Subclasses (the adapters) reach W through `dense_weight`, `base_output`, `product` and
+    `gradient` only, so every adapter works over every store.
+
+    Attributes:
+        closes: whether nothing but the stream reads the output: it is the last of a part of the
+            model that may be run again, and its result is then left out.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(out_features, in_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.closes = False
 
     def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] with which a plain Linear gives this layer's output."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rwkv.channel_mix import ChannelMix6, ChannelMix7
 from rwkv.config import RWKVConfig
 from rwkv.keeper import Kept
-from rwkv.linear import Linear
+from rwkv.linear import Embedding, Linear
 from rwkv.offload import HostPlace
 from rwkv.ops.kept import WKV_BYTES
 from rwkv.recompute import recomputed
@@ -128,14 +128,17 @@ class RWKV(nn.Module):
         self.grad_cp_memory = 0
         self.grad_cp_offload = False
         self.prefix: nn.Parameter | None = None
-        self.emb = nn.Embedding(
-            config.vocab_size, config.n_embd, _weight=torch.empty(config.vocab_size, config.n_embd)
-        )
+        self.emb = Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(
             Block(config, layer, backend) for layer in range(config.n_layer)
         )
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.ln_out.weight.device
 
     def forward(
         self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
@@ -231,8 +234,8 @@ class RWKV(nn.Module):
                 )
         if self.prefix is None:
             return state
-        _, state = self.run_blocks(self.prefix.to(self.emb.weight.dtype).unsqueeze(0), state)
-        first = torch.zeros(Q, dtype=torch.int64, device=self.emb.weight.device)
+        _, state = self.run_blocks(self.prefix.to(self.ln_out.weight.dtype).unsqueeze(0), state)
+        first = torch.zeros(Q, dtype=torch.int64, device=self.device)
         return [layer.select(first) for layer in state]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def read_texts(
         state: of each text before its first token, Q = len(texts); None for new texts.
         piece: tokens at once; a text may lie in several pieces.
     """
-    device = model.emb.weight.device
+    device = model.device
     after: State = []
     for spans in _cut([len(text) for text in texts], piece):
         tokens = [token for text, start, stop in spans for token in texts[text][start:stop]]

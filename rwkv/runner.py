@@ -160,7 +160,7 @@ def load_start(model: "RWKV", adapter: "TensorFile") -> bool:
             f"{adapter.path}: prefix is {[length, width]}, the model's embeddings have "
             f"{model.config.n_embd} channels; name the base it was trained on"
         )
-    prefix = adapter["prefix"].to(model.emb.weight)
+    prefix = adapter["prefix"].to(model.ln_out.weight)
     model.prefix = torch.nn.Parameter(prefix, requires_grad=False)
     with torch.no_grad():
         start = state_tensors(model.initial_state(1))
@@ -206,7 +206,7 @@ def load_state(model: "RWKV", tensors: "TensorFile") -> None:
 def _start_from(model: "RWKV", state: "Mapping[str, Tensor]") -> None:
     import torch
 
-    device = model.emb.weight.device
+    device = model.device
     for name, tensor in state.items():
         owner, _, part = name.rpartition(".")
         value = tensor.to(device, torch.float32, copy=True)

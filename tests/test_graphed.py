@@ -158,7 +158,7 @@ def test_a_graph_gives_the_bits_of_the_pass(version, mode, quant, grad_cp, offlo
     if mode == "full":
         rule = {"match": "*", "mode": mode}
     profile = tmp_path / "profile.json"
-    profile.write_text(json.dumps({"rules": [rule]}))
+    profile.write_text(json.dumps({"rules": [rule, {"match": "emb", "quant": quant or "none"}]}))
     config = RWKVConfig(
         version=version,
         n_layer=2,

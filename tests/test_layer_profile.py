@@ -111,20 +111,22 @@ def test_alpha_is_twice_the_rank_unless_said(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "rule, flags, want",
+    "rule, flags, block, ends",
     [
-        ({}, {}, ("none", "none")),
-        ({}, {"quant": True}, ("nf4", "none")),
-        ({}, {"quant": True, "quant_head": True}, ("nf4", "nf4")),
-        ({}, {"quant": True, "quant_mode": "fp6ao"}, ("fp6", "none")),
-        ({"quant": "int8"}, {}, ("int8", "int8")),
-        ({"quant": "none"}, {"quant": True, "quant_head": True}, ("none", "none")),
+        ({}, {}, "none", "none"),
+        ({}, {"quant": True}, "nf4", "none"),
+        ({}, {"quant": True, "quant_head": True}, "nf4", "nf4"),
+        ({}, {"quant": True, "quant_mode": "fp6ao"}, "fp6", "none"),
+        ({"quant": "int8"}, {}, "int8", "int8"),
+        ({"quant": "none"}, {"quant": True, "quant_head": True}, "none", "none"),
     ],
 )
-def test_storage_comes_from_the_rule_or_else_the_flags(tmp_path, rule, flags, want):
-    rule = {"match": ["blocks.*", "head"], "mode": "lora", "rank": 8, **rule}
+def test_storage_comes_from_the_rule_or_else_the_flags(tmp_path, rule, flags, block, ends):
+    rule = {"match": "*", "mode": "lora", "rank": 8, **rule}
     plan = plan_of(tmp_path, rule, **flags)
-    assert (plan.plans["blocks.0.att.key"].quant, plan.plans["head"].quant) == want
+    found = [plan.plans[name].quant for name in ("emb", "blocks.0.att.key", "head")]
+    assert found == [ends, block, ends]
+    assert plan.plans["blocks.0.ln1"].quant == "none"
 
 
 def test_a_layer_that_trains_in_full_is_never_quantized(tmp_path):

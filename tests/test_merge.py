@@ -224,8 +224,9 @@ def test_another_base_is_refused(base, tmp_path):
 @pytest.mark.parametrize("mode", ["lora", "dora", "bone"])
 def test_merging_as_trained_keeps_the_quantized_weights(mode, base, tmp_path, capsys):
     """Else the merged model is another than the one that was trained over 4 bits, which is told."""
-    keys = {"match": "blocks.*", "mode": mode, "quant": "nf4", "train_small": False}
+    keys = {"match": "*", "mode": mode, "quant": "nf4", "train_small": False}
     model, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, **keys)))
+    assert model.emb.weight is None
     outputs = [tmp_path / "trained.pth", tmp_path / "plain.pth"]
     for output, more in zip(outputs, (["--as_trained"], []), strict=True):
         command = ["--base", str(base), "--adapter", str(adapter), "--output", str(output)]
@@ -238,18 +239,20 @@ def test_merging_as_trained_keeps_the_quantized_weights(mode, base, tmp_path, ca
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8", "fp6"])
-def test_merging_into_a_new_quantized_base(base, tmp_path, capsys, kind):
+@pytest.mark.parametrize("ends", [[], ["--quant_head"]], ids=["blocks", "all"])
+def test_merging_into_a_new_quantized_base(base, tmp_path, capsys, kind, ends):
     """Its codes are those of the merged file, and both losses are told."""
     _, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode="lora")))
     plain, small, again = (tmp_path / f"{name}.pth" for name in ("plain", "small", "again"))
     command = ["--base", str(base), "--adapter", str(adapter), "--output"]
     assert main([*command, str(plain)]) == 0
     capsys.readouterr()
-    assert main([*command, str(small), "--quant_mode", kind, "--quant_tolerance", "9"]) == 0
+    storage = ["--quant_mode", kind, *ends]
+    assert main([*command, str(small), *storage, "--quant_tolerance", "9"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("merged, before quantization: logits differ by ")
     assert f"layers as {kind}; logits differ by " in told[1] and "top-1 agreement" in told[1]
-    quantize.main(["--load_model", str(plain), "--quant_mode", kind, "--output", str(again)])
+    quantize.main(["--load_model", str(plain), *storage, "--output", str(again)])
     made, wanted = (load_frozen(path, backend="reference") for path in (small, again))
     assert torch.equal(logits(made), logits(wanted))
     assert fingerprint(read_tensors(small)) == fingerprint(read_tensors(plain))

@@ -25,7 +25,14 @@ from peft.store_fp8 import native_gradient, native_product
 from peft.store_fpx import BLOCK, FORMATS, SCALES, PackedFloatStore
 from peft.store_rows import CODES, LARGEST, TINY, rounded_rows
 from peft.stores import STORES, make_store, store_class, stored_size
-from rwkv.checkpoint import config_of, fingerprint, load_model, read_tensors, write_tensors
+from rwkv.checkpoint import (
+    config_of,
+    fingerprint,
+    load_model,
+    read_tensors,
+    set_parameter,
+    write_tensors,
+)
 from rwkv.config import LowRanks, RWKVConfig
 from rwkv.errors import InputError
 from rwkv.init import initialize
@@ -90,6 +97,18 @@ def test_any_shape_is_stored_in_the_size_foretold(kind, shape):
     store = make_store(kind, weight(shape=shape))
     assert store.dense(torch.float32).shape == shape
     assert store.bytes() == stored_size(kind, *shape)
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(OUT, IN), (50, 64), (33, 40)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_those_of_the_dense_weight(kind, shape, dtype):
+    """Also where scales are shared between rows: 256 of nf4_double's, 64 weights of 40 columns."""
+    store = make_store(kind, weight(dtype, shape))
+    index = torch.randint(shape[0], (2, 5), generator=torch.Generator().manual_seed(1))
+    for some in (index, index[:1, :1]):
+        rows = store.rows(some)
+        assert rows.dtype == dtype and torch.equal(rows, store.dense(dtype)[some])
 
 
 def layer_over(store) -> Linear:
@@ -626,6 +645,50 @@ def test_a_quantized_file_is_not_read_as_a_model(model_file, tmp_path):
     output.with_suffix(".json").unlink()
     with pytest.raises(InputError, match=r"is a quantized model without its small\.json; put"):
         read_tensors(output)
+
+
+@kinds
+def test_a_stored_embedding_reads_as_its_dense_rows(kind, model_file, tmp_path):
+    """At load, from a file in few bits, and through training over it: to the bit."""
+    path = profile(tmp_path, mode="lora", rank=8)
+    flags = PeftFlags(layer_profile=path, quant=True, quant_mode=kind, quant_head=True)
+    model, plan = load_with_profile(model_file, flags)
+    assert plan.plans["emb"].quant == kind and model.emb.weight is None
+    tokens = torch.arange(12).view(2, 6) % model.config.vocab_size
+    plain = load_model(model_file)
+    set_parameter(plain, "emb.weight", model.emb.dense_weight())
+    assert torch.equal(model.emb(tokens), plain.emb(tokens))
+    output = tmp_path / "small.pth"
+    main(
+        [
+            "--load_model",
+            str(model_file),
+            "--quant_mode",
+            kind,
+            "--quant_head",
+            "--output",
+            str(output),
+        ]
+    )
+    again, plan = load_with_profile(output, PeftFlags(layer_profile=path))
+    assert plan.plans["emb"].quant == kind
+    with torch.no_grad():
+        got, want = (some.logits(some(tokens)[0]) for some in (again, model))
+    assert torch.equal(got, want)
+    model.logits(model(tokens)[0]).square().sum().backward()
+    trained = dict(model.named_parameters())
+    assert trained["blocks.0.ln0.weight"].grad is not None
+    assert trained["blocks.0.att.key.lora_B"].grad is not None
+
+
+def test_an_embedding_that_trains_is_not_stored(model_file, tmp_path):
+    path = tmp_path / "profile.json"
+    rules = [{"match": "*", "mode": "freeze"}, {"match": "emb", "mode": "full", "quant": "nf4"}]
+    path.write_text(json.dumps({"rules": rules}))
+    flags = PeftFlags(layer_profile=str(path), quant=True, quant_head=True)
+    model, plan = load_with_profile(model_file, flags)
+    assert plan.plans["emb"].quant == "none" and plan.plans["head"].quant == "nf4"
+    assert model.emb.weight is not None and model.emb.weight.requires_grad
 
 
 def test_loading_holds_one_dense_layer_at_a_time(model_file, tmp_path, monkeypatch):
