@@ -162,7 +162,7 @@ def read_adapter(
     return tensors, kinds, metadata
 
 
-def stated_layers(path: Path | str, metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def stated_layers(path: Path | str, metadata: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What an adapter's .json says of each layer; empty for a file of RWKV-LM-RLHF.
 
     Raises:

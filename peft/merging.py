@@ -3,16 +3,17 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft.adapter import AdapterLinear
-from peft.adapter_file import AdapterKind, read_adapter
+from peft.adapter_file import AdapterKind, read_adapter, stated_layers
 from peft.plan import PREFIX, STATE
 from peft.registry import make_adapter
-from peft.stores import make_store
+from peft.stores import STORES, make_store
 from rwkv.checkpoint import TensorFile, check_finite, config_of, fill, fingerprint, set_parameter
 from rwkv.errors import InputError, RunError
 from rwkv.linear import Linear, Matrix
@@ -110,15 +111,37 @@ def open_pair(
                 f"{path}: {name} is {list(adapter.shapes[name])}, in {base.path} it is "
                 f"{list(base.shapes[name])}; name the base it was trained on"
             )
-    storage = metadata.get("storage") if as_trained else {}
+    return Pair(base, adapter, kinds, whole, _storage(path, metadata, base) if as_trained else {})
+
+
+def _storage(path: Path, metadata: Mapping[str, Any], base: TensorFile) -> dict[str, str]:
+    """How the training stored the base's layers, as an adapter's .json says.
+
+    Raises:
+        InputError: it does not say so, says what cannot be, or PiSSA stored another weight.
+    """
+    storage, beside = metadata.get("storage"), path.with_suffix(".json")
     if storage is None:
         raise InputError(f"{path}: does not say how the base was stored; drop --as_trained")
-    for layer in storage:
-        if metadata["layers"].get(layer, {}).get("trained_as") == "pissa":
+    if not isinstance(storage, dict):
+        raise InputError(f"{beside}: says nothing usable of the storage; restore it")
+    stated = stated_layers(path, metadata)
+    for layer, kind in storage.items():
+        if str(kind) not in STORES:
+            raise InputError(
+                f"{beside}: {layer} was stored as {kind!r}, known are {', '.join(STORES)}; "
+                "restore it, or drop --as_trained"
+            )
+        if len(base.shapes.get(f"{layer}.weight", ())) != 2:
+            raise InputError(
+                f"{beside}: says that {layer} was stored as {kind}, and {base.path} has no such "
+                "layer; restore it, or drop --as_trained"
+            )
+        if stated.get(layer, {}).get("trained_as") == "pissa":
             raise InputError(
                 f"{path}: {layer}: PiSSA stored another weight than the base's; drop --as_trained"
             )
-    return Pair(base, adapter, kinds, whole, storage)
+    return storage
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -299,6 +299,26 @@ def test_merging_as_trained_needs_the_file_to_say_how(base, tmp_path):
         open_pair(read_tensors(base), adapter, as_trained=True)
 
 
+@pytest.mark.parametrize(
+    "storage, message",
+    [
+        ({"head": "nf3"}, r"adapter.json: head was stored as 'nf3', known are nf4, .*; restore it"),
+        ({"head": ["nf4"]}, r"adapter.json: head was stored as \['nf4'\], known are nf4"),
+        ({"haed": "nf4"}, r"says that haed was stored as nf4, and .*base.pth has no such layer; "),
+        ({"ln_out": "nf4"}, "says that ln_out was stored as nf4, and .* has no such layer"),
+        (["head"], "adapter.json: says nothing usable of the storage; restore it"),
+    ],
+    ids=["store", "stores", "layer", "vector", "list"],
+)
+def test_a_storage_that_cannot_be_is_named(base, tmp_path, storage, message):
+    keys = {"mode": "lora", "quant": "nf4"}
+    _, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, **keys)))
+    metadata = read_metadata(adapter) | {"storage": storage}
+    adapter.with_suffix(".json").write_text(json.dumps(metadata))
+    with pytest.raises(InputError, match=message):
+        open_pair(read_tensors(base), adapter, as_trained=True)
+
+
 def test_an_output_that_is_an_input_is_refused(base, tmp_path):
     _, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode="lora")))
     with pytest.raises(InputError, match="is an input too; choose another name"):
