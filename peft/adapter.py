@@ -77,8 +77,12 @@ class AdapterLinear(Linear):
         """The parts as an adapter file holds them."""
         return {part: getattr(self, part) for part in self.PARTS}
 
+    def why_not(self, parts: dict[str, Tensor]) -> str | None:
+        """Why parts of the right names and shapes cannot be loaded; None if they can."""
+        return None
+
     def load(self, parts: dict[str, Tensor]) -> None:
-        """Take over parts that `exported` gave; shapes and names have been checked."""
+        """Take over parts that `exported` gave; names, shapes and `why_not` have been checked."""
         with torch.no_grad():
             for part, value in parts.items():
                 getattr(self, part).copy_(value)

@@ -257,12 +257,16 @@ def load_adapter(model: nn.Module, path: Path | str, *, base: str | None = None)
                 f"{path}: {layer}: was trained with alpha / rank {scale:g}, the profile says "
                 f"{scales[layer]:g}; set the same alpha and --rslora"
             )
+    parts = {n: {part: tensors[f"{n}.{part}"] for part in m.PARTS} for n, m in adapters.items()}
+    for layer, adapter in adapters.items():
+        if reason := adapter.why_not(parts[layer]):
+            raise InputError(f"{path}: {layer}: {reason}")
     whole = {name for name in wanted if name.rpartition(".")[0] not in adapters}
     with torch.no_grad():
         for name in whole:
             model.get_parameter(name).copy_(tensors[name])
     for layer, adapter in adapters.items():
-        adapter.load({part: tensors[f"{layer}.{part}"] for part in adapter.exported()})
+        adapter.load(parts[layer])
 
 
 def _check_names(path: Path | str, tensors: TensorFile, wanted: dict[str, Tensor]) -> None:

@@ -3,6 +3,8 @@
 Source: arXiv:2404.02948.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -66,22 +68,35 @@ class PissaLinear(LoraLinear):
         }
 
     @torch.no_grad()
+    def why_not(self, parts: dict[str, Tensor]) -> str | None:
+        """Codes hold the rest beside their own first directions, and beside no others."""
+        if self.weight is not None or self._moved_by(parts) is None:
+            return None
+        return (
+            "PiSSA's first directions are not this model's; load the base it was trained on, with "
+            "the same --svd_niter"
+        )
+
+    @torch.no_grad()
     def load(self, parts: dict[str, Tensor]) -> None:
-        rank = self.lora_A.shape[0]
-        A, first_A = parts["lora_A"].to(self.lora_A.device).split(rank)
-        B, first_B = parts["lora_B"].to(self.lora_B.device).split(rank, dim=1)
-        before = self._first_update(torch.float32)
-        change = before + self.scale * (first_B.float() @ first_A.float())
-        if change.norm() > 1e-2 * before.norm():
-            if self.weight is None:
-                raise InputError(
-                    "pissa: the file's first directions are not this model's; load the base it "
-                    "was trained on, with the same --svd_niter"
-                )
+        (A, first_A), (B, first_B) = self._split(parts)
+        if self.weight is not None and (change := self._moved_by(parts)) is not None:
             self.weight.add_(change.to(self.weight.dtype))
             self.first_A.copy_(-first_A)
             self.first_B.copy_(first_B)
         self.load_fresh(A, B)
+
+    def _split(self, parts: dict[str, Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """A and -A_0, B and B_0, on this layer's device."""
+        A, B, rank = parts["lora_A"], parts["lora_B"], self.lora_A.shape[0]
+        return A.to(self.lora_A.device).split(rank), B.to(self.lora_B.device).split(rank, dim=1)
+
+    def _moved_by(self, parts: dict[str, Tensor]) -> Tensor | None:
+        """What other first directions add to the rest, [out, in], float32; None for the same."""
+        (_, first_A), (_, first_B) = self._split(parts)
+        before = self._first_update(torch.float32)
+        change = before + self.scale * (first_B.float() @ first_A.float())
+        return change if change.norm() > 1e-2 * before.norm() else None
 
 
 def _principal(weight: Tensor, rank: int, power: int) -> tuple[Tensor, Tensor]:

@@ -349,6 +349,23 @@ def test_a_profile_that_does_not_fit_the_file_is_refused(base, tmp_path, change,
     assert all(torch.equal(t, before[name]) for name, t in trained_tensors(model).items())
 
 
+def test_first_directions_of_another_base_change_nothing(base, tmp_path):
+    """Codes are what is left beside PiSSA's own; the last layer of the file has others."""
+    keys = {"mode": "pissa", "quant": "int8", "train_small": False}
+    flags = PeftFlags(layer_profile=profile(tmp_path, **keys))
+    model, adapter = saved(base, tmp_path, flags)
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(adapter).items()}
+    tensors["head.lora_A"][8:] *= 2
+    write_tensors(adapter, tensors, read_metadata(adapter))
+    again, _ = load_with_profile(base, flags, backend="reference")
+    before = {name: tensor.clone() for name, tensor in trained_tensors(again).items()}
+    with pytest.raises(
+        InputError, match=r"adapter.pth: head: PiSSA's first directions are not this model's; load"
+    ):
+        load_adapter(again, adapter)
+    assert all(torch.equal(t, before[name]) for name, t in trained_tensors(again).items())
+
+
 @pytest.mark.parametrize(
     "tensors, message",
     [
