@@ -117,14 +117,15 @@ def read_adapter(
     Args:
         path: a .pth or .safetensors file, ours or RWKV-LM-RLHF's; a whole model is an adapter that
             replaces everything.
-        alpha: for files that do not state it; ours do.
+        alpha: for files that do not state it; ours do, and it must be None for them.
 
     Returns:
         its tensors, the adapter of each adapted layer by the layer's name, and its metadata,
         empty for a file of RWKV-LM-RLHF.
 
     Raises:
-        InputError: it is no adapter file, holds what this project lacks, or alpha is missing.
+        InputError: it is no adapter file, holds what this project lacks, or alpha is missing or
+            has no effect.
     """
     if alpha is not None and not alpha > 0:
         raise InputError(f"--alpha {alpha:g}: must be above 0; take that of the training")
@@ -155,6 +156,11 @@ def read_adapter(
             f"{path}: lacks the adapter of {missing[0]}, which its .json names"
             f"{' with others' if len(missing) > 1 else ''}; copy both files again"
         )
+    if alpha is not None:
+        scaled = [layer for layer, parts in shapes.items() if "lora_A" in parts]
+        if all("alpha" in stated.get(layer, {}) for layer in scaled):
+            why = "the .json beside it states it" if scaled else "it holds no LoRA or DoRA"
+            raise InputError(f"--alpha {alpha:g}: has no effect on {path}, for {why}; drop it")
     kinds = {
         layer: _kind(f"{path}: {layer}", parts, stated.get(layer), alpha)
         for layer, parts in shapes.items()

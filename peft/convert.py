@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     if output == given or (output.exists() and given in output.parents):
         raise InputError(f"--output {options.output}: is of the adapter; choose another name")
     if options.adapter.is_dir():
+        for name in ("alpha", "base_name", "drop_whole"):
+            if getattr(options, name) not in (None, False):
+                raise InputError(f"--{name}: has no effect on HF peft's folder; drop it")
         tensors, metadata = from_folder(options.adapter)
         write_tensors(options.output, tensors, metadata)
         count = len(metadata["layers"])

@@ -87,6 +87,8 @@ def open_model(options: argparse.Namespace, *, merged: bool = False) -> "tuple[R
     if options.kernel not in ("auto", *wkv6.BACKENDS, *wkv7.BACKENDS):
         known = dict.fromkeys(("auto", *wkv7.BACKENDS, *wkv6.BACKENDS))
         raise InputError(f"--kernel {options.kernel}: no such backend; choose {', '.join(known)}")
+    if options.alpha is not None and not options.adapter:
+        raise InputError(f"--alpha {options.alpha:g}: has no effect without --adapter; drop it")
     device = named_device(options.device)
     name = DTYPES.get(options.dtype, "float32" if device.type == "cpu" else "bfloat16")
     dtype = getattr(torch, name)

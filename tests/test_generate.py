@@ -491,6 +491,11 @@ def test_an_adapter_is_merged(model_file, tmp_path):
     assert torch.equal(adapted.blocks[1].att.key.weight, base.blocks[1].att.key.weight)
 
 
+def test_an_alpha_without_an_adapter_is_named(model_file):
+    with pytest.raises(InputError, match="^--alpha 6: has no effect without --adapter; drop it"):
+        opened(model_file(V=256), alpha=6)
+
+
 def test_an_adapter_beside_the_weights_acts_as_in_training(model_file, tmp_path):
     """Bit for bit, over bfloat16 weights; merged ones are rounded, in their own dtype only."""
     path, tokens = model_file(V=256), torch.arange(20).unsqueeze(0)

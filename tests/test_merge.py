@@ -7,7 +7,7 @@ import pytest
 import torch
 from parity_rwkv import ask_peer, skip_without_peer
 
-from peft import quantize
+from peft import convert, quantize
 from peft.adapter_file import adapter_metadata, load_adapter, read_adapter, trained_tensors
 from peft.apply import load_frozen, load_with_profile
 from peft.flags import PeftFlags
@@ -196,6 +196,23 @@ def test_files_without_metadata_need_alpha_alone(base, tmp_path):
     assert main(command) == 0
     got = logits(load_model(output, backend="reference"))
     torch.testing.assert_close(got, logits(model), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mode, reason",
+    [("lora", "the .json beside it states it"), ("bone", "it holds no LoRA or DoRA")],
+)
+@pytest.mark.parametrize("command", ["merge", "convert"])
+def test_an_alpha_without_effect_is_named(command, mode, reason, base, tmp_path):
+    _, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode=mode)))
+    words = ["--adapter", str(adapter), "--alpha", "4", "--output"]
+    with pytest.raises(
+        InputError, match=f"^--alpha 4: has no effect on .*adapter.pth, for {reason}; drop it"
+    ):
+        if command == "merge":
+            main(["--base", str(base), *words, str(tmp_path / "merged.pth")])
+        else:
+            convert.main([*words, str(tmp_path / "folder")])
 
 
 def test_the_command_refuses_what_differs_and_deletes_nothing(base, tmp_path):

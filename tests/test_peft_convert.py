@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peft.convert import main
-from peft.hf_folder import from_folder, hf_name, our_name
+from peft.hf_folder import from_folder, hf_name, our_name, to_folder
 from peft.merging import merge, open_pair
 from rwkv.checkpoint import read_tensors, write_tensors
 from rwkv.errors import InputError
@@ -107,7 +107,7 @@ def test_what_hf_peft_lacks_is_named(tmp_path, tensors, message):
     path = tmp_path / "a.pth"
     write_tensors(path, {name: torch.zeros(shape) for name, shape in tensors.items()})
     with pytest.raises(InputError, match=message):
-        main(["--adapter", str(path), "--output", str(tmp_path / "folder"), "--alpha", "4"])
+        to_folder(path, tmp_path / "folder", alpha=4 if "lora and" in message else None)
     assert not (tmp_path / "folder").exists()
 
 
@@ -152,6 +152,15 @@ def test_folders_that_cannot_be_converted_are_named(tmp_path, change, message):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=message):
         from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "words", [["--alpha", "4"], ["--base_name", "x"], ["--drop_whole"]], ids=lambda words: words[0]
+)
+def test_flags_that_a_folder_does_not_need_are_named(tmp_path, words):
+    command = ["--adapter", str(GOLDEN / "lora"), "--output", str(tmp_path / "a.pth"), *words]
+    with pytest.raises(InputError, match=f"^{words[0]}: has no effect on HF peft's folder; drop"):
+        main(command)
 
 
 def test_a_folder_without_configuration_is_named(tmp_path):
