@@ -10,6 +10,7 @@ from pathlib import Path
 from data.flags import DataFlags, IterateFlags
 from rwkv import cli, upstream_flags
 from rwkv.cli import say
+from rwkv.errors import RunError
 from rwkv.flags import Settings, parse
 from rwkv.run.settings import FLAGS, check, without_effect
 from rwkv.training.flags import ModelFlags, TrainerFlags
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(settings: Settings) -> int:
     """Prepare a run, print its plan and, unless it is a dry run, train."""
     from rwkv.run.batches import open_data
-    from rwkv.run.models import choose_device, plan_layers
+    from rwkv.run.models import check_packages, choose_device, plan_layers
     from rwkv.run.overview import Run, count_steps, describe
     from rwkv.tokenizer import load_tokenizer
     from rwkv.training.model import read_config
@@ -50,6 +51,12 @@ def train(settings: Settings) -> int:
     tokenizer = load_tokenizer(settings[DataFlags].tokenizer or None, vocab_size)
     config = read_config(model_flags, tokenizer.vocab_size)
     layers = plan_layers(settings, config)
+    try:
+        check_packages(settings, layers)
+    except RunError as error:
+        if trainer.dry_run is not True:  # which may plan for another machine
+            raise
+        say(str(error))
 
     batches = open_data(settings, tokenizer, layers)
     steps = count_steps(trainer, batches.training)

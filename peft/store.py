@@ -50,6 +50,14 @@ class Store(nn.Module):
         """Bytes that a weight [out, in] will occupy."""
         raise NotImplementedError
 
+    @staticmethod
+    def check_package() -> None:
+        """Whether what the store needs is installed; asked before long work.
+
+        Raises:
+            RunError: it is not.
+        """
+
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """Codes and scales of a weight, by name."""
         raise NotImplementedError

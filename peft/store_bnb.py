@@ -8,6 +8,7 @@ Source: QLoRA, arXiv:2305.14314 (nf4, double quantization).
 
 import logging
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ class FourBitStore(Store):
             return -(-weights // 2) + 4 * scales
         seconds = -(-scales // BLOCK_OF_SCALES)
         return -(-weights // 2) + scales + 4 * (seconds + 256 + 1)
+
+    @staticmethod
+    def check_package() -> None:
+        if find_spec("bitsandbytes") is None:
+            raise _missing("it is not installed")
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         functional = _functional()
@@ -155,8 +161,12 @@ def _functional() -> Any:
     try:
         from bitsandbytes import functional
     except ImportError as error:
-        raise RunError(
-            f"nf4 and fp4: need bitsandbytes ({error}); pip install bitsandbytes, or choose "
-            "int8, fp8, fp6 or fp5"
-        ) from None
+        raise _missing(error) from None
     return functional
+
+
+def _missing(why: object) -> RunError:
+    return RunError(
+        f"nf4 and fp4: need bitsandbytes ({why}); pip install bitsandbytes, or choose "
+        "int8, fp8, fp6 or fp5"
+    )

@@ -483,6 +483,32 @@ def test_the_held_out_file_is_read_first(fails):
     assert text.startswith("no-such.jsonl: no such file")
 
 
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (
+            {"layer_profile": "nf4.json"},
+            "nf4 and fp4: need bitsandbytes (it is not installed); pip",
+        ),
+        ({"optim": "lion"}, "--optim lion: needs bitsandbytes (it is not installed); pip install"),
+    ],
+    ids=["store", "optimizer"],
+)
+def test_missing_bitsandbytes_is_told_before_data_is_read(
+    fails, good, tmp_path, capsys, monkeypatch, more, message
+):
+    """A dry run says it and goes on, for the run may be meant for another machine."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.chdir(tmp_path)
+    write_profile(tmp_path / "nf4.json", mode="lora", rank=4, quant="nf4")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert fails(train_data_file="empty.jsonl", status=1, **more).startswith(message)
+    words = {"load_model": good / "base.pth", "train_data_file": good / "train.jsonl", **more}
+    words |= {"sft": 1, "dry_run": 1, "accelerator": "cpu", "cache_dir": tmp_path / "cache"}
+    assert train.main([w for k, v in words.items() for w in (f"--{k}", str(v))]) == 0
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_an_error(fails):
     text = fails(accelerator="gpu", status=1)

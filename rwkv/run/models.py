@@ -11,6 +11,7 @@ from peft.apply import load_frozen, load_with_profile, new_with_profile
 from peft.flags import PeftFlags, StateFlags
 from peft.groups import nothing_trains
 from peft.plan import Plan, make_plan, trained_count
+from peft.stores import STORES, store_class
 from peft.tuned_state import add_prefix, add_tuned_state
 from rwkv.checkpoint import check_complete, fingerprint, read_tensors
 from rwkv.config import RWKVConfig
@@ -18,6 +19,7 @@ from rwkv.errors import InputError
 from rwkv.flags import Settings
 from rwkv.model import RWKV
 from rwkv.training.flags import ModelFlags, OptimizerFlags, TrainerFlags
+from rwkv.training.optimizer import check_optimizer
 from rwkv.training.schedule import check_rates
 from rwkv.training.strategy import chosen_device, chosen_dtype
 
@@ -65,6 +67,21 @@ def plan_layers(settings: Settings, config: RWKVConfig) -> Plan:
             last = optimizer.lr_final if layer.lr_final is None else layer.lr_final
             check_rates(optimizer.lr_schedule, first, last, f"{layer.rule}: {name}")
     return plan
+
+
+def check_packages(settings: Settings, plan: Plan) -> None:
+    """Whether what the plan's storages, the teacher's and the optimizer need is installed.
+
+    Raises:
+        RunError: it is not.
+    """
+    check_optimizer(settings[OptimizerFlags])
+    kinds = {mine.quant for mine in plan.plans.values()}
+    teacher = settings[DistillationFlags].teacher_model
+    if teacher:
+        kinds |= {entry["storage"] for entry in read_tensors(teacher).quantized.values()}
+    for kind in kinds & STORES.keys():
+        store_class(str(kind)).check_package()
 
 
 def build(settings: Settings, config: RWKVConfig, device: Device) -> tuple[RWKV, Plan, str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from rwkv.errors import RunError
 from rwkv.training.flags import OptimizerFlags
 
+BITSANDBYTES = ("adamw8bit", "adam8bit", "lion")  # optimizers that come from there
 SLICE = 2**25  # numbers that are stepped at once: 128 MiB of gradients in float32
 
 
@@ -140,13 +142,11 @@ def _maker(
 ) -> Callable[[list[dict[str, Any]]], Optimizer]:
     betas, eps = (flags.beta1, flags.beta2), flags.adam_eps
     kind = flags.optim.lower()
-    if kind in ("adamw8bit", "adam8bit", "lion"):
+    if kind in BITSANDBYTES:
         try:
             import bitsandbytes.optim as bnb
         except ImportError as error:
-            raise RunError(
-                f"--optim {flags.optim}: needs bitsandbytes ({error}); pip install bitsandbytes"
-            ) from None
+            raise _missing(flags, error) from None
         if kind == "lion":
             return lambda groups: bnb.Lion(groups, lr=flags.lr_init, betas=betas)
         cls = bnb.AdamW8bit if kind == "adamw8bit" else bnb.Adam8bit
@@ -166,6 +166,20 @@ def _maker(
     return lambda groups: torch.optim.AdamW(
         groups, lr=flags.lr_init, betas=betas, eps=eps, fused=on_gpu or None
     )
+
+
+def check_optimizer(flags: OptimizerFlags) -> None:
+    """Whether the package that --optim needs is installed; asked before long work.
+
+    Raises:
+        RunError: it is not.
+    """
+    if flags.optim.lower() in BITSANDBYTES and find_spec("bitsandbytes") is None:
+        raise _missing(flags, "it is not installed")
+
+
+def _missing(flags: OptimizerFlags, why: object) -> RunError:
+    return RunError(f"--optim {flags.optim}: needs bitsandbytes ({why}); pip install bitsandbytes")
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
