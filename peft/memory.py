@@ -66,6 +66,7 @@ class Step:
     host_blocks: and what they start from lies in host memory.
     accumulate: micro-batches a step.
     tuned_state: the initial states train.
+    on_gpu: CUDA and torch's allocator of its memory take their part too.
     fused: a GPU's fused kernels run.
     kernel: the backend of wkv; those that WKV_BYTES does not have are taken for "cuda".
     beside: the divergence from a teacher that runs beside, a key of BESIDE_BYTES; "" for none.
@@ -85,6 +86,7 @@ class Step:
     host_blocks: bool = False
     accumulate: int = 1
     tuned_state: bool = False
+    on_gpu: bool = True
     fused: bool = True
     kernel: str = "cuda"
     beside: str = ""
@@ -123,11 +125,13 @@ class Prediction:
     rest: what lies there throughout a run, by part.
     moments: what comes on top at each of the moments that can be the peak, by part.
     host: in host memory, by part.
+    on_gpu: whether the device is one.
     """
 
     rest: dict[str, int]
     moments: dict[str, dict[str, int]]
     host: dict[str, int]
+    on_gpu: bool = True
 
     @property
     def moment(self) -> str:
@@ -142,12 +146,12 @@ class Prediction:
     @property
     def reserved(self) -> int:
         """What torch will hold for it."""
-        return int(self.peak * SLACK)
+        return int(self.peak * SLACK) if self.on_gpu else self.peak
 
     @property
     def needed(self) -> int:
-        """What a device must have."""
-        return self.reserved + OUTSIDE
+        """What a device must have; on a CPU beside Python and its libraries."""
+        return self.reserved + (OUTSIDE if self.on_gpu else 0)
 
     @property
     def parts(self) -> dict[str, int]:
@@ -199,14 +203,14 @@ def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
         end["the head's gradient"] = size * (4 + step.dtype.itemsize)  # the sum, and a piece's
     end["a weight unpacked"] = unpacked_weight(plan, step, of_head=True)
     step_of_optimizer = {"gradients": gradient, "gradients in float32": widened(plan, step)}
-    workspaces = {"workspaces of cuBLAS": WORKSPACES} if step.fused else {}
+    workspaces = {"workspaces of cuBLAS": WORKSPACES} if step.on_gpu and step.fused else {}
     moments = {
         "backward pass": walked | block | workspaces,
         "head": carried | stream | earlier | end | workspaces,
         "optimizer step": step_of_optimizer | workspaces,
         "loading": {"a layer being stored": storing(plan)},
     }
-    return Prediction(rest, moments, host)
+    return Prediction(rest, moments, host, step.on_gpu)
 
 
 def weights(plan: Plan, step: Step) -> dict[str, int]:
@@ -506,8 +510,9 @@ def table(prediction: Prediction) -> list[str]:
     if prediction.host:
         host = ", ".join(f"{name} {size / GIB:.2f}" for name, size in prediction.host.items())
         lines.append(f"  in host memory: {host}")
+    outside = "with what CUDA takes" if prediction.on_gpu else "beside Python and its libraries"
     lines.append(
-        f"  a device needs {prediction.needed / GIB:.1f} GiB with what CUDA takes; the largest "
+        f"  a device needs {prediction.needed / GIB:.1f} GiB {outside}; the largest "
         f"part is {prediction.largest}, {parts[prediction.largest] / GIB:.2f}"
     )
     return lines

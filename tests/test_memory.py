@@ -570,6 +570,16 @@ def test_a_dry_run_prints_the_memory(tmp_path, capsys):
     assert "--memory 24GB: fits 24.0 GiB: needs" in told
 
 
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
+def test_cudas_own_memory_is_counted_on_a_gpu_alone(tmp_path, capsys, accelerator):
+    """Workspaces, and what torch does not count; 0.6 GiB would be most of what this run needs."""
+    assert train.main(dry(tmp_path, dry_run=1, memory="500MB", accelerator=accelerator)) == 0
+    told, on_gpu = capsys.readouterr().err, accelerator == "gpu"
+    assert ("workspaces of cuBLAS" in told) == ("with what CUDA takes" in told) == on_gpu
+    assert ("GiB beside Python and its libraries; the largest" in told) != on_gpu
+    assert ("fits 0.5 GiB: needs" in told) != on_gpu
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_verifying_needs_a_gpu(tmp_path):
     with pytest.raises(RunError, match="--dry_run verify: measures a GPU, and torch finds none"):

@@ -32,7 +32,8 @@ def preview(run: "Run") -> int:
     from rwkv.run.models import load_teacher
 
     settings, config, layers = run.settings, run.config, run.layers
-    step = step_of(settings, run.device.dtype)
+    on_gpu = run.device.kind == "cuda" or settings[TrainerFlags].accelerator == "gpu"
+    step = step_of(settings, run.device.dtype, on_gpu=on_gpu)
     step = replace(step, kernel=kernel_of(run), texts=run.batches.training.most_texts)
     for line in describe_memory(settings, config, layers, step):
         say(line)
@@ -53,8 +54,14 @@ def kernel_of(run: "Run") -> str:
         return run.settings[ModelFlags].backend
 
 
-def step_of(settings: Settings, dtype: "torch.dtype") -> "Step":
-    """What the flags say of a step's memory."""
+def step_of(settings: Settings, dtype: "torch.dtype", *, on_gpu: bool) -> "Step":
+    """What the flags say of a step's memory.
+
+    Args:
+        settings: of the run.
+        dtype: of the model.
+        on_gpu: whether the run, or the one that a dry run plans for, has a GPU.
+    """
     from peft.memory import Step
 
     trainer, chunks = settings[TrainerFlags], settings[ChunkFlags]
@@ -64,6 +71,8 @@ def step_of(settings: Settings, dtype: "torch.dtype") -> "Step":
         rows=trainer.micro_bsz,
         ctx_len=settings[DataFlags].ctx_len,
         dtype=dtype,
+        on_gpu=on_gpu,
+        fused=on_gpu,
         chunk=chunks.chunk_ctx if chunks.infctx else 0,
         packed=settings[DataFlags].packing,
         host_states=chunks.infctx and chunks.chunk_offload,
