@@ -47,6 +47,8 @@ WORKSPACES = 2 * 2**25  # cuBLAS's, one for the thread of each pass, as torch ha
 ON_THEIR_WAY = 3  # inputs of halves that are being copied to host memory or back
 MAX_LOGITS = 2**26  # of a piece, as in losses.logprobs
 QUANTIZING_BYTES = 14  # for each weight while its codes are made: itself, float32 copies
+LOADING, OPTIMIZER, BUCKETS = "loading", "optimizer", "buckets of DeepSpeed"
+LATER = (OPTIMIZER, BUCKETS)  # parts that are not there while the model is loaded
 LOW_RANK = ("lora", "dora", "dora_column", "pissa")  # they keep x A^T
 KEEPS_INPUT = ("full", "lora", "dora", "dora_column", "bone", "pissa")
 
@@ -122,7 +124,7 @@ class Step:
 class Prediction:
     """Bytes on one device.
 
-    rest: what lies there throughout a run, by part.
+    rest: what lies there throughout a run, by part; LATER only after the model was loaded.
     moments: what comes on top at each of the moments that can be the peak, by part.
     host: in host memory, by part.
     on_gpu: whether the device is one.
@@ -136,7 +138,7 @@ class Prediction:
     @property
     def moment(self) -> str:
         """When the peak is reached."""
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+        return max(self.moments, key=lambda name: sum(self.at(name).values()))
 
     @property
     def peak(self) -> int:
@@ -156,7 +158,12 @@ class Prediction:
     @property
     def parts(self) -> dict[str, int]:
         """What the peak is made of."""
-        return self.rest | self.moments[self.moment]
+        return self.at(self.moment)
+
+    def at(self, moment: str) -> dict[str, int]:
+        """All parts at one of the moments."""
+        there = {n: s for n, s in self.rest.items() if moment != LOADING or n not in LATER}
+        return there | self.moments[moment]
 
     @property
     def largest(self) -> str:
@@ -172,11 +179,11 @@ def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
         rest["the teacher's weights"] = step.teacher
     host: dict[str, int] = {}
     kept_by_optimizer = optimizer(plan, step)
-    (host if step.strategy.endswith("offload") else rest)["optimizer"] = kept_by_optimizer
+    (host if step.strategy.endswith("offload") else rest)[OPTIMIZER] = kept_by_optimizer
     if step.stage in (1, 2):
         buckets = 2 if step.world > 1 else 1  # one is filled while the other is reduced
         size = bucket_size(trained_count(plan)) * step.dtype.itemsize
-        rest["buckets of DeepSpeed"] = buckets * size
+        rest[BUCKETS] = buckets * size
     gradient = gradients(plan, step)
     states = states_between_chunks(config, step)
     if step.host_states:
@@ -208,7 +215,7 @@ def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
         "backward pass": walked | block | workspaces,
         "head": carried | stream | earlier | end | workspaces,
         "optimizer step": step_of_optimizer | workspaces,
-        "loading": {"a layer being stored": storing(plan)},
+        LOADING: {"a layer being stored": storing(plan)},
     }
     return Prediction(rest, moments, host, step.on_gpu)
 
@@ -500,10 +507,9 @@ def table(prediction: Prediction) -> list[str]:
     lines = ["predicted memory of a device, GiB:"]
     lines += [f"  {name:<{width}}{size / GIB:8.2f}" for name, size in parts.items()]
     lines.append(f"  {'peak':<{width}}{prediction.peak / GIB:8.2f}  in the {prediction.moment}")
-    rest = sum(prediction.rest.values())
     others = [
-        f"{name} {(rest + sum(more.values())) / GIB:.2f}"
-        for name, more in prediction.moments.items()
+        f"{name} {sum(prediction.at(name).values()) / GIB:.2f}"
+        for name in prediction.moments
         if name != prediction.moment
     ]
     lines.append(f"  other moments: {', '.join(others)}")

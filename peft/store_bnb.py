@@ -62,7 +62,7 @@ class FourBitStore(Store):
         codes, scale = (torch.cat(parts) for parts in zip(*made, strict=True))
         buffers = {"codes": codes.view(-1, 1), "scale": scale}
         if _is_double(self.kind):
-            offset = scale.mean()
+            offset = scale.mean(dtype=torch.float64).float()  # on a GPU as on a CPU
             buffers["scale"], state = functional.quantize_blockwise(
                 scale - offset, blocksize=BLOCK_OF_SCALES
             )

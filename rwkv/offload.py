@@ -15,8 +15,8 @@ BEHIND = 2  # pieces after which the memory of what has left is free again
 class HostBuffers:
     """Host memory that stays, for graphs: each replay copies to where the recorded pass did.
 
-    Within a block, which records one pass, every HostPlace takes its memory from here. Passes that
-    never run at a time share it, each from the first buffer on.
+    Within a block, which runs one forward pass, every HostPlace takes its memory from here. Passes
+    that never run at a time share it, each from the first buffer on.
     """
 
     def __init__(self) -> None:

@@ -61,6 +61,8 @@ class Setting(NamedTuple):
     rank: int = 64
     offload: bool = False
     kernel: str = "cuda"
+    version: int = 7
+    ends: bool = False  # the head and the embedding are stored too
 
     def __str__(self) -> str:
         words = [self.shape, self.mode, self.quant, f"{self.rows} x {self.ctx_len}"]
@@ -70,6 +72,8 @@ class Setting(NamedTuple):
         words += ["limited"] if self.limited else []
         words += ["offloaded"] if self.offload else []
         words += [self.kernel] if self.kernel != "cuda" else []
+        words += ["RWKV-6"] if self.version == 6 else []
+        words += ["all stored"] if self.ends else []
         return " ".join([*words, self.optim]).rstrip()
 
 
@@ -101,6 +105,10 @@ SETTINGS = (
     Setting("1.5B", "full", grad_cp="selective"),
     Setting("1.5B", rows=4, kernel="triton"),
     Setting("1.5B", rows=2, grad_cp="selective", kernel="triton"),
+    Setting("1.5B", rows=4, version=6),
+    Setting("1.5B", "full", version=6),
+    Setting("2.9B", quant="nf4", ctx_len=1024, ends=True),
+    Setting("1.5B", quant="int8", rows=2, ends=True),
 )
 
 
@@ -125,8 +133,11 @@ def peft_flags(setting: Setting) -> PeftFlags:
         rule["match"] = "*"
     else:
         rule["rank"] = setting.rank
+    rules = [rule]
+    if setting.ends:
+        rules.append({"match": ["emb", "head"], "quant": setting.quant})
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
-        json.dump({"rules": [rule]}, file)
+        json.dump({"rules": rules}, file)
     return PeftFlags(layer_profile=file.name, limited_lora=setting.limited)
 
 
@@ -198,7 +209,7 @@ def compare(only: list[int], seconds: float, details: bool) -> int:
         if time.perf_counter() - start > seconds:
             print(f"{seconds:.0f} s are over; left out from {number}")
             break
-        config = config_of_shape(setting.shape)
+        config = config_of_shape(setting.shape, version=setting.version)
         _, prediction = planned(setting, config)
         try:
             found = measured(setting, config)
@@ -229,7 +240,7 @@ def predictions(only: list[int]) -> None:
     """The predictions alone."""
     for number in only:
         setting = SETTINGS[number]
-        _, found = planned(setting, config_of_shape(setting.shape))
+        _, found = planned(setting, config_of_shape(setting.shape, version=setting.version))
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in found.parts.items())
         print(f"{number:>2} {setting!s:<46}{found.peak / GIB:8.2f}  {found.moment}: {parts}")
 

@@ -72,6 +72,8 @@ def words(row: Row, work: Path, strategy: str, steps: int, device: str) -> list[
         "epoch_steps": steps,
         "num_workers": 0,
         "grad_cp": row.grad_cp,
+        "grad_cp_memory": row.kept,
+        "grad_cp_offload": int(row.offload),
         "strategy": strategy,
         "accelerator": "gpu" if device == "cuda" else "cpu",
         "limited_lora": int(not row.small),

@@ -388,7 +388,8 @@ def test_a_gpu_stores_as_a_cpu_does(kind, dtype):
     """The same codes from our stores; bitsandbytes computes in another order on a GPU.
 
     fp4's borders are fractions like 5/6, on which 0.2% of bfloat16 weights lie; there both
-    neighbours are equally near, and either is right.
+    neighbours are equally near, and either is right. Of doubly quantized scales some lie so too,
+    each of which is that of 64 weights.
     """
     w = weight(dtype)
     here, there = (
@@ -396,7 +397,9 @@ def test_a_gpu_stores_as_a_cpu_does(kind, dtype):
     )
     if kind in ("fp4", "fp4_double"):
         errors = [(made - w.float()).abs() for made in (here, there)]
-        torch.testing.assert_close(*errors, rtol=0, atol=2e-6 * w.abs().max().item())
+        same = torch.isclose(*errors, rtol=0, atol=2e-6 * w.abs().max().item())
+        assert same.float().mean() > (0.99 if kind == "fp4_double" else 1 - 1e-9)
+        assert relative(*errors) < 2e-3
     elif kind in ("nf4", "nf4_double"):
         assert relative(there, here) < 2e-3
     else:

@@ -57,7 +57,7 @@ def wkv(op: str, dtype: torch.dtype, N: int) -> None:
 
 
 def mixes(op: str, dtype: torch.dtype, C: int) -> None:
-    """Both passes; all trains."""
+    """Both passes, of rows and of packed texts; all trains."""
     from rwkv.ops.norm_mix import norm_shift_mix, norm_shift_mix_by_data
 
     def drawn(*shape: int) -> torch.Tensor:
@@ -69,11 +69,13 @@ def mixes(op: str, dtype: torch.dtype, C: int) -> None:
     shares = [drawn(1, 1, C) for _ in range(MIXES[op])]
     if op == "time6":
         low, high = drawn(C, 5 * RANK), drawn(5, RANK, C)
-        results = norm_shift_mix_by_data(x, norm, shift, drawn(C), low, high, shares, None)
+        parameters = (x, norm, shift, drawn(C), low, high, shares)
+        run: Callable[..., Any] = norm_shift_mix_by_data
     else:
-        results = norm_shift_mix(x, norm, shift, shares, None)
-    stream, mixed, last = results
-    sum(x.float().sum() for x in (stream, *mixed, last)).backward()
+        parameters, run = (x, norm, shift, shares), norm_shift_mix
+    for texts in (None, torch.tensor([0, 32])):
+        stream, mixed, last = run(*parameters, texts)
+        sum(x.float().sum() for x in (stream, *mixed, last)).backward()
 
 
 def compile_kernels(run: Callable[[], None]) -> dict[str, int]:

@@ -165,7 +165,7 @@ def text_of_start(row, starts, T):
     """The sequence that starts with a row, or -1; their number for the row behind the last."""
     if starts is not None:
         return tl.load(starts + row)
-    return tl.where(row % T == 0, row // T, -1)
+    return tl.where(row % T == 0, row // T, -1).to(tl.int32)
 
 
 @triton.jit

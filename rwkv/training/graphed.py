@@ -74,7 +74,8 @@ class GraphedSteps:
         batch = padded(batch)
         recorded = self._recording(batch)
         if recorded is None:
-            return self._objective(self._model, batch)
+            with self._host:  # nothing can be pinned while a graph is recorded: it finds this
+                return self._objective(self._model, batch)
         for into, field in zip(recorded.batch, batch, strict=True):
             if into is not None and field is not None:
                 into.copy_(field)
