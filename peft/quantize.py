@@ -4,6 +4,11 @@
 
 train.py --load_model takes the file and uses its codes as they are. Merge adapters into the
 original model, which the file names by its fingerprint.
+
+They are the codes that train.py makes itself of the original, if it trains in the file's dtype or a
+wider one; else it rounds the weights to its own first. A GPU makes those that a CPU makes, except
+where two are equally near: two scales of a block in 4 to 6 bits, two codes of fp4, two of
+bitsandbytes' for a scale of nf4_double or fp4_double.
 """
 
 import sys
@@ -26,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--quant_head", action="store_true", help="quantize head and embedding too")
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
-    parser.add_argument("--device", default="cpu", help="where to quantize: cpu or cuda")
+    parser.add_argument(
+        "--device", default="cpu", help="where to quantize: auto, cpu, cuda or cuda:N (cpu)"
+    )
     options = parser.parse_args(argv)
     device = str(named_device(options.device))
 

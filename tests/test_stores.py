@@ -385,11 +385,11 @@ def test_a_gpu_unpacks_as_a_cpu_does(kind, dtype):
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_gpu_stores_as_a_cpu_does(kind, dtype):
-    """The same codes from our stores; bitsandbytes computes in another order on a GPU.
+    """The same codes, but where two scales of a block err alike to the last bit of float32.
 
     fp4's borders are fractions like 5/6, on which 0.2% of bfloat16 weights lie; there both
-    neighbours are equally near, and either is right. Of doubly quantized scales some lie so too,
-    each of which is that of 64 weights.
+    neighbours are equally near, and either is right. Of doubly quantized scales, which bitsandbytes
+    rounds, some lie so too, each of which is that of 64 weights.
     """
     w = weight(dtype)
     here, there = (
@@ -525,14 +525,17 @@ def profile(tmp_path, **keys) -> str:
 
 
 @kinds
-def test_a_quantized_file_holds_the_codes_that_training_makes(kind, model_file, tmp_path):
-    output = tmp_path / "small.pth"
-    command = ["--load_model", str(model_file), "--quant_mode", kind, "--output", str(output)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_quantized_file_holds_the_codes_that_training_makes(kind, dtype, model_file, tmp_path):
+    """Of a bfloat16 file, which training in either dtype reads as it is."""
+    narrow, output = tmp_path / "narrow.pth", tmp_path / "small.pth"
+    write_tensors(narrow, {n: t.bfloat16() for n, t in read_tensors(model_file).items()})
+    command = ["--load_model", str(narrow), "--quant_mode", kind, "--output", str(output)]
     assert main(command) == 0
     layer_profile = profile(tmp_path, mode="lora", rank=8)
     flags = PeftFlags(layer_profile=layer_profile, quant=True, quant_mode=kind)
-    made, _ = load_with_profile(model_file, flags)
-    read, plan = load_with_profile(output, PeftFlags(layer_profile=layer_profile))
+    made, _ = load_with_profile(narrow, flags, dtype=dtype)
+    read, plan = load_with_profile(output, PeftFlags(layer_profile=layer_profile), dtype=dtype)
     assert len(stores_of(made)) == 12 and plan.plans["blocks.0.att.key"].quant == kind
     for name, store in stores_of(made).items():
         again = stores_of(read)[name].tensors()
