@@ -198,6 +198,83 @@ def test_files_without_metadata_need_alpha_alone(base, tmp_path):
     torch.testing.assert_close(got, logits(model), rtol=1e-3, atol=1e-4)
 
 
+@pytest.fixture
+def foreign(base, tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A file as RWKV-LM-RLHF's trainer leaves it, and the weights that it stands for.
+
+    A flat table of what trained, by torch.save, in bfloat16, and no word of alpha, which is 8: LoRA
+    of rank 4 in the head, Bone of rank 16 and DoRA of rank 4 with a norm a column in block 1, whose
+    norms train whole. Its formulas: W + alpha / rank B A; W + W4 G + G in blocks (a r) (b s) of W
+    as [a, b, r, s], G by b; M (W + alpha / rank B A) / (its columns' lengths + 1e-6).
+    """
+    draw = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=draw) * 0.1).bfloat16()
+
+    old = read_tensors(base)
+    tensors = {
+        "blocks.1.att.key.lora_A": drawn(4, 32),
+        "blocks.1.att.key.lora_B": drawn(32, 4),
+        "blocks.1.att.key.lora_M": 1 + drawn(1, 32),
+        "blocks.1.ffn.key.bone": drawn(2, 16, 16),
+        "blocks.1.ln1.weight": 1 + drawn(32),
+        "blocks.1.ln1.bias": drawn(32),
+        "head.lora_A": drawn(4, 32),
+        "head.lora_B": drawn(24, 4),
+    }
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    W = {n: old[f"{n}.weight"].double() for n in ("blocks.1.att.key", "blocks.1.ffn.key", "head")}
+    V = (
+        W["blocks.1.att.key"]
+        + 2 * wide["blocks.1.att.key.lora_B"] @ wide["blocks.1.att.key.lora_A"]
+    )
+    G, W4 = wide["blocks.1.ffn.key.bone"], W["blocks.1.ffn.key"].clone()
+    for a in range(4):
+        for b in range(2):
+            block = W4[16 * a : 16 * a + 16, 16 * b : 16 * b + 16]
+            block += block @ G[b] + G[b]
+    changed = {
+        "blocks.1.att.key.weight": wide["blocks.1.att.key.lora_M"]
+        * V
+        / (V.square().sum(dim=0).sqrt() + 1e-6),
+        "blocks.1.ffn.key.weight": W4,
+        **{name: wide[name] for name in ("blocks.1.ln1.weight", "blocks.1.ln1.bias")},
+        "head.weight": W["head"] + 2 * wide["head.lora_B"] @ wide["head.lora_A"],
+    }
+    path = tmp_path / "rwkv-3.pth"
+    torch.save(tensors, path)
+    return path, {name: value.float() for name, value in changed.items()}
+
+
+def test_a_file_of_rwkv_lm_rlhf_is_merged(base, foreign):
+    path, changed = foreign
+    merged = merge(open_pair(read_tensors(base), path, alpha=8))
+    for name, before in read_tensors(base).items():
+        want = changed.get(name, before)
+        torch.testing.assert_close(merged[name], want, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_file_of_rwkv_lm_rlhf_is_trained_on(base, foreign, tmp_path):
+    """Under the profile that it was trained with; alpha is the profile's."""
+    path, changed = foreign
+    rules = [
+        {"match": "*", "mode": "freeze"},
+        {"match": "head", "mode": "lora", "rank": 4, "alpha": 8},
+        {"match": "blocks.1.att.key", "mode": "dora_column", "rank": 4, "alpha": 8},
+        {"match": "blocks.1.ffn.key", "mode": "bone", "rank": 16},
+        {"match": "blocks.1.ln1", "mode": "full"},
+    ]
+    (tmp_path / "profile.json").write_text(json.dumps({"rules": rules}))
+    flags = PeftFlags(layer_profile=str(tmp_path / "profile.json"), limited_lora=True)
+    model, _ = load_with_profile(base, flags, backend="reference")
+    load_adapter(model, path)
+    for name in ("blocks.1.att.key", "blocks.1.ffn.key", "head"):
+        got = model.get_submodule(name).merged_weight()
+        torch.testing.assert_close(got, changed[f"{name}.weight"], rtol=1e-5, atol=1e-6, msg=name)
+    assert torch.equal(model.blocks[1].ln1.weight, changed["blocks.1.ln1.weight"])
+
+
 @pytest.mark.parametrize(
     "mode, reason",
     [("lora", "the .json beside it states it"), ("bone", "it holds no LoRA or DoRA")],
