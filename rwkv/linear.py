@@ -141,9 +141,11 @@ class Linear(Matrix):
     def kept(self, output: Callable[[], Tensor]) -> Tensor:
         """output(), or what it gave when a part was run for the first time, where that is kept.
 
-        The output of a layer that closes its part is not.
+        The output of a layer that closes its part is not. No view, for losses write over logits,
+        and autograd allows that behind one of its functions for tensors of their own alone.
         """
-        return output() if self.closes else kept_result(output)
+        out = output() if self.closes else kept_result(output)
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     def is_unread(self) -> bool:
         """Whether the output may be left out: the values of this run go nowhere."""

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 import peft.apply
 import peft.store
+from losses.sft import SFT
 from peft import store_int8
-from peft.apply import install, load_frozen, load_with_profile
+from peft.apply import install, load_frozen, load_with_profile, random_with_profile
 from peft.flags import QUANT_MODES, PeftFlags
 from peft.plan import Plan
 from peft.quantize import main
@@ -23,8 +24,9 @@ from peft.store import Store
 from peft.store_bnb import _table
 from peft.store_fp8 import native_gradient, native_product
 from peft.store_fpx import BLOCK, FORMATS, SCALES, PackedFloatStore
-from peft.store_rows import CODES, LARGEST, TINY, rounded_rows
+from peft.store_rows import CODES, LARGEST, TINY, RowStore, rounded_rows
 from peft.stores import STORES, make_store, store_class, stored_size
+from rwkv.batch import TokenBatch
 from rwkv.checkpoint import (
     config_of,
     fingerprint,
@@ -651,6 +653,54 @@ def test_a_quantized_file_is_not_read_as_a_model(model_file, tmp_path):
     output.with_suffix(".json").unlink()
     with pytest.raises(InputError, match=r"is a quantized model without its small\.json; put"):
         read_tensors(output)
+
+
+class Viewed(RowStore):
+    """Products are views, as where a kernel sees rows of all texts as one matrix."""
+
+    def forward_product(self, x, into=None):
+        return super().forward_product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+def test_logits_may_be_written_over_behind_any_store():
+    layer = layer_over(Viewed("int8", weight()))
+    x = torch.randn(2, 3, IN, requires_grad=True)
+    out = layer(x)
+    out.mul_(2.0)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    want = 2.0 * layer.dense_weight().sum(dim=0)
+    torch.testing.assert_close(gradient, want.expand_as(gradient))
+
+
+@pytest.mark.gpu
+@kinds
+@pytest.mark.parametrize("mode", ["freeze", "lora", "bone", "dora", "miss", "pissa"])
+def test_a_loss_over_a_stored_head(kind, mode, tmp_path):
+    """Its logits are written over where they lie."""
+    path = tmp_path / "profile.json"
+    rule = {"match": "*", "mode": mode, "quant": kind}
+    rules = [
+        rule | ({"rank": 16} if mode != "freeze" else {}),
+        {"match": "blocks.*.ln*", "mode": "full"},
+    ]
+    path.write_text(json.dumps({"rules": rules}))
+    config = RWKVConfig(
+        version=7, n_layer=1, n_embd=128, dim_ffn=512, vocab_size=512, head_size=64,
+        ranks=LowRanks(32, 32, 32, 32),
+    )  # fmt: skip
+    model, _ = random_with_profile(
+        config, PeftFlags(layer_profile=str(path)), device="cuda", dtype=torch.bfloat16
+    )
+    tokens = torch.randint(512, (2, 65), device="cuda")
+    mask = torch.ones(2, 64, dtype=torch.bool, device="cuda")
+    batch = TokenBatch(tokens[:, :-1], tokens[:, 1:], mask, None, mask.sum())
+    loss, _ = SFT()(model, batch)
+    loss.backward()
+    with torch.no_grad():
+        logits = model.logits(model(batch.inputs)[0]).float()
+        want = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+    assert loss.item() == pytest.approx(want.item(), rel=2e-3)
+    assert model.blocks[0].ln1.weight.grad.norm() > 0
 
 
 @kinds
