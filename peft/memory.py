@@ -12,6 +12,7 @@ import torch
 
 from peft.plan import Plan, stored_bytes, trained_count, trained_sizes
 from peft.registry import ADAPTERS
+from peft.store_bnb import SLICE as QUANTIZED_AT_ONCE
 from rwkv.config import RWKVConfig
 from rwkv.ops.kept import WKV_BYTES, WkvBytes
 from rwkv.training.optimizer import SLICE
@@ -46,7 +47,6 @@ HIDDEN = 5  # first values, last stream, hidden states, those that are scored, a
 WORKSPACES = 2 * 2**25  # cuBLAS's, one for the thread of each pass, as torch has it on an H100
 ON_THEIR_WAY = 3  # inputs of halves that are being copied to host memory or back
 MAX_LOGITS = 2**26  # of a piece, as in losses.logprobs
-QUANTIZING_BYTES = 14  # for each weight while its codes are made: itself, float32 copies
 LOADING, OPTIMIZER, BUCKETS = "loading", "optimizer", "buckets of DeepSpeed"
 LATER = (OPTIMIZER, BUCKETS)  # parts that are not there while the model is loaded
 LOW_RANK = ("lora", "dora", "dora_column", "pissa")  # they keep x A^T
@@ -215,7 +215,7 @@ def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
         "backward pass": walked | block | workspaces,
         "head": carried | stream | earlier | end | workspaces,
         "optimizer step": step_of_optimizer | workspaces,
-        LOADING: {"a layer being stored": storing(plan)},
+        LOADING: {"a layer being stored": storing(plan, step)},
     }
     return Prediction(rest, moments, host, step.on_gpu)
 
@@ -490,14 +490,20 @@ def unpacked_weight(plan: Plan, step: Step, *, of_head: bool) -> int:
     return most
 
 
-def storing(plan: Plan) -> int:
-    """What the largest layer occupies while it is stored, at load."""
-    sizes = [
-        layer.shape[0] * layer.shape[1] * QUANTIZING_BYTES
-        for name, layer in plan.layers.items()
-        if plan.plans[name].quant not in (None, "none")
-    ]
-    return max(sizes, default=0)
+def storing(plan: Plan, step: Step) -> int:
+    """What the largest layer occupies while it is stored, at load, beside its codes."""
+    most = 0
+    for name, layer in plan.layers.items():
+        quant = plan.plans[name].quant
+        if quant in (None, "none"):
+            continue
+        numbers = layer.shape[0] * layer.shape[1]
+        if quant in ("fp8", "int8"):
+            beside = 0 if step.fused else 12 * numbers
+        else:
+            beside = 20 * min(numbers, QUANTIZED_AT_ONCE) if "4" in quant else 24 * numbers
+        most = max(most, numbers * step.dtype.itemsize + beside)
+    return most
 
 
 def table(prediction: Prediction) -> list[str]:

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from helpers import pass_in_the_interpreter, with_gradients, wkv6_inputs, wkv7_inputs
 from test_lit import Bigram, Group
-from test_sft import COUNT, TEXTS, packed
+from test_sft import COUNT, TEXTS, packed, small_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -29,11 +29,25 @@ def placed(batch: TokenBatch) -> TokenBatch:
     return batch._replace(places=scored_places(batch.mask))
 
 
-def test_rounding_up_changes_neither_loss_nor_gradients():
-    batch = placed(packed(TEXTS, COUNT))
+def rows_of(batch: TokenBatch) -> TokenBatch:
+    """The same tokens as two rows."""
+    half = batch.inputs.shape[1] // 2 * 2
+    fields = (field[:, :half].view(2, -1) for field in batch[:3])
+    return TokenBatch(*fields, None, batch.count)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["a layer", "a model"])
+@pytest.mark.parametrize("rows", [False, True], ids=["packed", "rows"])
+def test_rounding_up_changes_neither_loss_nor_gradients(rows, whole):
+    batch = packed(TEXTS, COUNT)
+    batch = placed(rows_of(batch) if rows else batch)
     more = padded(batch)
-    assert len(more.places) > len(batch.places) and len(more.cu_seqlens) == 9
-    model, found = Bigram(), []
+    assert more.tokens() > batch.tokens()
+    assert rows or (len(more.places) > len(batch.places) and len(more.cu_seqlens) == 9)
+    if whole and not rows:  # only kernels take empty texts
+        borders = more.cu_seqlens[: len(batch.cu_seqlens) + 1]
+        more = more._replace(cu_seqlens=borders)
+    model, found = small_model() if whole else Bigram(), []
     for one in (batch, more):
         model.zero_grad()
         loss, metrics = SFT(smoothing=0.1, l2wrap=1e-2)(model, one)
@@ -168,7 +182,7 @@ def test_a_graph_gives_the_bits_of_the_pass(version, mode, quant, grad_cp, offlo
         head_size=64,
         ranks=default_ranks(version, 256),
     )
-    lengths = ([200, 300, 12], [100, 100, 100, 100, 112], [512], [1, 2, 3, 506])
+    lengths = ([200, 300, 12], [100, 100, 100, 100, 100], [490], [1, 2, 3, 491])
     batches = [gpu_batch(some, 130 + 8 * n, n) for n, some in enumerate(lengths * 2)]
     assert len({tuple(x.shape for x in batch) for batch in batches}) == 1
     found, kept = [], torch.empty(512, config.n_embd, dtype=torch.bfloat16)
@@ -228,12 +242,24 @@ def coming(monkeypatch):
 def test_a_shape_that_comes_once_takes_no_place(coming):
     """Of shapes that come again, so many are recorded as may be, whatever came before."""
     _, come, recorded = coming
-    for length in range(8, 8 + 2 * MOST):
+    lengths = [graphed.LARGEST_STEP * (n + 1) for n in range(2 * MOST)]
+    for length in lengths:
         come(length)
     assert not recorded
     with pytest.raises(Recording):
-        come(8 + MOST)
-    assert recorded == [8 + MOST]
+        come(lengths[MOST])
+    assert recorded == [lengths[MOST]]
+
+
+def test_rows_that_are_full_to_some_percent_have_few_shapes(coming):
+    _, come, recorded = coming
+    for length in (3900, 3700, 3500):
+        come(length)
+    assert not recorded
+    for length in (4090, 3840, 3400):
+        with pytest.raises(Recording):
+            come(length)
+    assert recorded == [4096, 3840, 3584]
 
 
 def test_the_first_graph_waits_for_the_second_step(coming):

@@ -1,5 +1,6 @@
 """Stores: how far codes are from the weight, what they occupy, and that nothing changes them."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -673,16 +674,19 @@ def test_logits_may_be_written_over_behind_any_store():
 
 
 @pytest.mark.gpu
-@kinds
-@pytest.mark.parametrize("mode", ["freeze", "lora", "bone", "dora", "miss", "pissa"])
+@pytest.mark.parametrize(
+    "kind, mode",
+    [
+        *itertools.product(STORES, ("freeze", "lora")),
+        *itertools.product(("fp8", "int8"), ("bone", "dora", "miss", "pissa")),
+    ],
+)
 def test_a_loss_over_a_stored_head(kind, mode, tmp_path):
     """Its logits are written over where they lie."""
     path = tmp_path / "profile.json"
     rule = {"match": "*", "mode": mode, "quant": kind}
-    rules = [
-        rule | ({"rank": 16} if mode != "freeze" else {}),
-        {"match": "blocks.*.ln*", "mode": "full"},
-    ]
+    rule |= {"rank": 16} if mode != "freeze" else {}
+    rules = [rule, {"match": "blocks.*.ln*", "mode": "full"}]
     path.write_text(json.dumps({"rules": rules}))
     config = RWKVConfig(
         version=7, n_layer=1, n_embd=128, dim_ffn=512, vocab_size=512, head_size=64,

@@ -3,7 +3,7 @@
 A small micro-batch takes a GPU less time than Python takes to launch its kernels one by one. So
 each shape of a micro-batch is run once as usual, recorded at its second coming, and replayed from
 then on: the same kernels on the same numbers. To keep the shapes few, `padded` rounds up what
-differs from one batch to the next.
+differs from one batch to the next: packed rows are full to some percent.
 
 Graphs keep their memory, beside which shapes that are not recorded take theirs: so nothing is
 recorded where a step's memory is not free once more.
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rwkv.batch import TokenBatch
 from rwkv.cli import say
@@ -23,6 +24,7 @@ from rwkv.ops.packing import remember_lengths, text_lengths
 
 MOST = 16  # shapes that are recorded; others run as usual
 SHARES = 8  # scored tokens are rounded up to an eighth of all
+LEVELS, LARGEST_STEP = 8, 512  # tokens: to an eighth of the power of two below, or such a step
 FEWEST_TEXTS = 8  # packed texts are rounded up to a power of two from here
 UNSCORED = -1  # a target that scores nothing: see losses.logprobs
 
@@ -71,8 +73,10 @@ class GraphedSteps:
         After a replay the gradients are there already; the loss's backward pass, whose own
         gradient must be 1, hands them over to the parameters.
         """
-        batch = padded(batch)
-        recorded = self._recording(batch)
+        recorded = None
+        if not self.failed:
+            batch = padded(batch)
+            recorded = self._recording(batch)
         if recorded is None:
             with self._host:  # nothing can be pinned while a graph is recorded: it finds this
                 return self._objective(self._model, batch)
@@ -89,7 +93,7 @@ class GraphedSteps:
     def _recording(self, batch: TokenBatch) -> _Recorded | None:
         """The graph of a batch's shape; None where it is to be run as usual."""
         key = tuple(None if field is None else field.shape for field in batch)
-        if self.failed or batch.places is None:
+        if batch.places is None:
             return None
         if key in self._seen and key not in self._recorded and self._may_record():
             recorded = self._record(batch)
@@ -198,14 +202,16 @@ class _HandOver(torch.autograd.Function):
 
 
 def padded(batch: TokenBatch) -> TokenBatch:
-    """The batch with empty texts behind its texts, and with places that score nothing.
+    """The batch with tokens and empty texts behind its texts, and places that score nothing.
 
-    It gives the same loss and gradients. The numbers of texts and of places are rounded up, so
-    that few shapes are left.
+    It gives the same loss and gradients. The numbers of tokens, of texts and of places are rounded
+    up, so that few shapes are left.
     """
-    places, borders, targets = batch.places, batch.cu_seqlens, batch.targets
-    if places is None:
+    if batch.places is None:
         return batch
+    batch = _with_tokens(batch)
+    places, borders, targets = batch.places, batch.cu_seqlens, batch.targets
+    assert places is not None
     tokens = batch.inputs.numel()
     room = min(_rounded_up(len(places), -(-tokens // SHARES)), tokens)
     if room > len(places):
@@ -220,6 +226,26 @@ def padded(batch: TokenBatch) -> TokenBatch:
             borders = torch.cat([borders, borders[-1:].expand(more)])
             remember_lengths(borders, lengths)
     return batch._replace(places=places, cu_seqlens=borders, targets=targets)
+
+
+def _with_tokens(batch: TokenBatch) -> TokenBatch:
+    """The batch with tokens behind each row, which are a text of their own where it is packed."""
+    T = batch.inputs.shape[1]
+    length = _rounded_up(T, max(1, min((1 << (T.bit_length() - 1)) // LEVELS, LARGEST_STEP)))
+    if length == T:
+        return batch
+    inputs, targets, mask = (F.pad(field, (0, length - T)) for field in batch[:3])
+    assert batch.places is not None
+    borders, places = batch.cu_seqlens, batch.places
+    if borders is None:
+        places = places + places // T * (length - T)
+    else:
+        lengths = text_lengths(borders)
+        borders = torch.cat([borders, borders[-1:] + (length - T)])
+        remember_lengths(borders, [*lengths, length - T])
+    return batch._replace(
+        inputs=inputs, targets=targets, mask=mask, cu_seqlens=borders, places=places
+    )
 
 
 def _rounded_up(number: int, step: int) -> int:
