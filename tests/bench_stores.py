@@ -43,7 +43,7 @@ from peft.store_rows import RowStore, rounded_rows, transposed
 from peft.stores import STORES, make_store
 from rwkv.checkpoint import write_tensors
 from rwkv.config import RWKVConfig, default_ranks
-from rwkv.linear import Linear
+from rwkv.linear import Linear, Matrix
 from rwkv.model import RWKV
 from rwkv.training.strategy import grow_segments
 from tests.bench_memory import Setting, config_of_shape, measured, peft_flags
@@ -172,6 +172,7 @@ def errors(options: argparse.Namespace) -> None:
         ranks=default_ranks(7, options.channels),
     )
     keys = {"device": device, "backend": "auto"}
+    ends = {"ends": options.ends}
     for residual in (None, *options.residual):
         whole_models(
             f"{config.name}, random" + f", residual {residual}" * (residual is not None),
@@ -179,6 +180,7 @@ def errors(options: argparse.Namespace) -> None:
             tokens_of(options.vocabulary, "", options),
             device,
             stores,
+            **ends,
         )
     whole_models(
         f"{config.name}, new",
@@ -186,6 +188,7 @@ def errors(options: argparse.Namespace) -> None:
         tokens_of(options.vocabulary, "", options),
         device,
         stores,
+        **ends,
     )
     if options.model:
         whole_models(
@@ -194,6 +197,7 @@ def errors(options: argparse.Namespace) -> None:
             tokens_of(model.config.vocab_size, options.text, options),
             device,
             stores,
+            **ends,
         )
 
 
@@ -267,7 +271,7 @@ def weight_error(model: RWKV, plain: RWKV) -> float:
     """Relative error of all stored weights together."""
     wrong = size = 0.0
     for name, layer in model.named_modules():
-        if isinstance(layer, Linear) and layer.store is not None:
+        if isinstance(layer, Matrix) and layer.store is not None:
             want = plain.get_submodule(name).dense_weight()
             wrong += (layer.dense_weight() - want).square().sum().item()
             size += want.square().sum().item()
@@ -280,6 +284,8 @@ def whole_models(
     tokens: tuple[torch.Tensor, torch.Tensor],
     device: str,
     stores: Sequence[str] = tuple(STORES),
+    *,
+    ends: bool = False,
 ) -> None:
     """A model over each storage: KL of its logits, cosine of the adapters' gradients.
 
@@ -295,6 +301,7 @@ def whole_models(
         tokens: as of tokens_of.
         device: to run on.
         stores: the storages.
+        ends: the head and the embedding are stored too.
     """
     dtypes = [torch.bfloat16, torch.float32]
     dtype, other = dtypes if device == "cuda" else dtypes[::-1]
@@ -304,7 +311,7 @@ def whole_models(
         kind: str, cast: torch.dtype = dtype
     ) -> tuple[RWKV, torch.Tensor, dict[str, torch.Tensor]]:
         """The model, log-probabilities [T, V], and the gradient of each adapter."""
-        setting = Setting("0.4B", quant=kind, limited=True, rank=16)
+        setting = Setting("0.4B", quant=kind, limited=True, rank=16, ends=ends)
         torch.manual_seed(2)
         model = make(peft_flags(setting), dtype)
         if dtype == torch.float32:  # where int8 and fp8 dequantize instead of rounding
@@ -325,8 +332,8 @@ def whole_models(
 
     plain, exact, want = run("none")
     print(
-        f"whole models, {name}, LoRA of rank 16, {scored.shape[1] - 1} tokens behind "
-        f"{context.shape[1]}, {dtype}:\n"
+        f"whole models{', head and embedding too' * ends}, {name}, LoRA of rank 16, "
+        f"{scored.shape[1] - 1} tokens behind {context.shape[1]}, {dtype}:\n"
         f"{'storage':<15}  KL nats  top-1  cosine of gradients  least of a tensor  "
         "weight error  (1 - cosine) / its square"
     )
@@ -568,6 +575,7 @@ def main() -> int:
         default=[],
         help="more random models, whose blocks add so much; the first takes 1/sqrt(2 layers)",
     )
+    some.add_argument("--ends", action="store_true", help="store head and embedding too")
     some.add_argument("--stores", default=",".join(STORES), help="commas between")
     some.set_defaults(run=errors)
     some = commands.add_parser("speed", help=speed.__doc__)
