@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv.ops import cuda_build
 from rwkv.ops.triton_chunks import INTERPRETED, add_product, narrow, product, widen
 
 # Rows of a tile, warps and stages by bytes of a number and rank: what leaves no register to memory.
@@ -23,12 +24,15 @@ LAUNCH = {
     (4, 32): {"ROWS": 32, "num_warps": 4, "num_stages": 2},
     (4, 64): {"ROWS": 32, "num_warps": 4, "num_stages": 2},
 }
+AMD_BYTES = {(2, 128): 80 << 10}  # of shared memory, where that is more than 64 KiB
 PROGRAMS = 1024  # of `unmix`, about: several for each multiprocessor
 
 
 def fits(G: Tensor) -> bool:
-    """Whether the kernels handle blocks of this rank and dtype."""
-    return (G.dtype.itemsize, G.shape[-1]) in LAUNCH
+    """Whether the kernels handle blocks of this rank and dtype on the device of G."""
+    size = G.dtype.itemsize, G.shape[-1]
+    needed = 0 if torch.version.hip is None else AMD_BYTES.get(size, 0)
+    return size in LAUNCH and cuda_build.too_small(G.device, needed) is None
 
 
 def mix(x: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,7 @@ exact = pytest.param(torch.float32, marks=pytest.mark.slow)
 
 
 def probed(
-    ops: Sequence[str], dtype: torch.dtype, channels: Sequence[int], gpu: int
+    ops: Sequence[str], dtype: torch.dtype, channels: Sequence[int], gpu: int | str
 ) -> dict[tuple[str, int, str], int]:
     """Bytes of shared memory of Triton kernels compiled for a GPU, by operator, channels, name."""
     pytest.importorskip("triton.backends.nvidia")
@@ -153,3 +153,39 @@ def test_the_mixes_look_ahead_where_there_is_room(dtype, gpu, room, channels):
             assert waiting < size <= waiting + OTHER_BYTES, (op, C, kernel)
         else:
             assert size <= 32 << 10, (op, C, kernel)
+
+
+@pytest.mark.parametrize("gpu, room", [(86, LEAST), ("gfx942", 64 << 10)])
+@pytest.mark.parametrize(
+    "op, dtype, sizes",
+    [
+        ("heads", torch.bfloat16, [2560]),
+        pytest.param("heads", torch.float32, [2560], marks=pytest.mark.slow),
+        ("adapters", torch.bfloat16, [64, 128]),
+        pytest.param("adapters", torch.bfloat16, [16, 32, 256], marks=pytest.mark.slow),
+        pytest.param("adapters", torch.float32, [16, 32, 64], marks=pytest.mark.slow),
+        ("stores", torch.bfloat16, [4096]),
+        ("tokens", torch.bfloat16, [65536]),
+    ],
+)
+def test_all_other_kernels_fit_the_smallest_gpu_or_say_what_they_need(op, dtype, sizes, gpu, room):
+    """AMD's GPUs have 64 KiB; what needs more is left to plain torch there."""
+    pytest.importorskip("triton.backends.amd")
+    taken = {(size, kernel): n for (_, size, kernel), n in probed([op], dtype, sizes, gpu).items()}
+    assert len(taken) >= len(sizes)
+    picking = taken.pop((65536, "_pick_kernel"), None)
+    assert picking in (None, (64 if gpu == 86 else 128) << 10)
+    assert {kernel: size for kernel, size in taken.items() if size > room} == {}
+
+
+def test_decoding_is_left_to_torch_where_drawing_has_no_room(monkeypatch):
+    pytest.importorskip("triton")
+    from rwkv.ops import decoding_triton, picking_triton
+
+    sample = SimpleNamespace(
+        device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(1, 1, 1, 64)
+    )
+    for room in (LEAST, picking_triton.SHARED - 1):
+        monkeypatch.setattr(cuda_build, "shared_memory", lambda index, room=room: room)
+        reason = decoding_triton.why_not(sample, False)
+        assert (reason is None) == (room == LEAST)

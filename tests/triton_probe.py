@@ -78,6 +78,91 @@ def mixes(op: str, dtype: torch.dtype, C: int) -> None:
         sum(x.float().sum() for x in (stream, *mixed, last)).backward()
 
 
+def heads(op: str, dtype: torch.dtype, C: int) -> None:
+    """What stands around wkv; all trains."""
+    from rwkv.ops import activation, head_output, wkv7_inputs
+
+    fused.uses_kernels = activation.uses_kernels = lambda *_: True
+    rows, N = (1, 32), 64
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+    names = ("r", "k", "v", "v_first", "decay", "iclr", "value")
+    given = {name: drawn(*rows, C) for name in names}
+    given |= {name: drawn(C) for name in ("w0", "a0", "v0", "k_k", "k_a")}
+    made = wkv7_inputs.wkv7_inputs(**given, r_k=drawn(C // N, N))
+    norm, y = torch.nn.GroupNorm(C // N, C, dtype=dtype), drawn(*rows, C // N, N)
+    results = [
+        *made,
+        head_output.head_output7(y, norm, made.bonus, made.v_again, drawn(*rows, C)),
+        head_output.head_output6(y, norm, drawn(*rows, C)),
+        activation.squared_relu(drawn(*rows, 4 * C)),
+        activation.gated_sum(*(drawn(*rows, C) for _ in range(3))),
+    ]
+    sum(x.float().sum() for x in results).backward()
+
+
+def adapters(op: str, dtype: torch.dtype, rank: int) -> None:
+    """LoRA's and Bone's kernels of a rank, as far as there are some."""
+    from peft import block_sums_triton, bone_triton
+    from rwkv.ops import low_rank_triton
+
+    n, C = 256, 1024
+    x, low = torch.randn(n, C, dtype=dtype), torch.randn(n, rank, dtype=dtype)
+    if low_rank_triton.fits(x, rank):
+        for activated in (False, True):
+            factor = torch.randn(C, rank, dtype=dtype).T
+            low_rank_triton.plus_product(x, low, factor, x, activated=activated)
+    block_sums_triton.add_to_blocks(x, block_sums_triton.sum_of_blocks(x, rank))
+    G = torch.randn(C // rank, rank, rank, dtype=dtype)
+    if bone_triton.fits(G):
+        bone_triton.mix(x, G)
+        bone_triton.unmix(x, low, x, G)
+
+
+def stores(op: str, dtype: torch.dtype, width: int) -> None:
+    """What unpacks and rounds weights."""
+    from peft import fpx_triton, rows_triton
+    from peft.store_fpx import BLOCK, FORMATS
+    from peft.store_rows import CODES, LARGEST, TINY
+    from peft.stores import make_store
+
+    weight = torch.randn(64, width, dtype=dtype)
+    whole = {"largest": LARGEST["int8"], "tiny": TINY, "dtype": torch.int8}
+    rows_triton.round_rows(weight, None, **whole)  # e4m3 only GPUs write that have it
+    for kind in CODES:
+        made = make_store(kind, weight)
+        rows_triton.unpack(made.codes, made.scale, dtype)
+        rows_triton.transpose(made.codes)
+    for kind, bits in FORMATS.items():
+        made = make_store(kind, weight)
+        fpx_triton.unpack(
+            *(made.low, made.high, made.scale),
+            total=weight.numel(),
+            one=made._one(),
+            bits=bits,
+            block=BLOCK,
+            dtype=dtype,
+        )
+
+
+def tokens(op: str, dtype: torch.dtype, V: int) -> None:
+    """Scores of a vocabulary's logits, and drawing from them."""
+    from rwkv.ops import logit_scores_triton, picking_triton
+    from rwkv.sampling_flags import Sampling
+
+    logits, targets = torch.randn(4, V, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+    for temperature in (None, 2.0):
+        logit_scores_triton.read_logits(logits, targets, temperature)
+    rows = torch.zeros(4, dtype=torch.int64)
+    picking_triton.uniform_numbers(0, rows, rows)
+    counts, banned = torch.zeros(4, V), torch.zeros(V, dtype=torch.bool)
+    for sampling in (Sampling(temperature=0), Sampling(top_k=50, top_p=0.3, penalty_decay=0.99)):
+        uniforms = torch.zeros(4, dtype=torch.float64)
+        picking_triton.pick(logits, sampling, uniforms, counts, banned)
+
+
 def compile_kernels(run: Callable[[], None]) -> dict[str, int]:
     """The most shared memory of each kernel that is launched; none runs."""
     taken: dict[str, int] = {}
@@ -95,6 +180,9 @@ def compile_kernels(run: Callable[[], None]) -> dict[str, int]:
     return taken
 
 
+MAKE = {"heads": heads, "adapters": adapters, "stores": stores, "tokens": tokens}
+
+
 if __name__ == "__main__":
     ops, dtype, channels, gpu = sys.argv[1:]
     amd = gpu.startswith("gfx")
@@ -103,6 +191,6 @@ if __name__ == "__main__":
     driver.set_active(Absent(GPUTarget("hip", gpu, 64) if amd else GPUTarget("cuda", int(gpu), 32)))
     cuda_build.too_small = lambda device, shared: "no room" if shared > ROOM[gpu] else None
     for op, C in product(ops.split(","), map(int, channels.split(","))):
-        make = mixes if op in MIXES else wkv
+        make = MAKE.get(op, mixes if op in MIXES else wkv)
         found = compile_kernels(partial(make, op, getattr(torch, dtype), C))
         sys.stdout.writelines(f"{op} {C} {kernel} {shared}\n" for kernel, shared in found.items())

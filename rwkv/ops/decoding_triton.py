@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from rwkv.ops import cuda_build, picking_triton
 from rwkv.ops.decoding import Late
 from rwkv.ops.picking_triton import pick as pick  # functions that a backend offers
 from rwkv.ops.picking_triton import uniform_numbers as uniform_numbers
@@ -29,7 +30,7 @@ def why_not(sample: Tensor, packed: bool) -> str | None:
         return f"needs heads of 2^n channels up to 128, not {N}"
     if sample.device.type != "cuda" and not INTERPRETED:
         return f"needs a GPU, the tensors are on {sample.device}"
-    return None
+    return cuda_build.too_small(sample.device, picking_triton.SHARED)
 
 
 @triton.jit

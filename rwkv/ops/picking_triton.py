@@ -17,6 +17,7 @@ BLOCK = 8192  # tokens of the vocabulary at once
 COLUMNS = 2048  # of a block; a thread adds up over its rows
 FEW = 4096  # tokens that are gathered
 WAYS = 8  # parts of an interval that a pass tells apart
+SHARED = (64 if torch.version.hip is None else 128) << 10  # bytes of shared memory of a block
 
 # SplitMix64's, as in rwkv/sampling.py
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
