@@ -33,7 +33,7 @@ class AdapterLinear(Linear):
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features)
         self.weight, self.store, self.active = base.weight, base.store, True
-        self.closes = base.closes
+        self.closes, self.gives_logits = base.closes, base.gives_logits
         if self.weight is not None:
             self.weight.requires_grad_(False)
 

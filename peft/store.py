@@ -90,8 +90,14 @@ class Store(nn.Module):
         """x W^T, without history, [..., in] -> [..., out]: a new tensor, or `into` += it."""
         return matrix_product(x, self.dense(x.dtype).T, into)
 
-    def backward_product(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
-        """grad W, the gradient of the input, [..., out] -> [..., in]: likewise."""
+    def backward_product(
+        self, grad: Tensor, into: Tensor | None = None, *, of_logits: bool = False
+    ) -> Tensor:
+        """grad W, the gradient of the input, [..., out] -> [..., in]: likewise.
+
+        of_logits: grad is that of logits: a row has one number near -1 and tens of thousands of
+            small ones that together weigh as much.
+        """
         return matrix_product(grad, self.dense(grad.dtype), into)
 
     def bytes(self) -> int:

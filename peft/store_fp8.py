@@ -29,7 +29,9 @@ class Fp8Store(RowStore):
         out = native_product(x, self.codes, self.scale).to(x.dtype)
         return out if into is None else into.add_(out)
 
-    def backward_product(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
+    def backward_product(
+        self, grad: Tensor, into: Tensor | None = None, *, of_logits: bool = False
+    ) -> Tensor:
         if not multiplies_natively(grad, self.codes):
             return super().backward_product(grad, into)
         out = native_gradient(grad, self.codes, self.scale).to(grad.dtype)

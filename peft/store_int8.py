@@ -32,9 +32,15 @@ class Int8Store(RowStore):
         left = rounded_rows("int8", x.flatten(0, -2))
         return whole_product(kernels, *left, self.codes, self.scale, like=x, into=into)
 
-    def backward_product(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
-        """The scales of W's rows lie along the summed side: they go into the gradient."""
-        kernels = product_kernels(grad, self.codes)
+    def backward_product(
+        self, grad: Tensor, into: Tensor | None = None, *, of_logits: bool = False
+    ) -> Tensor:
+        """The scales of W's rows lie along the summed side: they go into the gradient.
+
+        A gradient of logits meets the unpacked weight: rounded to whole numbers, what is below a
+        254th of its largest would be lost.
+        """
+        kernels = None if of_logits else product_kernels(grad, self.codes)
         if kernels is None:
             return super().backward_product(grad, into)
         left = rounded_rows("int8", grad.flatten(0, -2), self.scale.T)

@@ -34,8 +34,13 @@ class WeightStore(Protocol):
         """x W^T, without history, [..., in] -> [..., out]: a new tensor, or `into` += it."""
         ...
 
-    def backward_product(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
-        """grad W, without history, [..., out] -> [..., in]: a new tensor, or `into` += it."""
+    def backward_product(
+        self, grad: Tensor, into: Tensor | None = None, *, of_logits: bool = False
+    ) -> Tensor:
+        """grad W, without history, [..., out] -> [..., in]: a new tensor, or `into` += it.
+
+        of_logits: grad is that of logits, of magnitudes that no whole numbers of 8 bits tell apart.
+        """
         ...
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -95,12 +100,13 @@ class Linear(Matrix):
     Attributes:
         closes: whether nothing but the stream reads the output: it is the last of a part of the
             model that may be run again, and its result is then left out.
+        gives_logits: whether it is the head.
     """
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(out_features, in_features)
         self.in_features, self.out_features = in_features, out_features
-        self.closes = False
+        self.closes = self.gives_logits = False
 
     def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] with which a plain Linear gives this layer's output."""
@@ -128,7 +134,7 @@ class Linear(Matrix):
         if self.weight is not None:
             return matrix_product(grad, self.weight, into)
         assert self.store is not None
-        return self.store.backward_product(grad, into)
+        return self.store.backward_product(grad, into, of_logits=self.gives_logits)
 
     def product_beside(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """x W^T + residual, without history and adapter: a new tensor [..., out]."""

@@ -134,6 +134,7 @@ class RWKV(nn.Module):
         )
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)
+        self.head.gives_logits = True
 
     @property
     def device(self) -> torch.device:

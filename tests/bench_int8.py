@@ -103,7 +103,9 @@ class WholeNumbers(RowStore):
         left = rounded_rows("int8", x.flatten(0, -2))
         return whole_product(self.kernels, *left, self.codes, self.scale, like=x, into=into)
 
-    def backward_product(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
+    def backward_product(
+        self, grad: Tensor, into: Tensor | None = None, *, of_logits: bool = False
+    ) -> Tensor:
         if not multiplies_whole_numbers(grad, self.codes):
             return super().backward_product(grad, into)
         left = rounded_rows("int8", grad.flatten(0, -2), self.scale.T)

@@ -246,8 +246,10 @@ class RoundedRows(RowStore):
         return out if into is None else into.add_(out)
 
     def backward_product(
-        self, grad: torch.Tensor, into: torch.Tensor | None = None
+        self, grad: torch.Tensor, into: torch.Tensor | None = None, *, of_logits: bool = False
     ) -> torch.Tensor:
+        if of_logits and self.kind == "int8":
+            return super().backward_product(grad, into)
         codes, scale = rounded_rows(self.kind, grad.flatten(0, -2), self.scale.T)
         out = (codes.float() * scale @ self.codes.float()).unflatten(0, grad.shape[:-1])
         return out if into is None else into.add_(out)

@@ -673,6 +673,27 @@ def test_logits_may_be_written_over_behind_any_store():
     torch.testing.assert_close(gradient, want.expand_as(gradient))
 
 
+@pytest.mark.parametrize("mode", ["freeze", "lora", "bone", "dora"])
+def test_a_gradient_of_logits_is_not_rounded_to_whole_numbers(mode, tmp_path, monkeypatch):
+    """Where the GPU multiplies those: small probabilities, of which there are many, would be 0."""
+    path = tmp_path / "profile.json"
+    rule = {"match": "*", "mode": mode, "quant": "int8"} | ({"rank": 8} if mode != "freeze" else {})
+    path.write_text(json.dumps({"rules": [rule]}))
+    config = RWKVConfig(
+        version=7, n_layer=1, n_embd=64, dim_ffn=256, vocab_size=512, head_size=64,
+        ranks=LowRanks(8, 8, 8, 8),
+    )  # fmt: skip
+    model, _ = random_with_profile(config, PeftFlags(layer_profile=str(path)))
+    asked = []
+    monkeypatch.setattr(
+        store_int8, "product_kernels", lambda x, codes: asked.append(tuple(codes.shape))
+    )
+    x = torch.randn(1, 40, 64, requires_grad=True)
+    model.head(model.blocks[0].att.key(x)).square().sum().backward()
+    lengths = int(mode == "dora")  # of V's rows, a product more of each layer
+    assert asked.count((512, 64)) == 1 + lengths and asked.count((64, 64)) == 2 + lengths
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "kind, mode",
