@@ -177,6 +177,8 @@ def changes(pair: Pair) -> Iterator[tuple[str, Tensor]]:
 def attach(pair: Pair, model: RWKV) -> None:
     """Put the adapter's layers into its base's model, which may be stored in few bits.
 
+    Of a layer that trained as a whole the adapter's weight takes the place of what is stored.
+
     Raises:
         InputError: an adapter's shapes do not fit the weight.
     """
@@ -185,8 +187,13 @@ def attach(pair: Pair, model: RWKV) -> None:
         assert isinstance(linear, Linear)
         model.set_submodule(layer, _adapted(pair, layer, linear))
     for name in pair.whole:
+        value, owner = pair.adapter[name], model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, Matrix) and owner.store is not None:
+            value = value.to(model.device, owner.store.dtype)
+            owner.weight, owner.store = nn.Parameter(value, requires_grad=False), None
+            continue
         old = model.get_parameter(name)
-        set_parameter(model, name, pair.adapter[name].reshape(old.shape).to(old))
+        set_parameter(model, name, value.reshape(old.shape).to(old))
 
 
 def _linear(pair: Pair, layer: str, weight: Tensor) -> Linear:

@@ -21,7 +21,7 @@ class HostBuffers:
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
-        self._outgrown: list[Tensor] = []  # earlier passes copy there
+        self._recorded: list[Tensor] = []  # where graphs copy to, outgrown ones too
         self._taken = 0
 
     def __enter__(self) -> None:
@@ -35,9 +35,10 @@ class HostBuffers:
         """An uninitialized tensor like x, the next one of this pass."""
         size, n = x.numel() * x.element_size(), self._taken
         if n == len(self._buffers) or self._buffers[n].numel() < size:
-            self._outgrown += self._buffers[n : n + 1]
             new = torch.empty(size, dtype=torch.uint8, pin_memory=x.is_cuda)
             self._buffers[n : n + 1] = [new]
+        if torch.cuda.is_current_stream_capturing():
+            self._recorded.append(self._buffers[n])
         self._taken += 1
         return self._buffers[n][:size].view(x.dtype).view(x.shape)
 

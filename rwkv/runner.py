@@ -57,9 +57,9 @@ def add_storage_arguments(parser: argparse.ArgumentParser) -> None:
 
 def storage_of(model: "RWKV") -> dict[str, str]:
     """The word of each layer that a model keeps in fewer bits."""
-    from rwkv.linear import Linear
+    from rwkv.linear import Matrix
 
-    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, Linear))
+    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, Matrix))
     return {name: layer.store.kind for name, layer in layers if layer.store is not None}
 
 

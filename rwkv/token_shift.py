@@ -20,8 +20,8 @@ def token_shift(x: Tensor, last: Tensor, cu_seqlens: Tensor | None = None) -> Te
     """
     if cu_seqlens is None:
         return torch.cat([last.unsqueeze(1), x[:, :-1]], dim=1)
-    shifted = torch.cat([x[:, :1], x[:, :-1]], dim=1)
-    return shifted.index_copy(1, cu_seqlens[:-1], last.unsqueeze(0))
+    shifted = torch.cat([x[:, :1], x], dim=1)  # a place behind the end, for empty texts there
+    return shifted.index_copy(1, cu_seqlens[:-1], last.unsqueeze(0))[:, :-1]
 
 
 def last_token(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -111,7 +111,7 @@ class Bench:
 
     def step(self, T: int, plan: ChunkPlan | None) -> None:
         """A training step over one text of T random tokens."""
-        model, device = self.model, self.model.emb.weight.device
+        model, device = self.model, self.model.device
         tokens = torch.randint(model.config.vocab_size, (1, T + 1), device=device)
         mask = torch.ones(1, T, dtype=torch.bool, device=device)
         batch = TokenBatch(
@@ -200,7 +200,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--state", action="store_true", help="tune the initial state too")
     parser.add_argument("--quant", default="", help="storage of frozen weights, such as nf4")
-    parser.add_argument("--quant_head", action="store_true", help="store the head so too")
+    parser.add_argument("--quant_head", action="store_true", help="store head and embedding so too")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--modes", nargs="+", choices=("whole", *MODES), default=tuple(MODES))
     parser.add_argument("--chunk", type=int, default=4096)

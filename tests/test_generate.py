@@ -562,6 +562,19 @@ def test_a_quantized_file_is_opened(model_file, tmp_path, kind):
     assert generate(model, [[1, 2]], max_tokens=3)[0].tokens
 
 
+def test_a_layer_that_trained_as_a_whole_is_not_that_of_a_quantized_file(model_file, tmp_path):
+    small, tensors = tmp_path / "small.pth", read_tensors(model_file(V=256))
+    quantize.main(["--load_model", str(model_file(V=256)), "--quant_mode", "int8", "--quant_head",
+                   "--output", str(small)])  # fmt: skip
+    trained = {name: tensors[name] + 1 for name in ("emb.weight", "blocks.0.att.key.weight")}
+    write_tensors(tmp_path / "adapter.pth", trained)
+    model = opened(small, adapter=tmp_path / "adapter.pth", dtype="bf16")
+    for name, value in trained.items():
+        assert torch.equal(model.get_parameter(name), value.bfloat16())
+    assert model.head.store is not None
+    assert generate(model, [[1, 2]], max_tokens=3)[0].tokens
+
+
 def test_the_dtype_is_the_one_asked_for(model_file):
     model = opened(model_file(V=256), dtype="bf16")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from losses.sft import SFT
 from peft.apply import random_with_profile
 from peft.flags import PeftFlags
+from rwkv import offload
 from rwkv.batch import TokenBatch, scored_places
 from rwkv.config import RWKVConfig, default_ffn, default_ranks
 from rwkv.ops.packing import remember_lengths, text_lengths
@@ -283,6 +284,20 @@ def test_nothing_is_recorded_without_memory(coming, monkeypatch, capsys):
     assert not recorded and graphs.failed
     said = capsys.readouterr().err
     assert said.count("--cuda_graphs: a graph takes 3.0 GiB; going on kernel by kernel") == 1
+
+
+def test_once_recording_failed_steps_take_nothing_for_it(coming, monkeypatch):
+    graphs, come, _ = coming
+    found = []
+
+    def objective(model, batch):
+        found.append((batch.inputs.shape[1], offload._buffers.get()))
+
+    monkeypatch.setattr(graphs, "_objective", objective)
+    come(1023)
+    graphs.failed = "no room"
+    come(1023)
+    assert found == [(1024, graphs._host), (1023, None)]
 
 
 @pytest.mark.parametrize(

@@ -365,9 +365,10 @@ def test_dpo_starts_at_log_two_over_stored_weights(folder, tmp_path, quant):
 
 
 @pytest.mark.parametrize("quant", ["nf4", "fp5"])
-def test_scores_belong_to_a_storage(folder, tmp_path, quant):
+@pytest.mark.parametrize("match", ["blocks.*", "*"])
+def test_scores_belong_to_a_storage(folder, tmp_path, quant, match):
     """Norms train beside the adapters: the scores must be of the weights as the run stores them."""
-    profile = {"rules": [{"match": "blocks.*", "mode": "lora", "rank": 4, "quant": quant}]}
+    profile = {"rules": [{"match": match, "mode": "lora", "rank": 4, "quant": quant}]}
     (tmp_path / "profile.json").write_text(json.dumps(profile))
     data = write(tmp_path / "own.jsonl", RECORDS)
     more: dict[str, object] = {"cache_dir": tmp_path / "cache"}

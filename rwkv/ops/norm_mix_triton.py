@@ -140,7 +140,7 @@ class _NormShiftMix(torch.autograd.Function):
             for g in (grad_stream, grad_last, grad_normed, grad_before)
         )
         grad_x = torch.empty_like(x) if need_x else None
-        grad_shift = torch.empty_like(shift) if need_shift else None
+        grad_shift = torch.zeros_like(shift) if need_shift else None  # empty texts keep these
         parameters, wanted = [weight, bias, *mixes], [need_weight, need_bias, *need]
         sums = sum(wanted)
         count = rows_a_program(rows, x.device, programs=2, most=None if sums else 32)

@@ -73,10 +73,10 @@ class GraphedSteps:
         After a replay the gradients are there already; the loss's backward pass, whose own
         gradient must be 1, hands them over to the parameters.
         """
-        recorded = None
-        if not self.failed:
-            batch = padded(batch)
-            recorded = self._recording(batch)
+        if self.failed:
+            return self._objective(self._model, batch)
+        batch = padded(batch)
+        recorded = self._recording(batch)
         if recorded is None:
             with self._host:  # nothing can be pinned while a graph is recorded: it finds this
                 return self._objective(self._model, batch)
