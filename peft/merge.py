@@ -12,7 +12,6 @@ beside the model, as MERGED-state.pth, for --state.
 """
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     storage = {} if options.as_trained else read_metadata(options.adapter).get("storage") or {}
     seen = None
     if storage:
-        with contextlib.suppress(InputError):  # of PiSSA, which stored another weight
+        try:
             seen = open_pair(
                 base,
                 options.adapter,
@@ -111,6 +110,9 @@ def main(argv: list[str] | None = None) -> int:
                 other_base=options.other_base,
                 as_trained=True,
             )
+        except InputError as error:  # whose last words are what to do for --as_trained
+            reason = str(error).rpartition("; ")[0]
+            print(f"not compared with the model as it was trained: {reason}")  # noqa: T201
     if seen is not None:
         beside = compare(seen, merged, device=options.device)
         origin["from_training"] = vars(beside)

@@ -286,6 +286,31 @@ def test_nothing_is_recorded_without_memory(coming, monkeypatch, capsys):
     assert said.count("--cuda_graphs: a graph takes 3.0 GiB; going on kernel by kernel") == 1
 
 
+class Played:
+    """In place of a graph."""
+
+    replays = 0
+
+    def replay(self):
+        self.replays += 1
+
+
+def test_what_was_recorded_is_replayed_when_another_shape_cannot_be(coming, monkeypatch):
+    graphs, come, _ = coming
+    graph, zero = Played(), torch.zeros(())
+
+    def record(batch):
+        if batch.inputs.shape[1] == 8:
+            return graphed._Recorded(graph, batch, zero, {}, [])
+        graphs.failed = "out of memory"
+        return None
+
+    monkeypatch.setattr(graphs, "_record", record)
+    for length in (8, 8, 512, 512, 8, 512, 8):
+        come(length)
+    assert graph.replays == 3 and graphs.failed
+
+
 def test_once_recording_failed_steps_take_nothing_for_it(coming, monkeypatch):
     graphs, come, _ = coming
     found = []

@@ -382,7 +382,7 @@ def test_a_loss_above_the_tolerance_is_refused_and_nothing_written(base, tmp_pat
     assert not output.exists() and not output.with_suffix(".json").exists()
 
 
-def test_merging_as_trained_needs_the_file_to_say_how(base, tmp_path):
+def test_merging_as_trained_needs_the_file_to_say_how(base, tmp_path, capsys):
     path = tmp_path / "rwkv-0.pth"
     write_tensors(path, {"head.bone": torch.zeros(4, 8, 8)})
     with pytest.raises(InputError, match="does not say how the base was stored; drop --as_tr"):
@@ -391,6 +391,10 @@ def test_merging_as_trained_needs_the_file_to_say_how(base, tmp_path):
     _, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, **keys)))
     with pytest.raises(InputError, match="PiSSA stored another weight than the base's; drop"):
         open_pair(read_tensors(base), adapter, as_trained=True)
+    output = tmp_path / "merged.pth"
+    assert main(["--base", str(base), "--adapter", str(adapter), "--output", str(output)]) == 0
+    said = "not compared with the model as it was trained: "
+    assert said in (told := capsys.readouterr().out) and "another weight than the base's\n" in told
 
 
 @pytest.mark.parametrize(

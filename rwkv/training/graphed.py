@@ -9,6 +9,7 @@ Graphs keep their memory, beside which shapes that are not recorded take theirs:
 recorded where a step's memory is not free once more.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ class GraphedSteps:
         objective: as LitModel has it.
 
     Attributes:
-        failed: why nothing is recorded any more; "" as long as all goes well.
+        failed: why nothing more is recorded; "" as long as all goes well.
     """
 
     def __init__(
@@ -73,12 +74,13 @@ class GraphedSteps:
         After a replay the gradients are there already; the loss's backward pass, whose own
         gradient must be 1, hands them over to the parameters.
         """
-        if self.failed:
+        if self.failed and not self._recorded:
             return self._objective(self._model, batch)
         batch = padded(batch)
         recorded = self._recording(batch)
         if recorded is None:
-            with self._host:  # nothing can be pinned while a graph is recorded: it finds this
+            # nothing can be pinned while a graph is recorded: it finds this
+            with contextlib.nullcontext() if self.failed else self._host:
                 return self._objective(self._model, batch)
         for into, field in zip(recorded.batch, batch, strict=True):
             if into is not None and field is not None:
@@ -108,6 +110,8 @@ class GraphedSteps:
         What the first one takes is known at the beginning of the second step, when the optimizer
         has all that it holds.
         """
+        if self.failed:
+            return False
         if self._pool is not None:
             return len(self._recorded) < MOST
         if any(p.grad is not None for p in self._model.parameters()):
