@@ -22,6 +22,7 @@ from rwkv.ops import fused
 from rwkv.ops.activation import gated_sum, squared_relu
 from rwkv.ops.head_output import head_output6, head_output7
 from rwkv.ops.norm_mix import norm_shift_mix, norm_shift_mix_by_data
+from rwkv.ops.packing import text_starts
 from rwkv.ops.wkv7_inputs import wkv7_inputs
 
 ON_GPU = torch.cuda.is_available()
@@ -227,8 +228,18 @@ def test_norm_mix_of_empty_texts_behind_the_others(by_data, uninitialized_is_nan
         case = norm_mix_by_data_case
     ends = torch.tensor([0, 4, 5, 12, 12, 12, 12])
     check(case, x, cu_seqlens=ends, unused=(6,), left_out=("6",))
-    gradient = with_gradients(case, x, cu_seqlens=ends, unused=(6,))["d_shift"]
-    assert gradient[:3].any() and not gradient[3:].any()
+    found = with_gradients(case, x, cu_seqlens=ends, unused=(6,))
+    assert found["d_shift"][:3].any() and not found["d_shift"][3:].any()
+    texts = {"shift": x["shift"][:3]}
+    alone = with_gradients(case, x | texts, cu_seqlens=ends[:4], unused=(6,))
+    assert torch.equal(found["6"][:3], alone["6"])
+
+
+@interpreted
+def test_empty_texts_behind_the_others_start_nowhere():
+    ends, cpu = torch.tensor([0, 3, 5, 5, 5]), torch.device("cpu")
+    assert text_starts(ends, 5, cpu).tolist() == [0, -1, -1, 1, -1, 2]
+    assert text_starts(ends[:3], 5, cpu).tolist() == [0, -1, -1, 1, -1, 2]
 
 
 @kernels

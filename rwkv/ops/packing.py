@@ -50,6 +50,8 @@ def remember_lengths(cu_seqlens: Tensor, lengths: Sequence[int]) -> None:
 def text_starts(cu_seqlens: Tensor, rows: int, device: torch.device) -> Tensor:
     """For each token, the text that starts with it, or -1; for the end the number of texts.
 
+    Empty texts behind the last one are not counted.
+
     Args:
         cu_seqlens: where each text starts, and the end of the last, [Q + 1].
         rows: the number of tokens.
@@ -60,10 +62,12 @@ def text_starts(cu_seqlens: Tensor, rows: int, device: torch.device) -> Tensor:
     """
 
     def make() -> Tensor:
-        starts = torch.full((rows + 1,), -1, dtype=torch.int32, device=device)
+        starts = torch.full((rows + 2,), -1, dtype=torch.int32, device=device)
         texts = torch.arange(cu_seqlens.shape[0], dtype=torch.int32, device=device)
-        starts[cu_seqlens.to(device, torch.int64, non_blocking=True)] = texts
-        return starts
+        borders = cu_seqlens.to(device, torch.int64, non_blocking=True)
+        again = borders.diff(prepend=borders.new_full((1,), -1)) == 0
+        starts[borders.masked_fill(again, rows + 1)] = texts  # the last place is nobody's
+        return starts[:-1]
 
     return known(cu_seqlens, ("starts", rows, device), make)
 
