@@ -16,8 +16,12 @@ import pytest
 import torch
 
 import train
-from rwkv import chat, cli
-from rwkv.checkpoint import read_tensors, write_tensors
+from peft import merge, quantize
+from peft.adapter_file import adapter_metadata, trained_tensors
+from peft.apply import load_with_profile
+from peft.flags import PeftFlags
+from rwkv import chat, cli, generate, score
+from rwkv.checkpoint import fingerprint, read_tensors, write_tensors
 from rwkv.config import RWKVConfig, default_ranks
 from rwkv.errors import InputError, RunError
 from rwkv.flags import is_within, parse
@@ -689,3 +693,47 @@ def test_flags_without_effect_are_named():
         "--orpo_alpha 2.0: has no effect without --orpo 1",
         "--rslora 1: has no effect without --layer_profile",
     ]
+
+
+# Files at the wrong flag
+@pytest.fixture
+def says(capsys):
+    """`says(main, word, ...)` runs a command that fails with status 2, and gives its message."""
+
+    def run(main, *words: object) -> str:
+        assert cli.run(lambda: main([str(word) for word in words])) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line.removeprefix("error: ")
+
+    return run
+
+
+@pytest.fixture
+def trial(good, tmp_path) -> Path:
+    """A folder with an adapter of LoRA and a quantized file, both made of the good model."""
+    flags = PeftFlags(layer_profile=str(good / "lora.json"))
+    model, plan = load_with_profile(good / "base.pth", flags)
+    metadata = adapter_metadata(model, plan, base=fingerprint(read_tensors(good / "base.pth")))
+    write_tensors(tmp_path / "adapter.pth", trained_tensors(model), metadata)
+    words = ["--load_model", good / "base.pth", "--output", tmp_path / "int8.pth"]
+    assert quantize.main([*map(str, words), "--quant_mode", "int8"]) == 0
+    return tmp_path
+
+
+@pytest.mark.parametrize("described", [True, False], ids=["its .json says so", "without .json"])
+def test_a_whole_model_is_no_adapter(fails, says, good, tmp_path, described):
+    base, model = good / "base.pth", tmp_path / "merged.pth"
+    write_tensors(model, dict(read_tensors(base)), {"kind": "model"} if described else None)
+    wanted = f"{model}: is a whole model, no adapter; name it at --load_model"
+    both = ["--load_model", base, "--adapter", model]
+    assert says(chat.main, *both) == wanted
+    assert says(generate.main, *both, "--prompt", "a") == wanted
+    assert says(score.main, *both, "--data", good / "train.jsonl") == wanted
+    output = tmp_path / "again.pth"
+    assert says(merge.main, "--base", base, "--adapter", model, "--output", output) == wanted
+    assert fails(load_adapter=model, layer_profile=good / "lora.json") == wanted
+
+
+def test_a_quantized_file_is_no_adapter(says, good, trial):
+    text = says(chat.main, "--load_model", good / "base.pth", "--adapter", trial / "int8.pth")
+    assert text == f"{trial / 'int8.pth'}: is a whole model, no adapter; name it at --load_model"
