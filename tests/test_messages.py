@@ -737,3 +737,13 @@ def test_a_whole_model_is_no_adapter(fails, says, good, tmp_path, described):
 def test_a_quantized_file_is_no_adapter(says, good, trial):
     text = says(chat.main, "--load_model", good / "base.pth", "--adapter", trial / "int8.pth")
     assert text == f"{trial / 'int8.pth'}: is a whole model, no adapter; name it at --load_model"
+
+
+def test_only_merge_offers_its_flag_for_another_base(says, good, trial):
+    tensors = dict(read_tensors(good / "base.pth"))
+    write_tensors(trial / "other.pth", tensors | {"emb.weight": tensors["emb.weight"] + 1})
+    both = ["--adapter", trial / "adapter.pth"]
+    text = says(chat.main, "--load_model", trial / "other.pth", *both)
+    assert text.endswith("; name the base it was trained on")
+    text = says(merge.main, "--base", trial / "other.pth", *both, "--output", trial / "m.pth")
+    assert text.endswith("; name the base it was trained on, or add --other_base")
