@@ -239,7 +239,7 @@ MODELS = {
     "another model": (transformer, "is no RWKV model (its tensors are model.layers.0"),
     "whole numbers": (whole_numbers, "holds int32, weights are floating-point numbers"),
     "older RWKV": (rwkv_5, "is an older RWKV"),
-    "an adapter": (adapter, "is an adapter or state file; name the base model's file"),
+    "an adapter": (adapter, "is an adapter, no model; name the base's file here, and"),
 }
 
 
@@ -747,3 +747,24 @@ def test_only_merge_offers_its_flag_for_another_base(says, good, trial):
     assert text.endswith("; name the base it was trained on")
     text = says(merge.main, "--base", trial / "other.pth", *both, "--output", trial / "m.pth")
     assert text.endswith("; name the base it was trained on, or add --other_base")
+
+
+def test_an_adapter_is_no_model(fails, says, trial):
+    """Also one that holds a block's small tensors, without its .json."""
+    path, small = trial / "adapter.pth", trial / "small.pth"
+    wanted = f"{path}: is an adapter, no model; name the base's file here, and this one at "
+    wanted += "--adapter (of train.py: --load_adapter)"
+    assert says(generate.main, "--load_model", path, "--prompt", "a") == wanted
+    assert says(quantize.main, "--load_model", path, "--output", trial / "q.pth") == wanted
+    assert fails(load_model=path) == wanted
+    path.with_suffix(".json").rename(small.with_suffix(".json"))
+    assert fails(load_model=path) == wanted
+    tensors = {name: t for name, t in read_tensors(path).items() if "lora" not in name}
+    write_tensors(small, tensors)
+    assert fails(load_model=small) == wanted.replace(str(path), str(small))
+
+
+def test_a_state_is_no_model(fails, tmp_path):
+    path = tmp_path / "state.pth"
+    write_tensors(path, {"blocks.0.att.time_state": torch.zeros(3, 16, 16)})
+    assert fails(load_model=path).startswith(f"{path}: is a state, no model; name the base's file")
