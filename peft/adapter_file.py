@@ -130,6 +130,7 @@ def read_adapter(
     if alpha is not None and not alpha > 0:
         raise InputError(f"--alpha {alpha:g}: must be above 0; take that of the training")
     tensors, metadata = read_tensors(path), read_metadata(path)
+    _check_own(path, tensors)
     if _is_model(tensors, metadata):
         raise _whole_model(path)
     for name in tensors:
@@ -168,6 +169,16 @@ def read_adapter(
         for layer, parts in shapes.items()
     }
     return tensors, kinds, metadata
+
+
+def _check_own(path: Path | str, tensors: TensorFile) -> None:
+    """Stop at an adapter of HF peft."""
+    if any(name.startswith("base_model.model.") for name in tensors):
+        folder = path if Path(path).is_dir() else Path(path).parent
+        raise InputError(
+            f"{path}: is HF peft's adapter; name what python -m peft.convert --adapter {folder} "
+            "--output ADAPTER.pth makes of it"
+        )
 
 
 def _is_model(tensors: TensorFile, metadata: Mapping[str, Any]) -> bool:
@@ -260,6 +271,7 @@ def load_adapter(model: nn.Module, path: Path | str, *, base: str | None = None)
     scales = {n: m.scale for n, m in adapters.items() if isinstance(m, LoraLinear)}
     tensors = read_tensors(path)
     wanted = trained_tensors(model)
+    _check_own(path, tensors)
     metadata = read_metadata(path)
     if tensors.keys() != wanted.keys() and _is_model(tensors, metadata):
         raise _whole_model(path)  # which a run that trains all goes on from, and no other

@@ -84,6 +84,12 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--output {options.output}: is an input too; choose another name")
     check_output(options.output)
     base = read_tensors(options.base)
+    if base.quantized:
+        raise InputError(
+            f"--base {options.base}: is quantized, and takes no changes; name the model it was "
+            f"made from ({base.base}); such a file is for --load_model of train.py, rwkv.chat, "
+            "rwkv.generate and rwkv.score"
+        )
     pair = open_pair(
         base,
         options.adapter,

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import train
-from peft import merge, quantize
+from peft import convert, merge, quantize
 from peft.adapter_file import adapter_metadata, trained_tensors
 from peft.apply import load_with_profile
 from peft.flags import PeftFlags
@@ -768,3 +768,31 @@ def test_a_state_is_no_model(fails, tmp_path):
     path = tmp_path / "state.pth"
     write_tensors(path, {"blocks.0.att.time_state": torch.zeros(3, 16, 16)})
     assert fails(load_model=path).startswith(f"{path}: is a state, no model; name the base's file")
+
+
+def test_an_adapter_of_hf_peft_names_the_conversion(fails, says, good, trial):
+    folder = trial / "hf"
+    (trial / "keys.json").write_text('{"rules": [{"match": "*.key", "mode": "lora", "rank": 4}]}')
+    flags = PeftFlags(layer_profile=str(trial / "keys.json"))
+    model, plan = load_with_profile(good / "base.pth", flags)
+    write_tensors(
+        trial / "only.pth", trained_tensors(model), adapter_metadata(model, plan, base="")
+    )
+    assert convert.main(["--adapter", str(trial / "only.pth"), "--output", str(folder)]) == 0
+    base = ["--load_model", good / "base.pth"]
+    wanted = "is HF peft's adapter; name what python -m peft.convert --adapter "
+    wanted += f"{folder} --output ADAPTER.pth makes of it"
+    for path in (folder, folder / "adapter_model.safetensors"):
+        assert says(chat.main, *base, "--adapter", path) == f"{path}: {wanted}"
+        assert fails(load_adapter=path, layer_profile=good / "lora.json") == f"{path}: {wanted}"
+    assert fails(load_model=folder).startswith(f"{folder}: is HF peft's adapter, no model; name")
+
+
+def test_a_quantized_base_of_merge_names_what_it_is_for(says, good, trial):
+    words = ["--base", trial / "int8.pth", "--adapter", trial / "adapter.pth"]
+    made_from = fingerprint(read_tensors(good / "base.pth"))
+    assert says(merge.main, *words, "--output", trial / "m.pth") == (
+        f"--base {trial / 'int8.pth'}: is quantized, and takes no changes; name the model it was "
+        f"made from ({made_from}); such a file is for --load_model of train.py, rwkv.chat, "
+        "rwkv.generate and rwkv.score"
+    )
