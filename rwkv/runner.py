@@ -50,9 +50,9 @@ def add_storage_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("storage, as of the run that takes the scores")
     group.add_argument("--layer_profile", default="", help="of the run; its adapters do nothing")
-    group.add_argument("--quant", type=int, choices=(0, 1), default=0, help="as for train.py")
+    group.add_argument("--quant", action="store_true", help="as for train.py")
     group.add_argument("--quant_mode", choices=(*QUANT_MODES, *QUANT_ALIASES), default="nf4")
-    group.add_argument("--quant_head", type=int, choices=(0, 1), default=0)
+    group.add_argument("--quant_head", action="store_true", help="as for train.py")
 
 
 def storage_of(model: "RWKV") -> dict[str, str]:
@@ -95,12 +95,12 @@ def open_model(options: argparse.Namespace, *, merged: bool = False) -> "tuple[R
     config = config_of(read_tensors(options.load_model))
     tokenizer = load_tokenizer(options.tokenizer or None, config.vocab_size)
     storage = None
-    if getattr(options, "layer_profile", "") or getattr(options, "quant", 0):
+    if getattr(options, "layer_profile", "") or getattr(options, "quant", False):
         storage = PeftFlags(
             layer_profile=options.layer_profile,
-            quant=bool(options.quant),
+            quant=options.quant,
             quant_mode=options.quant_mode,
-            quant_head=bool(options.quant_head),
+            quant_head=options.quant_head,
         )
     model = load_frozen(
         options.load_model, device=device, dtype=dtype, backend=options.kernel, storage=storage

@@ -796,3 +796,16 @@ def test_a_quantized_base_of_merge_names_what_it_is_for(says, good, trial):
         f"made from ({made_from}); such a file is for --load_model of train.py, rwkv.chat, "
         "rwkv.generate and rwkv.score"
     )
+
+
+# Switches of all commands
+@pytest.mark.parametrize(("given", "count"), [("", 14), (" 1", 14), (" 0", 12)])
+def test_switches_take_0_or_1_or_nothing(good, tmp_path, capsys, given, count):
+    words = f"--load_model {good / 'base.pth'} --quant_mode int8 --quant_head{given} --output "
+    assert quantize.main([*words.split(), str(tmp_path / "q.pth")]) == 0
+    assert f": {count} layers as int8" in capsys.readouterr().out
+
+
+def test_a_switch_that_is_neither_is_named(says):
+    words = "--load_model a --output b --quant_head perhaps"
+    assert says(quantize.main, *words.split()) == "--quant_head perhaps: is not 1 or 0; write one"
