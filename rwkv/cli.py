@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from rwkv.errors import InputError, RunError
-from rwkv.flags import Reader
+from rwkv.flags import Reader, with_minus
 from rwkv.names import check_names
 
 
@@ -65,6 +65,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
         self.register("action", "store_true", Switch)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, and what follows a flag with one dash is its value."""
+        return super().parse_known_args(
+            with_minus(sys.argv[1:] if args is None else args), namespace
+        )
 
     def error(self, message: str) -> NoReturn:
         """Stop with what argparse found wrong, as our messages are written.

@@ -349,6 +349,8 @@ def test_a_profile_that_is_no_profile(fails, tmp_path):
         (["there"], "'there': belongs to no flag; --help lists them"),
         (["--proj_dir", ""], "--proj_dir: names no folder; give one, or"),
         (["--memory", "24GB"], "--memory 24GB: is for --dry_run 1; add it"),
+        (["--memory", "-3GB", "--dry_run"], "--memory -3GB: is no size; write 24GB, say"),
+        (["--proj_dir", "-x", "--val_prompts", "-y"], "--val_prompts -y: no such file"),
         (["--memory", "24", "--dry_run"], "--memory 24: is no size; write 24GB, say"),
         (
             ["--val_data_file", "v", "--val_fraction", "0.1"],
@@ -423,6 +425,8 @@ def test_every_number_among_the_flags_has_its_range():
         ),
         ("--load_model a --token 3", "--token: no such flag; did you mean --tokens?"),
         ("--load_model", "--load_model: has no value; write one behind it"),
+        ("--load_model -a --tokens -3", "--tokens -3: needs to be at least 1; raise it"),
+        ("--load_model -a", "-a: no such file; check the path"),
         ("", "--load_model: is missing; --help says what it is"),
     ],
 )
