@@ -113,7 +113,7 @@ def read_profile(path: Path | str, layer_names: Sequence[str]) -> dict[str, Laye
 
 def read_rules(path: Path) -> list[Rule]:
     """The rules of a JSON profile, each checked by itself."""
-    content = parse_json(path, read_text(path))
+    content = parse_json(path, read_text(path), once=True)
     rules = content.get("rules") if isinstance(content, dict) else None
     if not isinstance(rules, list) or not rules:
         raise InputError(f'{path}: has no rules; write {{"rules": [{{"match": "blocks.*", ...}}]}}')
@@ -127,6 +127,11 @@ def _rule(where: str, rule: object) -> Rule:
     if not isinstance(rule, dict):
         raise InputError(f"{where}: is {rule!r}; write an object with 'match' and keys to set")
     changes = dict(rule)
+    for key in changes:
+        if key not in (*RULE_KEYS, "match", "optional"):
+            near = difflib.get_close_matches(key, (*RULE_KEYS, "match", "optional"), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(RULE_KEYS)}"
+            raise InputError(f"{where}: unknown key {key!r}; {hint}")
     match, optional = changes.pop("match", None), changes.pop("optional", False)
     globs = [match] if isinstance(match, str) else match
     if not isinstance(globs, list) or not globs or not all(isinstance(g, str) for g in globs):
@@ -140,10 +145,6 @@ def _rule(where: str, rule: object) -> Rule:
 
 def _value(where: str, key: str, value: Any) -> Any:
     """The value of a rule's key, checked."""
-    if key not in RULE_KEYS:
-        near = difflib.get_close_matches(key, (*RULE_KEYS, "match", "optional"), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(RULE_KEYS)}"
-        raise InputError(f"{where}: unknown key {key!r}; {hint}")
     if key == "mode" or key == "quant":
         words = MODES if key == "mode" else STORAGES
         if value not in words:

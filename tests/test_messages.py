@@ -284,6 +284,20 @@ def test_an_unknown_key_in_a_profile_names_the_nearest(fails, tmp_path):
     assert fails(layer_profile=path) == wanted
 
 
+def test_an_unknown_key_outweighs_what_is_missing(fails, tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text('{"rules": [{"mach": "*", "mode": "freeze"}]}')
+    wanted = f"{path}: rule 1: unknown key 'mach'; did you mean 'match'?"
+    assert fails(layer_profile=path) == wanted
+
+
+def test_a_key_that_a_rule_has_twice_is_named(fails, tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text('{"rules": [{"match": "*", "mode": "lora", "rank": 4, "rank": 8}]}')
+    wanted = f"{path}: 'rank' is there twice in one object, as 4 and 8; keep one of them"
+    assert fails(layer_profile=path) == wanted
+
+
 PROFILES = {
     "unknown mode": ({"mode": "lorra", "rank": 4}, "did you mean 'lora'?"),
     "no rank": ({"mode": "lora"}, "needs a rank for blocks.0"),
