@@ -80,6 +80,12 @@ def main(argv: list[str] | None = None) -> int:
         write_tensors,
     )
 
+    if options.quant_mode is None:
+        for name, usual in (("quant_head", False), ("quant_tolerance", QUANT_TOLERANCE)):
+            if getattr(options, name) != usual:
+                raise InputError(
+                    f"--{name}: has no effect without --quant_mode; add it, or drop it"
+                )
     if options.output.resolve() in (options.base.resolve(), options.adapter.resolve()):
         raise InputError(f"--output {options.output}: is an input too; choose another name")
     check_output(options.output)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import train
+from data import make_reference
 from peft import convert, merge, quantize
 from peft.adapter_file import adapter_metadata, trained_tensors
 from peft.apply import load_with_profile
@@ -713,6 +714,15 @@ def test_flags_without_effect_are_named():
     ]
 
 
+def test_flags_without_effect_are_named_at_their_usual_values():
+    """If they are written, and say more than that something is off."""
+    line = "--sft 1 --quant 0 --quant_head 0 --quant_mode=nf4 --infctx 1 --chunk_ctx 512"
+    words = line.split()
+    settings = parse(words, FLAGS, program="train.py", description="")
+    wanted = "--quant_mode nf4: has no effect without --quant 1"
+    assert without_effect(settings, words) == [wanted]
+
+
 # Files at the wrong flag
 @pytest.fixture
 def says(capsys):
@@ -827,3 +837,24 @@ def test_switches_take_0_or_1_or_nothing(good, tmp_path, capsys, given, count):
 def test_a_switch_that_is_neither_is_named(says):
     words = "--load_model a --output b --quant_head perhaps"
     assert says(quantize.main, *words.split()) == "--quant_head perhaps: is not 1 or 0; write one"
+
+
+# What would be without effect
+@pytest.mark.parametrize("words", ["--quant_head 1", "--quant_tolerance 0.1"])
+def test_merge_names_flags_of_a_storage_that_is_not_chosen(says, words):
+    name = words.split()[0]
+    text = says(merge.main, *f"--base a --adapter b --output c {words}".split())
+    assert text == f"{name}: has no effect without --quant_mode; add it, or drop it"
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("--quant_head", "--quant_head: has no effect without --quant 1; add it, or drop it"),
+        ("--quant_mode nf4", "--quant_mode: has no effect without --quant 1; add it, or drop it"),
+        ("--quant 1", "--quant: has no effect without --layer_profile; add it, or drop it"),
+    ],
+)
+def test_scores_name_flags_of_a_storage_that_is_not_chosen(says, good, words, wanted):
+    both = ["--load_model", good / "base.pth", "--data", good / "train.jsonl"]
+    assert says(make_reference.main, *both, *words.split()) == wanted
