@@ -82,21 +82,25 @@ class Rule:
     changes: dict[str, Any]
     optional: bool = False
 
+    def hits(self, layer_names: Sequence[str]) -> set[str]:
+        """The layers that it names."""
+        return {name for glob in self.match for name in fnmatch.filter(layer_names, glob)}
+
     def as_json(self) -> dict[str, Any]:
         match = self.match[0] if len(self.match) == 1 else list(self.match)
         return {"match": match, **self.changes} | ({"optional": True} if self.optional else {})
 
 
-def read_profile(path: Path | str, layer_names: Sequence[str]) -> dict[str, LayerPlan]:
-    """Return a plan for every name in `layer_names`, such as "blocks.0.att.key".
+def read_profile(path: Path | str, layer_names: Sequence[str]) -> list[Rule]:
+    """The rules of a profile, for `plans_of`.
 
     Args:
         path: a JSON profile, or a CSV one by its ending.
-        layer_names: as `peft.plan.layer_names` gives them.
+        layer_names: of the model, such as "blocks.0.att.key".
 
     Raises:
-        InputError: the file is no profile, has an unknown key, mode or value, or a rule that
-            matches no layer. The message names the file, the rule and the mend.
+        InputError: the file is no profile, or has an unknown key, mode or value. The message names
+            the file, the rule and the mend.
     """
     path = Path(path)
     if not path.is_file():
@@ -105,10 +109,8 @@ def read_profile(path: Path | str, layer_names: Sequence[str]) -> dict[str, Laye
         from peft.csv_profile import read_rows, rules_of
 
         blocks = {name.split(".")[1] for name in layer_names if name.startswith("blocks.")}
-        rules = rules_of(read_rows(path, n_layer=len(blocks)))
-    else:
-        rules = read_rules(path)
-    return plans_of(rules, layer_names)
+        return rules_of(read_rows(path, n_layer=len(blocks)))
+    return read_rules(path)
 
 
 def read_rules(path: Path) -> list[Rule]:
@@ -179,7 +181,7 @@ def plans_of(rules: Sequence[Rule], layer_names: Sequence[str]) -> dict[str, Lay
     """
     plans = dict.fromkeys(layer_names, LayerPlan())
     for rule in rules:
-        hit = {name for glob in rule.match for name in fnmatch.filter(layer_names, glob)}
+        hit = rule.hits(layer_names)
         if not hit and not rule.optional:
             raise InputError(
                 f"{rule.where}: {', '.join(map(repr, rule.match))} matches no layer of this model, "
