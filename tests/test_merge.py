@@ -86,7 +86,8 @@ def test_a_file_of_every_parameter_is_a_model(base, tmp_path):
     assert torch.equal(logits(load_model(path, backend="reference")), logits(model))
     profile = tmp_path / "some.json"
     profile.write_text('{"rules": [{"match": "blocks.1.*", "mode": "full"}]}')
-    _, path = saved(base, tmp_path, PeftFlags(layer_profile=str(profile)))
+    (tmp_path / "other").mkdir()
+    _, path = saved(base, tmp_path / "other", PeftFlags(layer_profile=str(profile)))
     assert read_metadata(path)["kind"] == "adapter"
 
 
@@ -296,12 +297,34 @@ def test_the_command_refuses_what_differs_and_deletes_nothing(base, tmp_path):
     flags = PeftFlags(layer_profile=profile(tmp_path, mode="lora"))
     _, adapter = saved(base, tmp_path, flags)
     output = tmp_path / "merged.pth"
-    output.write_text("what stood here")
     command = ["--base", str(base), "--adapter", str(adapter), "--output", str(output)]
+    assert main(command) == 0
+    before = output.read_bytes()
     with pytest.raises(InputError, match=r"merged.pth: not written: logits differ by .* KL"):
         main([*command, "--tolerance", "-1"])
-    assert output.read_text() == "what stood here"
-    assert sorted(p.name for p in tmp_path.glob("*merged*")) == ["merged.pth"]
+    assert output.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.glob("*merged*")) == ["merged.json", "merged.pth"]
+
+
+@pytest.mark.parametrize("more", [[], ["--quant_mode", "int8"]], ids=["model", "quantized"])
+def test_no_output_takes_the_place_of_something_else(base, tmp_path, more):
+    """Of a file of another kind, or of the .json of one with another ending."""
+    _, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode="lora")))
+    before = adapter.with_suffix(".json").read_bytes()
+    command = ["--base", str(base), "--adapter", str(adapter), *more, "--output"]
+    beside = adapter.with_suffix(".safetensors")
+    with pytest.raises(
+        InputError, match=r"its adapter.json would describe adapter.pth too; choose"
+    ):
+        main([*command, str(beside)])
+    plain = tmp_path / "plain.pth"
+    plain.write_bytes(base.read_bytes())
+    with pytest.raises(
+        InputError, match="plain.pth: is there, and no .json says that it is of kin"
+    ):
+        main([*command, str(plain)])
+    assert adapter.with_suffix(".json").read_bytes() == before
+    assert plain.read_bytes() == base.read_bytes() and not beside.exists()
 
 
 def test_another_base_is_refused(base, tmp_path):
