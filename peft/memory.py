@@ -173,7 +173,13 @@ class Prediction:
 
 
 def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
-    """The memory of training this model by this plan."""
+    """The memory of training this model by this plan.
+
+    A CPU's memory is the host's: nothing leaves it.
+    """
+    if not step.on_gpu:
+        strategy = step.strategy.removesuffix("_offload")
+        step = replace(step, host_blocks=False, host_states=False, strategy=strategy)
     rest = weights(plan, step)
     if step.teacher:
         rest["the teacher's weights"] = step.teacher
