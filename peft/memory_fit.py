@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from peft.flags import QUANT_ALIASES
-from peft.memory import GIB, Prediction, Step, predict
+from peft.memory import Prediction, Step, in_words, predict
 from peft.plan import ENDS, Plan, stored_bytes, trained_sizes
 from rwkv.config import RWKVConfig
 from rwkv.errors import InputError
@@ -160,11 +160,11 @@ def what_fits(config: RWKVConfig, plan: Plan, step: Step, memory: int) -> str:
         config, plan, step: of the run.
         memory: bytes of the device.
     """
-    asked = f"{memory / GIB:.1f} GiB"
+    asked = in_words(memory)
     run = Choice((), plan, step)
     found = _predicted(config, run)
     if found.needed <= memory:
-        return f"fits {asked}: needs {found.needed / GIB:.1f} GiB"
+        return f"fits {asked}: needs {in_words(found.needed)}"
     for change in CHANGES:
         for other in change(run):
             if _predicted(config, other).needed <= memory:
@@ -186,8 +186,8 @@ def what_fits(config: RWKVConfig, plan: Plan, step: Step, memory: int) -> str:
     if not step.on_gpu:
         mend = "take a smaller model, or a GPU"
     return (
-        f"does not fit {asked} by any of these changes: {_in_words(run)} would need "
-        f"{least / GIB:.1f} GiB; {mend}"
+        f"does not fit {asked} by any of these changes: {_written(run)} would need "
+        f"{in_words(least)}; {mend}"
     )
 
 
@@ -208,7 +208,7 @@ def _weights(plan: Plan, run: Choice) -> int:
     return sum(stored_bytes(plan, run.step.dtype).values())
 
 
-def _in_words(run: Choice) -> str:
+def _written(run: Choice) -> str:
     """What differs: flags as on a command line, and what is no flag."""
     flags = [words for words in run.words if words.startswith("--")]
     others = [words for words in run.words if not words.startswith("--")]
@@ -221,4 +221,4 @@ def _predicted(config: RWKVConfig, run: Choice) -> Prediction:
 
 def _told(config: RWKVConfig, run: Choice) -> str:
     needed = _predicted(config, run).needed
-    return f"fits with {_in_words(run)}: {needed / GIB:.1f} GiB"
+    return f"fits with {_written(run)}: {in_words(needed)}"

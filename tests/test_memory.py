@@ -518,7 +518,6 @@ def test_what_a_cpu_keeps_in_host_memory_is_in_its_total(tmp_path, more):
 
 def test_half_the_bits_are_proposed_where_a_run_is_in_float32(tmp_path):
     assert "fits with --precision bf16: " in on_a_cpu(tmp_path, 4)
-    assert "--precision" not in on_a_cpu(tmp_path, 0.5).replace("--precision bf16", "", 1)
     config = bench_memory.config_of_shape("1.5B")
     assert "--precision" not in what_fits(config, plan_of(tmp_path, config), Step(1, 256), GIB)
 
@@ -635,6 +634,18 @@ def test_cudas_own_memory_is_counted_on_a_gpu_alone(tmp_path, capsys, accelerato
 def test_verifying_needs_a_gpu(tmp_path):
     with pytest.raises(RunError, match="--dry_run verify: measures a GPU, and torch finds none"):
         train.main(dry(tmp_path, dry_run="verify"))
+
+
+def test_small_models_are_told_in_mib(tmp_path):
+    """A LoRA of rank 8 over 128 x 128 weights: no part would be a hundredth of a GiB."""
+    found = predict(config_of(), plan_of(tmp_path), Step(1, 64, on_gpu=False, fused=False))
+    first, *parts, last = memory.table(found)
+    assert first == "predicted memory of a device, MiB:"
+    size = found.rest["weights, bfloat16"] / 2**20
+    assert f"  weights, bfloat16  {size:.2f}" in [re.sub(" {3,}", "  ", line) for line in parts]
+    assert f"a device needs {found.needed / 2**20:.1f} MiB beside Python" in last
+    told = what_fits(config_of(), plan_of(tmp_path), Step(1, 64, on_gpu=False), 50 * 2**20)
+    assert told.startswith("fits 50.0 MiB: needs ") and told.endswith(" MiB")
 
 
 def test_prediction_and_measurement_side_by_side(tmp_path):
