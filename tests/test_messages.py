@@ -472,7 +472,7 @@ def test_a_missing_deepspeed_is_named(monkeypatch):
     flags = TrainerFlags(strategy="deepspeed_stage_2")
     monkeypatch.setattr(strategy, "find_spec", lambda name: None)
     with pytest.raises(RunError, match="^--strategy deepspeed_stage_2: needs DeepSpeed; pip inst"):
-        strategy.check_strategy(flags, "cuda")
+        strategy.check_strategy(flags, on_gpu=True)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(RunError, match=r"^--strategy deepspeed_stage_2: cannot use DeepSpeed \("):
         strategy.make_strategy(flags, torch.bfloat16, 1)
@@ -677,6 +677,31 @@ def test_the_sft_command_of_rwkv_lm_rlhf_starts(assets, tmp_path, capsys, name):
     assert name.split("_")[2].removesuffix(".csv") in shown
     assert "40,000 steps" in shown and "strategy deepspeed_stage_2_offload" in shown
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_dry_run_says_what_a_cpu_cannot(fails, good, tmp_path, capsys):
+    """DeepSpeed needs a GPU; a plan for another machine's goes on without the package."""
+    for accelerator in ("cpu", "auto"):
+        text = fails(strategy="deepspeed_stage_2", accelerator=accelerator, dry_run=1)
+        assert text.startswith("--strategy deepspeed_stage_2: DeepSpeed needs a GPU; use --strat")
+        assert text.endswith("auto or ddp, or plan for one by --accelerator gpu")
+    words = {"load_model": good / "base.pth", "train_data_file": good / "train.jsonl", "sft": 1}
+    words |= {"strategy": "deepspeed_stage_2", "accelerator": "gpu", "gpu_memory": 8}
+    words |= {"dry_run": 1, "cache_dir": tmp_path}
+    assert train.main([w for k, v in words.items() for w in (f"--{k}", str(v))]) == 0
+    told = capsys.readouterr().err
+    assert "buckets of DeepSpeed" in told and "no effect" not in told
+
+
+def test_flags_of_a_gpu_are_named_on_a_cpu(good, tmp_path, capsys):
+    words = {"load_model": good / "base.pth", "train_data_file": good / "train.jsonl", "sft": 1}
+    words |= {"accelerator": "cpu", "gpu_memory": 8, "grad_cp_offload": 1}
+    words |= {"dry_run": 1, "cache_dir": tmp_path}
+    assert train.main([w for k, v in words.items() for w in (f"--{k}", str(v))]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "--gpu_memory 8.0: has no effect on a CPU" in lines
+    assert "--grad_cp_offload 1: has no effect on a CPU" in lines
 
 
 def test_flags_without_effect_are_named():

@@ -41,6 +41,11 @@ def choose_device(settings: Settings) -> Device:
     return Device(kind, chosen_dtype(flags, "cuda" if planned else kind))
 
 
+def is_for_gpu(settings: Settings, device: Device) -> bool:
+    """Whether the run, or the one that a dry run plans for another machine, has a GPU."""
+    return device.kind == "cuda" or settings[TrainerFlags].accelerator == "gpu"
+
+
 def plan_layers(settings: Settings, config: RWKVConfig) -> Plan:
     """What happens to every layer, from the sizes alone: wrong profiles stop here.
 
