@@ -36,7 +36,13 @@ def main(argv: list[str] | None = None) -> int:
 def train(settings: Settings) -> int:
     """Prepare a run, print its plan and, unless it is a dry run, train."""
     from rwkv.run.batches import open_data
-    from rwkv.run.models import check_packages, choose_device, is_for_gpu, plan_layers
+    from rwkv.run.models import (
+        check_packages,
+        check_start,
+        choose_device,
+        is_for_gpu,
+        plan_layers,
+    )
     from rwkv.run.overview import Run, count_steps, describe
     from rwkv.tokenizer import load_tokenizer
     from rwkv.training.model import read_config
@@ -57,6 +63,7 @@ def train(settings: Settings) -> int:
     tokenizer = load_tokenizer(settings[DataFlags].tokenizer or None, vocab_size)
     config = read_config(model_flags, tokenizer.vocab_size)
     layers = plan_layers(settings, config)
+    check_start(settings, config, layers)
     with forgiven(trainer):
         check_packages(settings, layers)
     batches = open_data(settings, tokenizer, layers)
