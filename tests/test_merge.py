@@ -8,10 +8,18 @@ import torch
 from parity_rwkv import ask_peer, skip_without_peer
 
 from peft import convert, quantize
-from peft.adapter_file import adapter_metadata, load_adapter, read_adapter, trained_tensors
+from peft.adapter_file import (
+    adapter_metadata,
+    load_adapter,
+    planned_scales,
+    planned_shapes,
+    read_adapter,
+    trained_tensors,
+)
 from peft.apply import load_frozen, load_with_profile
 from peft.flags import PeftFlags
 from peft.layer_profile import ADAPTER_MODES
+from peft.lora import LoraLinear
 from peft.merge import main
 from peft.merging import TEXT, compare, fixed_text, merge, open_pair
 from peft.stores import STORES
@@ -274,6 +282,18 @@ def test_a_file_of_rwkv_lm_rlhf_is_trained_on(base, foreign, tmp_path):
         got = model.get_submodule(name).merged_weight()
         torch.testing.assert_close(got, changed[f"{name}.weight"], rtol=1e-5, atol=1e-6, msg=name)
     assert torch.equal(model.blocks[1].ln1.weight, changed["blocks.1.ln1.weight"])
+
+
+@pytest.mark.parametrize("limited", [False, True], ids=["small", "limited"])
+@pytest.mark.parametrize("mode", sorted({*ADAPTER_MODES, "full"}))
+def test_a_plan_knows_what_an_adapter_file_holds(base, tmp_path, mode, limited):
+    """Names, shapes and scales, before there is a model."""
+    path = profile(tmp_path, mode=mode, **({} if mode == "full" else {"alpha": 4}))
+    model, plan = load_with_profile(base, PeftFlags(layer_profile=path, limited_lora=limited))
+    made = {name: tuple(tensor.shape) for name, tensor in trained_tensors(model).items()}
+    scales = {n: m.scale for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+    assert planned_shapes(plan) == made
+    assert planned_scales(plan) == scales
 
 
 @pytest.mark.parametrize(
