@@ -46,6 +46,13 @@ class AdapterLinear(Linear):
         """
         raise NotImplementedError
 
+    @classmethod
+    def exported_sizes(
+        cls, out_features: int, in_features: int, rank: int
+    ) -> dict[str, tuple[int, ...]]:
+        """The shapes of what `exported` gives, and the errors of `sizes`."""
+        return cls.sizes(out_features, in_features, rank)
+
     def adapted_output(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., in] -> [..., out], with the adapter, added to `residual` if there is one.
 

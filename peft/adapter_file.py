@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft.adapter import AdapterLinear
 from peft.layer_profile import LayerPlan
 from peft.lora import LoraLinear, lora_scale
-from peft.plan import PREFIX, STATE, Plan
+from peft.plan import PREFIX, STATE, Plan, trained_sizes
 from peft.registry import ADAPTERS
 from rwkv.checkpoint import TensorFile, check_finite, config_of, read_metadata, read_tensors
 from rwkv.errors import InputError
@@ -269,34 +269,8 @@ def load_adapter(model: nn.Module, path: Path | str, *, base: str | None = None)
     """
     adapters = {n: m for n, m in model.named_modules() if isinstance(m, AdapterLinear)}
     scales = {n: m.scale for n, m in adapters.items() if isinstance(m, LoraLinear)}
-    tensors = read_tensors(path)
-    wanted = trained_tensors(model)
-    _check_own(path, tensors)
-    metadata = read_metadata(path)
-    if tensors.keys() != wanted.keys() and _is_model(tensors, metadata):
-        raise _whole_model(path)  # which a run that trains all goes on from, and no other
-    _check_names(path, tensors, wanted)
-    for name, tensor in wanted.items():
-        if tensors.shapes[name] != tuple(tensor.shape):
-            raise InputError(
-                f"{path}: {name} is {list(tensors.shapes[name])}, the profile makes it "
-                f"{list(tensor.shape)}; set the rank (or mode) that the file was trained with"
-            )
-        check_finite(Path(path), name, tensors[name])
-    if base is not None and metadata.get("base", base) != base:
-        raise InputError(
-            f"{path}: belongs to the base {metadata['base']}, --load_model is {base}; "
-            "load the base it was trained on"
-        )
-    for layer, stated in stated_layers(path, metadata).items():
-        if layer not in scales:
-            continue
-        scale = stated["alpha"] / stated["rank"]
-        if abs(scale - scales[layer]) > 1e-6 * scale:
-            raise InputError(
-                f"{path}: {layer}: was trained with alpha / rank {scale:g}, the profile says "
-                f"{scales[layer]:g}; set the same alpha and --rslora"
-            )
+    wanted = {name: tuple(tensor.shape) for name, tensor in trained_tensors(model).items()}
+    tensors = check_adapter(path, wanted, scales, base=base)
     parts = {n: {part: tensors[f"{n}.{part}"] for part in m.PARTS} for n, m in adapters.items()}
     for layer, adapter in adapters.items():
         if reason := adapter.why_not(parts[layer]):
@@ -309,7 +283,77 @@ def load_adapter(model: nn.Module, path: Path | str, *, base: str | None = None)
         adapter.load(parts[layer])
 
 
-def _check_names(path: Path | str, tensors: TensorFile, wanted: dict[str, Tensor]) -> None:
+def check_adapter(
+    path: Path | str,
+    wanted: Mapping[str, tuple[int, ...]],
+    scales: Mapping[str, float],
+    *,
+    base: str | None = None,
+) -> TensorFile:
+    """Open an adapter file that a run goes on from, which needs no model for it.
+
+    Args:
+        path: the adapter's file.
+        wanted: the shape of each tensor that the run would write; see `planned_shapes`.
+        scales: alpha / rank of each layer that has one; see `planned_scales`.
+        base: fingerprint of the base model's file; None to skip the comparison.
+
+    Raises:
+        InputError: names, shapes, alpha or base differ, or a number is not finite.
+    """
+    tensors = read_tensors(path)
+    metadata = read_metadata(path)
+    _check_own(path, tensors)
+    if tensors.keys() != wanted.keys() and _is_model(tensors, metadata):
+        raise _whole_model(path)  # which a run that trains all goes on from, and no other
+    if base is not None and metadata.get("base", base) != base:
+        raise InputError(
+            f"{path}: belongs to the base {metadata['base']}, --load_model is {base}; "
+            "load the base it was trained on"
+        )
+    _check_names(path, tensors, wanted)
+    for name, shape in wanted.items():
+        if tensors.shapes[name] != shape:
+            raise InputError(
+                f"{path}: {name} is {list(tensors.shapes[name])}, the profile makes it "
+                f"{list(shape)}; set the rank (or mode) that the file was trained with"
+            )
+        check_finite(Path(path), name, tensors[name])
+    for layer, stated in stated_layers(path, metadata).items():
+        if layer not in scales:
+            continue
+        scale = stated["alpha"] / stated["rank"]
+        if abs(scale - scales[layer]) > 1e-6 * scale:
+            raise InputError(
+                f"{path}: {layer}: was trained with alpha / rank {scale:g}, the profile says "
+                f"{scales[layer]:g}; set the same alpha and --rslora"
+            )
+    return tensors
+
+
+def planned_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that an adapter file of this plan holds, without a tuned start."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in plan.layers.items():
+        mine = plan.plans[name]
+        if mine.mode in ADAPTERS:
+            parts = ADAPTERS[mine.mode].exported_sizes(*layer.shape, mine.rank)
+            shapes |= {f"{name}.{part}": shape for part, shape in parts.items()}
+        else:
+            shapes |= trained_sizes(plan, name)
+    return shapes
+
+
+def planned_scales(plan: Plan) -> dict[str, float]:
+    """The factor of each layer's update that has one."""
+    return {
+        name: lora_scale(mine.rank, mine.alpha or 0.0, rslora=plan.flags.rslora)
+        for name, mine in plan.plans.items()
+        if mine.mode in ADAPTERS and issubclass(ADAPTERS[mine.mode], LoraLinear)
+    }
+
+
+def _check_names(path: Path | str, tensors: TensorFile, wanted: Mapping[str, Any]) -> None:
     missing, unexpected = (
         sorted(wanted.keys() - tensors.keys()),
         sorted(tensors.keys() - wanted.keys()),

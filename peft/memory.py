@@ -18,7 +18,7 @@ from rwkv.ops.kept import WKV_BYTES, WkvBytes
 from rwkv.training.optimizer import SLICE
 from rwkv.training.strategy import bucket_size, uses_ddp
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 OUTSIDE = int(0.6 * GIB)  # CUDA's context, kernels and libraries, which torch does not count
 SLACK = 1.03  # what torch reserves over what it hands out, by the order of allocations
 
@@ -173,7 +173,13 @@ class Prediction:
 
 
 def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
-    """The memory of training this model by this plan."""
+    """The memory of training this model by this plan.
+
+    A CPU's memory is the host's: nothing leaves it.
+    """
+    if not step.on_gpu:
+        strategy = step.strategy.removesuffix("_offload")
+        step = replace(step, host_blocks=False, host_states=False, strategy=strategy)
     rest = weights(plan, step)
     if step.teacher:
         rest["the teacher's weights"] = step.teacher
@@ -506,25 +512,36 @@ def storing(plan: Plan, step: Step) -> int:
     return most
 
 
+def in_words(size: int) -> str:
+    """Bytes in GiB, or below a tenth of that in MiB."""
+    if size < GIB / 10:
+        return f"{size / MIB:.1f} MiB"
+    return f"{size / GIB:.1f} GiB"
+
+
 def table(prediction: Prediction) -> list[str]:
-    """The prediction in lines: parts of the peak, the other moments, the largest part."""
+    """The prediction in lines: parts of the peak, the other moments, the largest part.
+
+    All in GiB, or in MiB if the peak is below a tenth of one.
+    """
+    unit, name_of_unit = (MIB, "MiB") if prediction.peak < GIB / 10 else (GIB, "GiB")
     parts = prediction.parts
     width = max(map(len, parts)) + 2
-    lines = ["predicted memory of a device, GiB:"]
-    lines += [f"  {name:<{width}}{size / GIB:8.2f}" for name, size in parts.items()]
-    lines.append(f"  {'peak':<{width}}{prediction.peak / GIB:8.2f}  in the {prediction.moment}")
+    lines = [f"predicted memory of a device, {name_of_unit}:"]
+    lines += [f"  {name:<{width}}{size / unit:8.2f}" for name, size in parts.items()]
+    lines.append(f"  {'peak':<{width}}{prediction.peak / unit:8.2f}  in the {prediction.moment}")
     others = [
-        f"{name} {sum(prediction.at(name).values()) / GIB:.2f}"
+        f"{name} {sum(prediction.at(name).values()) / unit:.2f}"
         for name in prediction.moments
         if name != prediction.moment
     ]
     lines.append(f"  other moments: {', '.join(others)}")
     if prediction.host:
-        host = ", ".join(f"{name} {size / GIB:.2f}" for name, size in prediction.host.items())
+        host = ", ".join(f"{name} {size / unit:.2f}" for name, size in prediction.host.items())
         lines.append(f"  in host memory: {host}")
     outside = "with what CUDA takes" if prediction.on_gpu else "beside Python and its libraries"
     lines.append(
-        f"  a device needs {prediction.needed / GIB:.1f} GiB {outside}; the largest "
-        f"part is {prediction.largest}, {parts[prediction.largest] / GIB:.2f}"
+        f"  a device needs {in_words(prediction.needed)} {outside}; the largest "
+        f"part is {prediction.largest}, {parts[prediction.largest] / unit:.2f}"
     )
     return lines

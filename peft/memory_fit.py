@@ -2,12 +2,15 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from peft.memory import GIB, Prediction, Step, predict
-from peft.plan import Plan, stored_bytes, trained_sizes
+import torch
+
+from peft.flags import QUANT_ALIASES
+from peft.memory import Prediction, Step, in_words, predict
+from peft.plan import ENDS, Plan, stored_bytes, trained_sizes
 from rwkv.config import RWKVConfig
 from rwkv.errors import InputError
 
@@ -17,6 +20,7 @@ CHUNKS = (2048, 1024, 512, 256)
 STORAGES = ("fp8", "fp6", "fp5", "nf4")  # from the nearest to the weight to the smallest
 LEAST_RANK = 8
 OFFLOAD = "--grad_cp_offload 1"
+RANK = "a rank of {}"  # no flag: the profile says it
 
 
 class Choice(NamedTuple):
@@ -60,7 +64,9 @@ def recomputation(run: Choice) -> Iterator[Choice]:
 
 
 def host_memory(run: Choice) -> Iterator[Choice]:
-    """--grad_cp_offload 1."""
+    """--grad_cp_offload 1, of a GPU: a CPU's memory is the host's."""
+    if not run.step.on_gpu:
+        return
     if run.step.grad_cp is True and not run.step.chunk and not run.step.host_blocks:
         yield _changed(run, OFFLOAD, step=replace(run.step, host_blocks=True))
 
@@ -75,16 +81,31 @@ def chunks(run: Choice) -> Iterator[Choice]:
             yield _changed(run, words, step=replace(run.step, chunk=chunk))
 
 
+def half_precision(run: Choice) -> Iterator[Choice]:
+    """--precision bf16, where a run is in float32, as it is on a CPU."""
+    if run.step.dtype == torch.float32:
+        yield _changed(run, "--precision bf16", step=replace(run.step, dtype=torch.bfloat16))
+
+
 def fewer_bits(run: Choice) -> Iterator[Choice]:
     """Layers whose storage the flags decide in a smaller one."""
     for kind in STORAGES:
-        plans = dict(run.plan.plans)
-        for name in run.plan.open_storage:
-            plans[name] = replace(plans[name], quant=kind)
-        plan = replace(run.plan, plans=plans)
-        dtype = run.step.dtype
-        if sum(stored_bytes(plan, dtype).values()) < sum(stored_bytes(run.plan, dtype).values()):
+        flags = replace(run.plan.flags, quant=True, quant_mode=kind)
+        names = {n for n in run.plan.open_storage if flags.quant_head or n not in ENDS}
+        plan = _stored(replace(run.plan, flags=flags), names, kind)
+        if _weights(plan, run) < _weights(run.plan, run):
             yield _changed(run, f"--quant 1 --quant_mode {kind}", plan=plan)
+
+
+def stored_ends(run: Choice) -> Iterator[Choice]:
+    """--quant_head 1 beside --quant 1: the head and the embedding in few bits too."""
+    flags = run.plan.flags
+    if flags.quant and not flags.quant_head:
+        kind = QUANT_ALIASES.get(flags.quant_mode, flags.quant_mode)
+        plan = replace(run.plan, flags=replace(flags, quant_head=True))
+        plan = _stored(plan, run.plan.open_storage & set(ENDS), kind)
+        if _weights(plan, run) < _weights(run.plan, run):
+            yield _changed(run, "--quant_head 1", plan=plan)
 
 
 def smaller_optimizer(run: Choice) -> Iterator[Choice]:
@@ -115,7 +136,7 @@ def lower_rank(run: Choice) -> Iterator[Choice]:
         with contextlib.suppress(InputError):  # Bone's ranks divide both sides of a weight
             for name in plan.layers:
                 trained_sizes(plan, name)
-            yield _changed(run, f"a rank of {most}", plan=plan)
+            yield _changed(run, RANK.format(most), plan=plan)
 
 
 CHANGES: tuple[Change, ...] = (
@@ -123,7 +144,9 @@ CHANGES: tuple[Change, ...] = (
     recomputation,
     host_memory,
     chunks,
+    half_precision,
     fewer_bits,
+    stored_ends,
     smaller_optimizer,
     adapters_alone,
     lower_rank,
@@ -137,11 +160,11 @@ def what_fits(config: RWKVConfig, plan: Plan, step: Step, memory: int) -> str:
         config, plan, step: of the run.
         memory: bytes of the device.
     """
-    asked = f"{memory / GIB:.1f} GiB"
+    asked = in_words(memory)
     run = Choice((), plan, step)
     found = _predicted(config, run)
     if found.needed <= memory:
-        return f"fits {asked}: needs {found.needed / GIB:.1f} GiB"
+        return f"fits {asked}: needs {in_words(found.needed)}"
     for change in CHANGES:
         for other in change(run):
             if _predicted(config, other).needed <= memory:
@@ -159,9 +182,12 @@ def what_fits(config: RWKVConfig, plan: Plan, step: Step, memory: int) -> str:
             if _predicted(config, run).needed <= memory:
                 return f"does not fit {asked}; {_told(config, run)}"
     least = _predicted(config, run).needed
+    mend = "spread it with --devices and --strategy deepspeed_stage_3"
+    if not step.on_gpu:
+        mend = "take a smaller model, or a GPU"
     return (
-        f"does not fit {asked} by any of these changes: {' '.join(run.words)} would need "
-        f"{least / GIB:.1f} GiB; spread it with --devices and --strategy deepspeed_stage_3"
+        f"does not fit {asked} by any of these changes: {_written(run)} would need "
+        f"{in_words(least)}; {mend}"
     )
 
 
@@ -171,10 +197,28 @@ def _changed(
     return Choice((*run.words, words), plan or run.plan, step or run.step)
 
 
+def _stored(plan: Plan, names: Iterable[str], kind: str) -> Plan:
+    """The plan with these layers in another storage."""
+    plans = plan.plans | {name: replace(plan.plans[name], quant=kind) for name in names}
+    return replace(plan, plans=plans)
+
+
+def _weights(plan: Plan, run: Choice) -> int:
+    """Bytes of all weights in the run's dtype."""
+    return sum(stored_bytes(plan, run.step.dtype).values())
+
+
+def _written(run: Choice) -> str:
+    """What differs: flags as on a command line, and what is no flag."""
+    flags = [words for words in run.words if words.startswith("--")]
+    others = [words for words in run.words if not words.startswith("--")]
+    return " and ".join([" ".join(flags), *others] if flags else others)
+
+
 def _predicted(config: RWKVConfig, run: Choice) -> Prediction:
     return predict(config, run.plan, run.step)
 
 
 def _told(config: RWKVConfig, run: Choice) -> str:
     needed = _predicted(config, run).needed
-    return f"fits with {' '.join(run.words)}: {needed / GIB:.1f} GiB"
+    return f"fits with {_written(run)}: {in_words(needed)}"

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
     if options.output.resolve() in (options.base.resolve(), options.adapter.resolve()):
         raise InputError(f"--output {options.output}: is an input too; choose another name")
-    check_output(options.output)
+    check_output(options.output, "quantized" if options.quant_mode else "model")
     base = read_tensors(options.base)
     if base.quantized:
         raise InputError(

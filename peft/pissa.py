@@ -49,6 +49,13 @@ class PissaLinear(LoraLinear):
         check_rank("pissa", out_features, in_features, rank)
         return LoraLinear.sizes(out_features, in_features, rank)
 
+    @classmethod
+    def exported_sizes(
+        cls, out_features: int, in_features: int, rank: int
+    ) -> dict[str, tuple[int, ...]]:
+        cls.sizes(out_features, in_features, rank)
+        return {"lora_A": (2 * rank, in_features), "lora_B": (out_features, 2 * rank)}
+
     @torch.no_grad()
     def load_fresh(self, A: Tensor, B: Tensor) -> None:
         self.lora_A.copy_(A)

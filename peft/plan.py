@@ -45,7 +45,7 @@ class Plan:
     plans: the plan of each, with nothing left to flags: mode is an adapter only for linear
         layers, quant is "none" or, for these and the embedding, a key of STORES.
     flags: what else the user chose.
-    open_storage: layers whose storage the flags decide.
+    open_storage: layers whose storage the flags decide; that of ENDS is up to --quant_head too.
     beside: small layers that train because adapters do.
     notes: a line for each storage that was asked for and cannot be.
     """
@@ -111,7 +111,6 @@ def make_plan(
         and plans[name].quant is None
         and resolved[name].mode != "full"
         and name not in (quantized or {})
-        and (name not in ENDS or flags.quant_head)
     )
     beside = frozenset(
         name

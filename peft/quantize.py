@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if options.output.resolve() == options.load_model.resolve():
         raise InputError(f"--output {options.output}: is the model itself; choose another name")
-    check_output(options.output)
+    check_output(options.output, "quantized")
     tensors = read_tensors(options.load_model)
     if tensors.quantized:
         raise InputError(

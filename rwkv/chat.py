@@ -135,6 +135,8 @@ class Chat:
             facts = {"kind": "state", "turns": len(self.messages)}
             write_tensors(path, state_tensors(state), facts)
             return
+        if path.exists() and path.suffix not in (".jsonl", ".json"):
+            raise InputError(f"/save {path}: is there; name another file, or one in .jsonl")
         record = {"messages": [{"role": m.role, "content": m.text} for m in self.messages]}
         with replacing(path) as part:
             part.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")

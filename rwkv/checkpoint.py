@@ -31,6 +31,7 @@ UNREADABLE = (  # what torch.load raises over broken files
     TypeError,
     ValueError,
 )
+DTYPES = ("float32", "bfloat16", "float16")  # of the weights that codes stand for
 PARTS = ".store."  # between a quantized layer's name and the names of its codes and scales
 UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # written by some trainers
 
@@ -65,18 +66,46 @@ class TensorFile(Mapping[str, Tensor]):
                     self.shapes[name] = tuple(opened.get_slice(key).get_shape())
         if not self.shapes:
             raise InputError(f"{self.path}: holds no tensors; is it the right file?")
-        metadata = read_metadata(self.path)
-        self.quantized: dict[str, dict[str, Any]] = metadata.get("quantized", {})
-        self.base: str | None = metadata.get("base") if self.quantized else None
-        for name in [name for name in self.shapes if PARTS in name]:
-            if name.partition(PARTS)[0] not in self.quantized:
-                raise InputError(
-                    f"{self.path}: is a quantized model without its "
-                    f"{self.path.with_suffix('.json').name}; put that file beside it"
-                )
-            del self.shapes[name]
-        for layer, entry in self.quantized.items():
-            self.shapes[f"{layer}.weight"] = tuple(entry["shape"])
+        self.quantized, self.base = self._stored_layers()
+
+    def _stored_layers(self) -> tuple[dict[str, dict[str, Any]], str | None]:
+        """What the `.json` says of layers in few bits, and of the model they were made from.
+
+        Their codes and scales give way to the shapes of the weights they stand for.
+
+        Raises:
+            InputError: it lacks something, or is another file's.
+        """
+        beside, metadata = self.path.with_suffix(".json"), read_metadata(self.path)
+        stored = metadata.get("quantized") or {}
+        mend = "put the file's own beside it, or quantize the model again"
+        held = {name.partition(PARTS)[0] for name in self.shapes if PARTS in name}
+        if held and not stored:
+            raise InputError(
+                f"{self.path}: is a quantized model without its {beside.name}; put that file "
+                "beside it"
+            )
+        if not stored:
+            return {}, None
+        if not isinstance(stored, dict) or metadata.get("kind") != "quantized":
+            raise InputError(f"{beside}: is no description of a quantized model; {mend}")
+        if not isinstance(metadata.get("base"), str):
+            raise InputError(f"{beside}: does not name the model it was made from; {mend}")
+        if missing := held - stored.keys():
+            raise InputError(
+                f"{beside}: does not describe {min(missing)}, which {self.path.name} holds in few "
+                f"bits; {mend}"
+            )
+        if others := stored.keys() - held:
+            raise InputError(
+                f"{beside}: describes {min(others)} in few bits, and {self.path.name} holds no "
+                f"such codes; {mend}"
+            )
+        for layer, entry in stored.items():
+            _check_entry(f"{beside}: {layer}", entry, mend)
+        self.shapes = {name: shape for name, shape in self.shapes.items() if PARTS not in name}
+        self.shapes |= {f"{layer}.weight": tuple(one["shape"]) for layer, one in stored.items()}
+        return stored, metadata["base"]
 
     def parts(self, layer: str) -> dict[str, Tensor]:
         """The codes and scales of a quantized layer, by name."""
@@ -102,6 +131,20 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def _check_entry(where: str, entry: Any, mend: str) -> None:
+    """Stop at a layer's description that cannot be."""
+    if not isinstance(entry, dict):
+        raise InputError(f"{where} is {entry!r}, no object; {mend}")
+    shape, dtype, storage = (entry.get(key) for key in ("shape", "dtype", "storage"))
+    sides = shape if isinstance(shape, list) else []
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise InputError(f"{where}: shape is {shape!r}, not two sizes; {mend}")
+    if dtype not in DTYPES:
+        raise InputError(f"{where}: dtype is {dtype!r}, not one of {', '.join(DTYPES)}; {mend}")
+    if not isinstance(storage, str):
+        raise InputError(f"{where}: storage is {storage!r}, no word; {mend}")
 
 
 def read_tensors(path: Path | str) -> TensorFile:
@@ -286,6 +329,12 @@ def fill(
     check_complete(tensors, names, unused)
     for name, parameter in names.items():
         if placed is not None and name.removesuffix(".weight") in tensors.quantized:
+            if tensors.shapes[name] != tuple(parameter.shape):
+                raise InputError(
+                    f"{tensors.path.with_suffix('.json')}: {name} is "
+                    f"{list(tensors.shapes[name])}, the other tensors ask for "
+                    f"{list(parameter.shape)}; put the file's own beside it"
+                )
             placed(name)
             continue
         tensor = tensors[name]
@@ -369,7 +418,7 @@ def write_tensors(
         InputError: the ending is unknown, the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    check_output(path, described=metadata is not None)
+    check_output(path, None if metadata is None else metadata.get("kind"))
     plain = {name: _plain(tensor) for name, tensor in tensors.items()}
     with replacing(path) as part:
         if path.suffix == ".safetensors":
@@ -384,22 +433,37 @@ def write_tensors(
             part.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
 
 
-def check_output(path: Path, *, described: bool = True) -> None:
-    """Stop where `write_tensors` could not write, or would write over another's `.json`.
+def check_output(path: Path, kind: str | None) -> None:
+    """Stop where `write_tensors` could not write, or would write over something else.
 
     Args:
         path: of the tensors.
-        described: whether metadata goes beside them.
+        kind: what the `.json` beside them will say that they are; None where there will be none.
 
     Raises:
-        InputError: the ending is unknown, or the `.json` beside is none of ours.
+        InputError: the ending is unknown; the file is there and is of another kind; or its `.json`
+            is another file's, or describes no tensors.
     """
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: is no .pth or .safetensors file; give it one of these endings")
-    if described and "kind" not in read_metadata(path) and path.with_suffix(".json").exists():
+    if kind is None:
+        return
+    beside = path.with_suffix(".json")
+    held = read_metadata(path).get("kind")
+    for twin in (path.with_suffix(suffix) for suffix in SUFFIXES if suffix != path.suffix):
+        if twin.exists():
+            raise InputError(
+                f"{path}: its {beside.name} would describe {twin.name} too; choose another name"
+            )
+    if beside.exists() and held is None:
         raise InputError(
-            f"{path}: would write over {path.with_suffix('.json').name}, which describes no "
-            "tensors; choose another name"
+            f"{path}: would write over {beside.name}, which describes no tensors; choose another "
+            "name"
+        )
+    if path.exists() and held != kind:
+        raise InputError(
+            f"{path}: is there, and no .json says that it is of kind {kind!r}; it is not written "
+            "over, choose another name"
         )
 
 
@@ -417,9 +481,13 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     try:
         metadata = json.loads(beside.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{beside}: not JSON ({error}); remove it or restore it") from None
+        raise InputError(
+            f"{beside}: not JSON ({error}); restore it, or remove it if it is not needed"
+        ) from None
     if not isinstance(metadata, dict):
-        raise InputError(f"{beside}: is no JSON object; remove it or restore it")
+        raise InputError(
+            f"{beside}: is no JSON object; restore it, or remove it if it is not needed"
+        )
     return metadata
 
 

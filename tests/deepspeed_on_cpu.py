@@ -46,7 +46,7 @@ def allow_cpu() -> None:
     lightning_deepspeed.DeepSpeedStrategy.root_device = property(
         lambda self: torch.device("cpu", 0)
     )
-    strategy.check_strategy = lambda flags, device: None
+    strategy.check_strategy = lambda flags, on_gpu: None
     config = strategy.deepspeed_config
 
     def scatter_all(flags, dtype, trained):

@@ -139,6 +139,21 @@ def test_a_text_that_cannot_be_written_changes_nothing(model):
     assert chat.messages == messages and chat._stream.settle() is before
 
 
+def test_saving_takes_the_place_of_nothing_else(model, tmp_path):
+    """Of no model, adapter or other file; a state and a dialogue are written over."""
+    chat = Chat(model, BYTES, TEMPLATES["world"])
+    base, notes = tmp_path / "model.pth", tmp_path / "notes.txt"
+    write_tensors(base, model.state_dict())
+    notes.write_text("mine")
+    before = base.read_bytes()
+    for path, message in ((base, "is there, and no .json says"), (notes, "is there; name another")):
+        with pytest.raises(InputError, match=message):
+            chat.save(path)
+    assert base.read_bytes() == before and notes.read_text() == "mine"
+    for name in ("s.pth", "s.pth", "d.jsonl", "d.jsonl"):
+        chat.save(tmp_path / name)
+
+
 def test_a_saved_state_is_where_a_later_chat_begins(model, tmp_path):
     chat = Chat(model, BYTES, TEMPLATES["world"], max_tokens=5)
     talk(chat, "Remember 7")

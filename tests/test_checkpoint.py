@@ -326,10 +326,10 @@ def test_a_view_is_written_without_the_rest(tmp_path):
 def test_metadata_that_is_missing_or_wrong(tmp_path):
     assert read_metadata(tmp_path / "a.pth") == {}
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(InputError, match="a.json: not JSON .*; remove it or restore it"):
+    with pytest.raises(InputError, match="a.json: not JSON .*; restore it, or remove"):
         read_metadata(tmp_path / "a.pth")
     (tmp_path / "a.json").write_text("[1]")
-    with pytest.raises(InputError, match="a.json: is no JSON object; remove it or restore it"):
+    with pytest.raises(InputError, match="a.json: is no JSON object; restore it, or"):
         read_metadata(tmp_path / "a.pth")
 
 

@@ -490,6 +490,56 @@ def test_no_flag_is_named_that_changes_nothing(tmp_path):
     assert "--limited_lora" not in fitting(tmp_path, small, 0.5)
 
 
+def on_a_cpu(tmp_path, gib: float, **step) -> str:
+    """What would let LoRA of the 1.5B shape fit in a CPU's memory."""
+    config = bench_memory.config_of_shape("1.5B")
+    cpu = Step(1, 256, torch.float32, on_gpu=False, fused=False, **step)
+    return what_fits(config, plan_of(tmp_path, config), cpu, int(gib * GIB))
+
+
+def test_a_cpu_is_not_advised_of_a_gpus_ways(tmp_path):
+    """Its memory is the host's, and DeepSpeed does not run there."""
+    told = on_a_cpu(tmp_path, 0.5)
+    assert "--grad_cp_offload" not in told and "deepspeed" not in told
+    assert told.endswith("; take a smaller model, or a GPU")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"host_blocks": True}, {"chunk": 64, "host_states": True}, {"strategy": "x_offload"}],
+    ids=str,
+)
+def test_what_a_cpu_keeps_in_host_memory_is_in_its_total(tmp_path, more):
+    config, plan = config_of(), plan_of(tmp_path)
+    step = Step(1, 4096, torch.float32, on_gpu=False, fused=False, chunk=more.get("chunk", 0))
+    moved = predict(config, plan, replace(step, **more))
+    assert not moved.host and moved.peak == predict(config, plan, step).peak
+
+
+def test_half_the_bits_are_proposed_where_a_run_is_in_float32(tmp_path):
+    assert "fits with --precision bf16: " in on_a_cpu(tmp_path, 4)
+    config = bench_memory.config_of_shape("1.5B")
+    assert "--precision" not in what_fits(config, plan_of(tmp_path, config), Step(1, 256), GIB)
+
+
+def test_the_ends_are_proposed_where_the_rest_is_stored(tmp_path):
+    """Beside --quant 1, asked for or named; not where it was asked for, or a profile says."""
+    rules = [{"match": "blocks.*", "mode": "lora", "rank": 8}]
+    stored = {"quant": True, "quant_mode": "nf4"}
+    assert "; fits with --quant_head 1: " in fitting(tmp_path, rules, 2.4, **stored)
+    assert "--quant 1 --quant_mode nf4 --quant_head 1: " in fitting(tmp_path, rules, 2.4)
+    assert "--quant_head" not in fitting(tmp_path, rules, 1, **stored, quant_head=True)
+    ends = [{"match": "*", "mode": "freeze", "quant": "none"}]
+    assert "--quant_head" not in fitting(tmp_path, [*ends, *rules], 1, **stored)
+
+
+def test_a_rank_is_told_beside_flags(tmp_path):
+    """It is no flag, so that "and" comes before it."""
+    rules = [{"match": "blocks.*", "mode": "lora", "rank": 1024}]
+    told = fitting(tmp_path, rules, 0.1)
+    assert "--limited_lora 1 and a rank of 8 would need" in told, told
+
+
 def test_a_rank_that_a_layer_cannot_have_is_not_proposed(tmp_path):
     """Half of LoRA's 96 divides no side of Bone's weights."""
     rules = [
@@ -584,6 +634,18 @@ def test_cudas_own_memory_is_counted_on_a_gpu_alone(tmp_path, capsys, accelerato
 def test_verifying_needs_a_gpu(tmp_path):
     with pytest.raises(RunError, match="--dry_run verify: measures a GPU, and torch finds none"):
         train.main(dry(tmp_path, dry_run="verify"))
+
+
+def test_small_models_are_told_in_mib(tmp_path):
+    """A LoRA of rank 8 over 128 x 128 weights: no part would be a hundredth of a GiB."""
+    found = predict(config_of(), plan_of(tmp_path), Step(1, 64, on_gpu=False, fused=False))
+    first, *parts, last = memory.table(found)
+    assert first == "predicted memory of a device, MiB:"
+    size = found.rest["weights, bfloat16"] / 2**20
+    assert f"  weights, bfloat16  {size:.2f}" in [re.sub(" {3,}", "  ", line) for line in parts]
+    assert f"a device needs {found.needed / 2**20:.1f} MiB beside Python" in last
+    told = what_fits(config_of(), plan_of(tmp_path), Step(1, 64, on_gpu=False), 50 * 2**20)
+    assert told.startswith("fits 50.0 MiB: needs ") and told.endswith(" MiB")
 
 
 def test_prediction_and_measurement_side_by_side(tmp_path):

@@ -8,10 +8,18 @@ import torch
 from parity_rwkv import ask_peer, skip_without_peer
 
 from peft import convert, quantize
-from peft.adapter_file import adapter_metadata, load_adapter, read_adapter, trained_tensors
+from peft.adapter_file import (
+    adapter_metadata,
+    load_adapter,
+    planned_scales,
+    planned_shapes,
+    read_adapter,
+    trained_tensors,
+)
 from peft.apply import load_frozen, load_with_profile
 from peft.flags import PeftFlags
 from peft.layer_profile import ADAPTER_MODES
+from peft.lora import LoraLinear
 from peft.merge import main
 from peft.merging import TEXT, compare, fixed_text, merge, open_pair
 from peft.stores import STORES
@@ -86,7 +94,8 @@ def test_a_file_of_every_parameter_is_a_model(base, tmp_path):
     assert torch.equal(logits(load_model(path, backend="reference")), logits(model))
     profile = tmp_path / "some.json"
     profile.write_text('{"rules": [{"match": "blocks.1.*", "mode": "full"}]}')
-    _, path = saved(base, tmp_path, PeftFlags(layer_profile=str(profile)))
+    (tmp_path / "other").mkdir()
+    _, path = saved(base, tmp_path / "other", PeftFlags(layer_profile=str(profile)))
     assert read_metadata(path)["kind"] == "adapter"
 
 
@@ -276,6 +285,18 @@ def test_a_file_of_rwkv_lm_rlhf_is_trained_on(base, foreign, tmp_path):
     assert torch.equal(model.blocks[1].ln1.weight, changed["blocks.1.ln1.weight"])
 
 
+@pytest.mark.parametrize("limited", [False, True], ids=["small", "limited"])
+@pytest.mark.parametrize("mode", sorted({*ADAPTER_MODES, "full"}))
+def test_a_plan_knows_what_an_adapter_file_holds(base, tmp_path, mode, limited):
+    """Names, shapes and scales, before there is a model."""
+    path = profile(tmp_path, mode=mode, **({} if mode == "full" else {"alpha": 4}))
+    model, plan = load_with_profile(base, PeftFlags(layer_profile=path, limited_lora=limited))
+    made = {name: tuple(tensor.shape) for name, tensor in trained_tensors(model).items()}
+    scales = {n: m.scale for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+    assert planned_shapes(plan) == made
+    assert planned_scales(plan) == scales
+
+
 @pytest.mark.parametrize(
     "mode, reason",
     [("lora", "the .json beside it states it"), ("bone", "it holds no LoRA or DoRA")],
@@ -297,12 +318,34 @@ def test_the_command_refuses_what_differs_and_deletes_nothing(base, tmp_path):
     flags = PeftFlags(layer_profile=profile(tmp_path, mode="lora"))
     _, adapter = saved(base, tmp_path, flags)
     output = tmp_path / "merged.pth"
-    output.write_text("what stood here")
     command = ["--base", str(base), "--adapter", str(adapter), "--output", str(output)]
+    assert main(command) == 0
+    before = output.read_bytes()
     with pytest.raises(InputError, match=r"merged.pth: not written: logits differ by .* KL"):
         main([*command, "--tolerance", "-1"])
-    assert output.read_text() == "what stood here"
-    assert sorted(p.name for p in tmp_path.glob("*merged*")) == ["merged.pth"]
+    assert output.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.glob("*merged*")) == ["merged.json", "merged.pth"]
+
+
+@pytest.mark.parametrize("more", [[], ["--quant_mode", "int8"]], ids=["model", "quantized"])
+def test_no_output_takes_the_place_of_something_else(base, tmp_path, more):
+    """Of a file of another kind, or of the .json of one with another ending."""
+    _, adapter = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, mode="lora")))
+    before = adapter.with_suffix(".json").read_bytes()
+    command = ["--base", str(base), "--adapter", str(adapter), *more, "--output"]
+    beside = adapter.with_suffix(".safetensors")
+    with pytest.raises(
+        InputError, match=r"its adapter.json would describe adapter.pth too; choose"
+    ):
+        main([*command, str(beside)])
+    plain = tmp_path / "plain.pth"
+    plain.write_bytes(base.read_bytes())
+    with pytest.raises(
+        InputError, match="plain.pth: is there, and no .json says that it is of kin"
+    ):
+        main([*command, str(plain)])
+    assert adapter.with_suffix(".json").read_bytes() == before
+    assert plain.read_bytes() == base.read_bytes() and not beside.exists()
 
 
 def test_another_base_is_refused(base, tmp_path):

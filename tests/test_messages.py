@@ -495,7 +495,7 @@ def test_a_missing_deepspeed_is_named(monkeypatch):
     flags = TrainerFlags(strategy="deepspeed_stage_2")
     monkeypatch.setattr(strategy, "find_spec", lambda name: None)
     with pytest.raises(RunError, match="^--strategy deepspeed_stage_2: needs DeepSpeed; pip inst"):
-        strategy.check_strategy(flags, "cuda")
+        strategy.check_strategy(flags, on_gpu=True)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(RunError, match=r"^--strategy deepspeed_stage_2: cannot use DeepSpeed \("):
         strategy.make_strategy(flags, torch.bfloat16, 1)
@@ -536,6 +536,54 @@ def test_missing_bitsandbytes_is_told_before_data_is_read(
 def test_a_gpu_that_is_not_there_is_an_error(fails):
     text = fails(accelerator="gpu", status=1)
     assert text.startswith("--accelerator gpu: torch finds no GPU here; use --accelerator cpu")
+
+
+@pytest.fixture
+def adapter(good, tmp_path) -> Path:
+    """A file of the good profile's adapters."""
+    path = tmp_path / "adapter.pth"
+    flags = PeftFlags(layer_profile=str(good / "lora.json"))
+    model, plan = load_with_profile(good / "base.pth", flags)
+    base = fingerprint(read_tensors(good / "base.pth"))
+    write_tensors(path, trained_tensors(model), adapter_metadata(model, plan, base=base))
+    return path
+
+
+@pytest.mark.parametrize("dry_run", [0, 1], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("cut", "adapter.pth: "),
+        ("base", "adapter.pth: belongs to the base 0123, --load_model is"),
+        ("rank", "adapter.pth: blocks.0.att.receptance.lora_A is [4, 48], the profile makes it [2"),
+        ("alpha", "adapter.pth: blocks.0.att.receptance: was trained with alpha / rank 2, the pro"),
+        ("names", "adapter.pth: has unexpected blocks.0.att"),
+    ],
+)
+def test_an_adapter_to_go_on_from_is_looked_at_before_the_base_is_loaded(
+    fails, good, adapter, tmp_path, monkeypatch, dry_run, fault, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rwkv.run.models.load_with_profile", None)
+    keys = {"mode": "lora", "rank": 4}
+    if fault == "cut":
+        adapter.write_bytes(adapter.read_bytes()[:-500])
+    elif fault == "base":
+        described = json.loads(adapter.with_suffix(".json").read_text()) | {"base": "0123"}
+        adapter.with_suffix(".json").write_text(json.dumps(described))
+    keys |= {"rank": {"rank": 2}, "alpha": {"alpha": 1}}.get(fault, {})
+    profile = write_profile(tmp_path / "profile.json", **keys)
+    limited = int(fault == "names")
+    more = {"layer_profile": profile, "limited_lora": limited, "dry_run": dry_run}
+    text = fails(load_adapter=adapter.name, **more)
+    assert text.startswith(message), text
+
+
+def test_an_adapter_that_suits_is_planned_with(good, adapter, tmp_path):
+    words = {"load_model": good / "base.pth", "train_data_file": good / "train.jsonl", "sft": 1}
+    words |= {"layer_profile": good / "lora.json", "load_adapter": adapter, "dry_run": 1}
+    words |= {"accelerator": "cpu", "cache_dir": tmp_path}
+    assert train.main([w for k, v in words.items() for w in (f"--{k}", str(v))]) == 0
 
 
 @pytest.mark.parametrize("flag", ABSENT)
@@ -700,6 +748,31 @@ def test_the_sft_command_of_rwkv_lm_rlhf_starts(assets, tmp_path, capsys, name):
     assert name.split("_")[2].removesuffix(".csv") in shown
     assert "40,000 steps" in shown and "strategy deepspeed_stage_2_offload" in shown
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_dry_run_says_what_a_cpu_cannot(fails, good, tmp_path, capsys):
+    """DeepSpeed needs a GPU; a plan for another machine's goes on without the package."""
+    for accelerator in ("cpu", "auto"):
+        text = fails(strategy="deepspeed_stage_2", accelerator=accelerator, dry_run=1)
+        assert text.startswith("--strategy deepspeed_stage_2: DeepSpeed needs a GPU; use --strat")
+        assert text.endswith("auto or ddp, or plan for one by --accelerator gpu")
+    words = {"load_model": good / "base.pth", "train_data_file": good / "train.jsonl", "sft": 1}
+    words |= {"strategy": "deepspeed_stage_2", "accelerator": "gpu", "gpu_memory": 8}
+    words |= {"dry_run": 1, "cache_dir": tmp_path}
+    assert train.main([w for k, v in words.items() for w in (f"--{k}", str(v))]) == 0
+    told = capsys.readouterr().err
+    assert "buckets of DeepSpeed" in told and "no effect" not in told
+
+
+def test_flags_of_a_gpu_are_named_on_a_cpu(good, tmp_path, capsys):
+    words = {"load_model": good / "base.pth", "train_data_file": good / "train.jsonl", "sft": 1}
+    words |= {"accelerator": "cpu", "gpu_memory": 8, "grad_cp_offload": 1}
+    words |= {"dry_run": 1, "cache_dir": tmp_path}
+    assert train.main([w for k, v in words.items() for w in (f"--{k}", str(v))]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "--gpu_memory 8.0: has no effect on a CPU" in lines
+    assert "--grad_cp_offload 1: has no effect on a CPU" in lines
 
 
 def test_flags_without_effect_are_named():

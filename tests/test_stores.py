@@ -633,6 +633,64 @@ def test_another_files_json_is_named(model_file, tmp_path):
     assert len(stores_of(load_frozen(tmp_path / "fp4.pth"))) == 12
 
 
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ([], r"LAYER is \[\], no object; put the file's own beside it, or quantize"),
+        (
+            {"dtype": "floatx"},
+            "LAYER: dtype is 'floatx', not one of float32, bfloat16, float16; put",
+        ),
+        ({"dtype": None}, "LAYER: dtype is None, not one of"),
+        ({"shape": [64]}, r"LAYER: shape is \[64\], not two sizes"),
+        ({"shape": "64x64"}, "LAYER: shape is '64x64', not two sizes"),
+        ({"shape": [64, 64.0]}, r"LAYER: shape is \[64, 64.0\], not two sizes"),
+        (
+            {"shape": [128, 128]},
+            r"LAYER.weight is \[128, 128\], the other tensors ask for \[256, 64\]",
+        ),
+        ({"storage": ["nf4"]}, r"LAYER: storage is \['nf4'\], no word"),
+    ],
+)
+def test_a_description_that_cannot_be_is_named(entry, message, model_file, tmp_path):
+    output = tmp_path / "small.pth"
+    main(["--load_model", str(model_file), "--output", str(output)])
+    beside = output.with_suffix(".json")
+    metadata = json.loads(beside.read_text())
+    stored = metadata["quantized"]
+    stored[LAYER] = stored[LAYER] | entry if isinstance(entry, dict) else entry
+    beside.write_text(json.dumps(metadata))
+    with pytest.raises(InputError, match="small.json: " + message.replace("LAYER", LAYER)):
+        load_frozen(output)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda m: m["quantized"].pop(LAYER),
+            f"does not describe {LAYER}, which small.pth holds in",
+        ),
+        (
+            lambda m: m["quantized"].update(ear={}),
+            "describes ear in few bits, and small.pth holds no",
+        ),
+        (lambda m: m.update(kind="adapter"), "is no description of a quantized model; put"),
+        (lambda m: m.pop("base"), "does not name the model it was made from; put"),
+    ],
+    ids=["a layer less", "a layer more", "another kind", "no base"],
+)
+def test_another_files_description_is_named(change, message, model_file, tmp_path):
+    output = tmp_path / "small.pth"
+    main(["--load_model", str(model_file), "--output", str(output)])
+    beside = output.with_suffix(".json")
+    metadata = json.loads(beside.read_text())
+    change(metadata)
+    beside.write_text(json.dumps(metadata))
+    with pytest.raises(InputError, match=f"small.json: {message}"):
+        load_frozen(output)
+
+
 def test_a_quantized_file_belongs_to_its_model(model_file, tmp_path):
     output = tmp_path / "small.safetensors"
     main(["--load_model", str(model_file), "--quant_head", "--output", str(output)])

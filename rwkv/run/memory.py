@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 def preview(run: "Run") -> int:
     """End a dry run with the memory that the run would take; returns the exit status."""
     from losses.objectives import make_objective
-    from rwkv.run.models import load_teacher
+    from rwkv.run.models import is_for_gpu, load_teacher
 
     settings, config, layers = run.settings, run.config, run.layers
-    on_gpu = run.device.kind == "cuda" or settings[TrainerFlags].accelerator == "gpu"
+    on_gpu = is_for_gpu(settings, run.device)
     step = step_of(settings, run.device.dtype, on_gpu=on_gpu)
     step = replace(step, kernel=kernel_of(run), texts=run.batches.training.most_texts)
     for line in describe_memory(settings, config, layers, step):

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import torch
 
 from losses.flags import DistillationFlags
-from peft.adapter_file import load_adapter
+from peft.adapter_file import check_adapter, load_adapter, planned_scales, planned_shapes
 from peft.apply import load_frozen, load_with_profile, new_with_profile
 from peft.flags import PeftFlags, StateFlags
 from peft.groups import nothing_trains
-from peft.plan import Plan, make_plan, trained_count
+from peft.plan import PREFIX, STATE, Plan, make_plan, trained_count
 from peft.stores import STORES, store_class
-from peft.tuned_state import add_prefix, add_tuned_state
+from peft.tuned_state import add_prefix, add_tuned_state, state_shape
 from rwkv.checkpoint import check_complete, fingerprint, read_tensors
 from rwkv.config import RWKVConfig
 from rwkv.errors import InputError
@@ -39,6 +39,11 @@ def choose_device(settings: Settings) -> Device:
         flags = replace(flags, accelerator="auto", devices=1)
     kind = chosen_device(flags)
     return Device(kind, chosen_dtype(flags, "cuda" if planned else kind))
+
+
+def is_for_gpu(settings: Settings, device: Device) -> bool:
+    """Whether the run, or the one that a dry run plans for another machine, has a GPU."""
+    return device.kind == "cuda" or settings[TrainerFlags].accelerator == "gpu"
 
 
 def plan_layers(settings: Settings, config: RWKVConfig) -> Plan:
@@ -84,17 +89,41 @@ def check_packages(settings: Settings, plan: Plan) -> None:
         store_class(str(kind)).check_package()
 
 
+def check_start(settings: Settings, config: RWKVConfig, plan: Plan) -> None:
+    """Whether --load_adapter suits the run, before the base is loaded.
+
+    Raises:
+        InputError: the file is damaged, or of another profile or base.
+    """
+    path, start = settings[PeftFlags].load_adapter, settings[StateFlags]
+    if not path:
+        return
+    wanted = planned_shapes(plan)
+    if start.state:
+        for block in range(config.n_layer):
+            wanted[f"blocks.{block}.att.{STATE}"] = state_shape(config)
+    if start.prefix_tuning:
+        wanted[PREFIX] = start.prefix_token_len, config.n_embd
+    check_adapter(path, wanted, planned_scales(plan), base=base_of(settings))
+
+
+def base_of(settings: Settings) -> str:
+    """What tells the run's base from others: its file's fingerprint, or a new model's seed."""
+    path = settings[ModelFlags].load_model
+    if path:
+        return fingerprint(read_tensors(path))
+    return f"new, seed {settings[TrainerFlags].random_seed}"
+
+
 def build(settings: Settings, config: RWKVConfig, device: Device) -> tuple[RWKV, Plan, str]:
     """The model with its stores and adapters in place, the plan, and the base's fingerprint."""
-    flags, peft = settings[ModelFlags], settings[PeftFlags]
+    flags, peft, base = settings[ModelFlags], settings[PeftFlags], base_of(settings)
     if flags.load_model:
-        base = fingerprint(read_tensors(flags.load_model))
         model, plan = load_with_profile(
             flags.load_model, peft, device=device.kind, dtype=device.dtype, backend=flags.backend
         )
     else:
         seed = settings[TrainerFlags].random_seed
-        base = f"new, seed {seed}"
         model, plan = new_with_profile(
             config, peft, device=device.kind, dtype=device.dtype, backend=flags.backend, seed=seed
         )

@@ -43,6 +43,8 @@ NEEDED_BY = {  # what switches them on, and the flags that say nothing without i
     "layer_profile": ("quant", "limited_lora", "rslora", "lora_plus_ratio", "svd_niter"),
 }
 
+OF_A_GPU = ("gpu_memory", "grad_cp_offload", "chunk_offload")  # flags that say nothing on a CPU
+
 
 def without_effect(settings: Settings, words: Sequence[str] = ()) -> list[str]:
     """A line for each flag that is set while the switch that it belongs to is off.
@@ -52,8 +54,7 @@ def without_effect(settings: Settings, words: Sequence[str] = ()) -> list[str]:
         words: of the command line, where one may have the value that it has if not given.
     """
     given = {word.removeprefix("--").partition("=")[0] for word in words if word[:2] == "--"}
-    values = settings.as_flags()
-    usual = {f.name: f.default for kind in FLAGS for f in fields(kind)}
+    values, usual = settings.as_flags(), _usual()
     return [
         f"--{name} {_written(values[name])}: has no effect without --{switch}"
         for switch, names in NEEDED_BY.items()
@@ -61,6 +62,21 @@ def without_effect(settings: Settings, words: Sequence[str] = ()) -> list[str]:
         if not values[switch.split()[0]]
         and (values[name] != usual[name] or (name in given and values[name] is not False))
     ]
+
+
+def without_effect_on_cpu(settings: Settings) -> list[str]:
+    """A line for each flag that is set and is about a GPU's memory."""
+    values, usual = settings.as_flags(), _usual()
+    return [
+        f"--{name} {_written(values[name])}: has no effect on a CPU"
+        for name in OF_A_GPU
+        if values[name] != usual[name]
+    ]
+
+
+def _usual() -> dict[str, object]:
+    """Every flag's default."""
+    return {f.name: f.default for kind in FLAGS for f in fields(kind)}
 
 
 def _written(value: object) -> object:

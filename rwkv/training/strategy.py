@@ -77,12 +77,12 @@ def uses_ddp(strategy: str, world: int) -> bool:
     return strategy == "ddp" or (strategy == "auto" and world > 1)
 
 
-def check_strategy(flags: TrainerFlags, device: str) -> None:
+def check_strategy(flags: TrainerFlags, *, on_gpu: bool) -> None:
     """Whether --strategy can run here; asked before a run's data is read.
 
     Args:
         flags: of the trainer.
-        device: `cuda` or `cpu`.
+        on_gpu: whether the run, or the one that a dry run plans for, has a GPU.
 
     Raises:
         InputError: DeepSpeed on a CPU.
@@ -90,9 +90,10 @@ def check_strategy(flags: TrainerFlags, device: str) -> None:
     """
     if not flags.strategy.startswith("deepspeed"):
         return
-    if device != "cuda":
+    if not on_gpu:
         raise InputError(
             f"--strategy {flags.strategy}: DeepSpeed needs a GPU; use --strategy auto or ddp"
+            f"{', or plan for one by --accelerator gpu' if flags.dry_run else ''}"
         )
     if find_spec("deepspeed") is None:
         raise RunError(f"--strategy {flags.strategy}: needs DeepSpeed; pip install deepspeed")
