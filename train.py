@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     words, notes = upstream_flags.split(list(sys.argv[1:] if argv is None else argv))
     settings = parse(words, FLAGS, program="train.py", description=__doc__.splitlines()[0])
     check(settings)
-    for note in [*notes, *without_effect(settings)]:
+    for note in [*notes, *without_effect(settings, words)]:
         say(note)
     if not settings[IterateFlags].iterate:
         return train(settings)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from peft.adapter import AdapterLinear
 from peft.layer_profile import LayerPlan
 from peft.lora import LoraLinear, lora_scale
-from peft.plan import STATE, Plan, trained_sizes
+from peft.plan import PREFIX, STATE, Plan, trained_sizes
 from peft.registry import ADAPTERS
-from rwkv.checkpoint import TensorFile, check_finite, read_metadata, read_tensors
+from rwkv.checkpoint import TensorFile, check_finite, config_of, read_metadata, read_tensors
 from rwkv.errors import InputError
+from rwkv.model import RWKV
 from rwkv.names import ROOT
 
 PARTS = frozenset(part for cls in ADAPTERS.values() for part in cls.PARTS)
@@ -115,8 +116,7 @@ def read_adapter(
     """Open an adapter file.
 
     Args:
-        path: a .pth or .safetensors file, ours or RWKV-LM-RLHF's; a whole model is an adapter that
-            replaces everything.
+        path: a .pth or .safetensors file, ours or RWKV-LM-RLHF's.
         alpha: for files that do not state it; ours do, and it must be None for them.
 
     Returns:
@@ -124,12 +124,15 @@ def read_adapter(
         empty for a file of RWKV-LM-RLHF.
 
     Raises:
-        InputError: it is no adapter file, holds what this project lacks, or alpha is missing or
-            has no effect.
+        InputError: it is no adapter file or a whole model, holds what this project lacks, or alpha
+            is missing or has no effect.
     """
     if alpha is not None and not alpha > 0:
         raise InputError(f"--alpha {alpha:g}: must be above 0; take that of the training")
     tensors, metadata = read_tensors(path), read_metadata(path)
+    _check_own(path, tensors)
+    if _is_model(tensors, metadata):
+        raise _whole_model(path)
     for name in tensors:
         for fragment, meaning in FOREIGN.items():
             if fragment in name:
@@ -166,6 +169,34 @@ def read_adapter(
         for layer, parts in shapes.items()
     }
     return tensors, kinds, metadata
+
+
+def _check_own(path: Path | str, tensors: TensorFile) -> None:
+    """Stop at an adapter of HF peft."""
+    if any(name.startswith("base_model.model.") for name in tensors):
+        folder = path if Path(path).is_dir() else Path(path).parent
+        raise InputError(
+            f"{path}: is HF peft's adapter; name what python -m peft.convert --adapter {folder} "
+            "--output ADAPTER.pth makes of it"
+        )
+
+
+def _is_model(tensors: TensorFile, metadata: Mapping[str, Any]) -> bool:
+    """Whether a file is a whole model, with nothing that would be lost at --load_model."""
+    if any(name == PREFIX or name.endswith(f".{STATE}") for name in tensors):
+        return False
+    if "kind" in metadata:
+        return metadata["kind"] in ("model", "quantized")
+    try:
+        config = config_of(tensors)
+    except InputError:
+        return False
+    with torch.device("meta"):
+        return {name for name, _ in RWKV(config).named_parameters()} <= tensors.keys()
+
+
+def _whole_model(path: Path | str) -> InputError:
+    return InputError(f"{path}: is a whole model, no adapter; name it at --load_model")
 
 
 def stated_layers(path: Path | str, metadata: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -271,7 +302,10 @@ def check_adapter(
         InputError: names, shapes, alpha or base differ, or a number is not finite.
     """
     tensors = read_tensors(path)
+    _check_own(path, tensors)
     metadata = read_metadata(path)
+    if tensors.keys() != wanted.keys() and _is_model(tensors, metadata):
+        raise _whole_model(path)  # which a run that trains all goes on from, and no other
     if base is not None and metadata.get("base", base) != base:
         raise InputError(
             f"{path}: belongs to the base {metadata['base']}, --load_model is {base}; "

@@ -82,21 +82,25 @@ class Rule:
     changes: dict[str, Any]
     optional: bool = False
 
+    def hits(self, layer_names: Sequence[str]) -> set[str]:
+        """The layers that it names."""
+        return {name for glob in self.match for name in fnmatch.filter(layer_names, glob)}
+
     def as_json(self) -> dict[str, Any]:
         match = self.match[0] if len(self.match) == 1 else list(self.match)
         return {"match": match, **self.changes} | ({"optional": True} if self.optional else {})
 
 
-def read_profile(path: Path | str, layer_names: Sequence[str]) -> dict[str, LayerPlan]:
-    """Return a plan for every name in `layer_names`, such as "blocks.0.att.key".
+def read_profile(path: Path | str, layer_names: Sequence[str]) -> list[Rule]:
+    """The rules of a profile, for `plans_of`.
 
     Args:
         path: a JSON profile, or a CSV one by its ending.
-        layer_names: as `peft.plan.layer_names` gives them.
+        layer_names: of the model, such as "blocks.0.att.key".
 
     Raises:
-        InputError: the file is no profile, has an unknown key, mode or value, or a rule that
-            matches no layer. The message names the file, the rule and the mend.
+        InputError: the file is no profile, or has an unknown key, mode or value. The message names
+            the file, the rule and the mend.
     """
     path = Path(path)
     if not path.is_file():
@@ -105,15 +109,13 @@ def read_profile(path: Path | str, layer_names: Sequence[str]) -> dict[str, Laye
         from peft.csv_profile import read_rows, rules_of
 
         blocks = {name.split(".")[1] for name in layer_names if name.startswith("blocks.")}
-        rules = rules_of(read_rows(path, n_layer=len(blocks)))
-    else:
-        rules = read_rules(path)
-    return plans_of(rules, layer_names)
+        return rules_of(read_rows(path, n_layer=len(blocks)))
+    return read_rules(path)
 
 
 def read_rules(path: Path) -> list[Rule]:
     """The rules of a JSON profile, each checked by itself."""
-    content = parse_json(path, read_text(path))
+    content = parse_json(path, read_text(path), once=True)
     rules = content.get("rules") if isinstance(content, dict) else None
     if not isinstance(rules, list) or not rules:
         raise InputError(f'{path}: has no rules; write {{"rules": [{{"match": "blocks.*", ...}}]}}')
@@ -127,6 +129,11 @@ def _rule(where: str, rule: object) -> Rule:
     if not isinstance(rule, dict):
         raise InputError(f"{where}: is {rule!r}; write an object with 'match' and keys to set")
     changes = dict(rule)
+    for key in changes:
+        if key not in (*RULE_KEYS, "match", "optional"):
+            near = difflib.get_close_matches(key, (*RULE_KEYS, "match", "optional"), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(RULE_KEYS)}"
+            raise InputError(f"{where}: unknown key {key!r}; {hint}")
     match, optional = changes.pop("match", None), changes.pop("optional", False)
     globs = [match] if isinstance(match, str) else match
     if not isinstance(globs, list) or not globs or not all(isinstance(g, str) for g in globs):
@@ -140,10 +147,6 @@ def _rule(where: str, rule: object) -> Rule:
 
 def _value(where: str, key: str, value: Any) -> Any:
     """The value of a rule's key, checked."""
-    if key not in RULE_KEYS:
-        near = difflib.get_close_matches(key, (*RULE_KEYS, "match", "optional"), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(RULE_KEYS)}"
-        raise InputError(f"{where}: unknown key {key!r}; {hint}")
     if key == "mode" or key == "quant":
         words = MODES if key == "mode" else STORAGES
         if value not in words:
@@ -178,7 +181,7 @@ def plans_of(rules: Sequence[Rule], layer_names: Sequence[str]) -> dict[str, Lay
     """
     plans = dict.fromkeys(layer_names, LayerPlan())
     for rule in rules:
-        hit = {name for glob in rule.match for name in fnmatch.filter(layer_names, glob)}
+        hit = rule.hits(layer_names)
         if not hit and not rule.optional:
             raise InputError(
                 f"{rule.where}: {', '.join(map(repr, rule.match))} matches no layer of this model, "

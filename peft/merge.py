@@ -80,10 +80,22 @@ def main(argv: list[str] | None = None) -> int:
         write_tensors,
     )
 
+    if options.quant_mode is None:
+        for name, usual in (("quant_head", False), ("quant_tolerance", QUANT_TOLERANCE)):
+            if getattr(options, name) != usual:
+                raise InputError(
+                    f"--{name}: has no effect without --quant_mode; add it, or drop it"
+                )
     if options.output.resolve() in (options.base.resolve(), options.adapter.resolve()):
         raise InputError(f"--output {options.output}: is an input too; choose another name")
     check_output(options.output, "quantized" if options.quant_mode else "model")
     base = read_tensors(options.base)
+    if base.quantized:
+        raise InputError(
+            f"--base {options.base}: is quantized, and takes no changes; name the model it was "
+            f"made from ({base.base}); such a file is for --load_model of train.py, rwkv.chat, "
+            "rwkv.generate and rwkv.score"
+        )
     pair = open_pair(
         base,
         options.adapter,

@@ -72,7 +72,7 @@ def open_pair(
     path: Path,
     *,
     alpha: float | None = None,
-    other_base: bool = False,
+    other_base: bool | None = None,
     as_trained: bool = False,
 ) -> Pair:
     """Read an adapter file and check it against its base.
@@ -81,7 +81,8 @@ def open_pair(
         base: the model's file.
         path: the adapter's; see peft.adapter_file.read_adapter.
         alpha: for adapter files that do not state it.
-        other_base: allow a base that the adapter was not trained on.
+        other_base: allow a base that the adapter was not trained on; None where the command has no
+            --other_base.
         as_trained: merge into the weights as the training saw them, quantized and back, where it
             ran over quantized ones; else into the base's own.
 
@@ -92,7 +93,8 @@ def open_pair(
     if "base" in metadata and not other_base and metadata["base"] != fingerprint(base):
         raise InputError(
             f"{path}: was trained on the base {metadata['base']}, {base.path} is "
-            f"{fingerprint(base)}; name the base it was trained on, or add --other_base"
+            f"{fingerprint(base)}; name the base it was trained on"
+            f"{'' if other_base is None else ', or add --other_base'}"
         )
     whole = tuple(
         name

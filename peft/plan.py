@@ -1,13 +1,13 @@
 """From a profile and flags to what happens to every layer of one model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from peft.flags import QUANT_ALIASES, PeftFlags
-from peft.layer_profile import ADAPTER_MODES, LayerPlan, read_profile
+from peft.layer_profile import ADAPTER_MODES, LayerPlan, Rule, plans_of, read_profile
 from peft.registry import ADAPTERS
 from rwkv.errors import InputError
 from rwkv.linear import Embedding, Linear
@@ -47,6 +47,7 @@ class Plan:
     flags: what else the user chose.
     open_storage: layers whose storage the flags decide; that of ENDS is up to --quant_head too.
     beside: small layers that train because adapters do.
+    notes: a line for each storage that was asked for and cannot be.
     """
 
     layers: dict[str, Layer]
@@ -54,6 +55,7 @@ class Plan:
     flags: PeftFlags
     open_storage: frozenset[str] = frozenset()
     beside: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
     def trains(self, name: str) -> bool:
         """Whether the layer's own parameters (not an adapter's) train."""
@@ -95,8 +97,10 @@ def make_plan(
         InputError: the profile does not suit the model; the message names file, rule and layer.
     """
     layers = model_layers(model)
+    rules: list[Rule] = []
     if flags.layer_profile:
-        plans = read_profile(flags.layer_profile, list(layers))
+        rules = read_profile(flags.layer_profile, list(layers))
+        plans = plans_of(rules, list(layers))
     else:
         plans = dict.fromkeys(layers, LayerPlan(mode="full", rule="without --layer_profile"))
     resolved = {name: _resolve(name, layers[name], plans[name], flags) for name in layers}
@@ -121,7 +125,68 @@ def make_plan(
                 f"{kind}; choose freeze or another adapter, or load the model it was made from"
             )
         resolved[name] = replace(resolved[name], quant=kind)
-    return Plan(layers, resolved, flags, open_storage, beside)
+    plan = Plan(layers, resolved, flags, open_storage, beside)
+    return replace(plan, notes=tuple(_unheard(plan, rules, plans, quantized or {})))
+
+
+def _unheard(
+    plan: Plan,
+    rules: Sequence[Rule],
+    plans: Mapping[str, LayerPlan],
+    quantized: Mapping[str, str],
+) -> Iterator[str]:
+    """What rules and flags say of storage without effect.
+
+    Args:
+        plan: what holds.
+        rules, plans: of the profile.
+        quantized: as for `make_plan`.
+
+    Raises:
+        InputError: a rule stores what cannot be stored, and nothing else.
+    """
+    names = list(plan.layers)
+    for rule in rules:
+        kind = rule.changes.get("quant")
+        able = [name for name in names if plan.layers[name].kind in STORED] if kind else []
+        hit = rule.hits(names)
+        told = [name for name in able if name in hit]
+        if kind not in (None, "none") and hit and not told:
+            raise InputError(
+                f"{rule.where}: quant {kind!r} is for linear layers and emb, {min(hit)} is none of "
+                "them; drop 'quant'"
+            )
+        where = f"{rule.where}: quant {kind!r}"
+        if kind != "none" and told and all(plan.plans[name].mode == "full" for name in told):
+            yield f"{where}: has no effect, for {_some(told)} trains in full"
+        yield from _held(where, [n for n in told if plans[n].quant == kind], str(kind), quantized)
+    flags = plan.flags
+    if not flags.quant or not flags.layer_profile:
+        return
+    kind = QUANT_ALIASES.get(flags.quant_mode, flags.quant_mode)
+    open_to = [
+        n for n in quantized if plans[n].quant is None and (n not in ENDS or flags.quant_head)
+    ]
+    yield from _held(f"--quant 1 --quant_mode {kind}", open_to, kind, quantized)
+    if not quantized and not plan.open_storage:
+        yield (
+            "--quant 1: has no effect, for every linear layer trains in full or has its storage "
+            "from a rule"
+        )
+
+
+def _held(
+    where: str, names: Sequence[str], kind: str, quantized: Mapping[str, str]
+) -> Iterator[str]:
+    """A line for each other storage in which a model's file holds some of the layers."""
+    for held in sorted({quantized[name] for name in names if name in quantized} - {kind}):
+        those = [name for name in names if quantized.get(name) == held]
+        yield f"{where}: has no effect on {_some(those)}, which the model's file holds as {held}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """`head`, or `blocks.0.att.key and 11 more`."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def _resolve(name: str, layer: Layer, plan: LayerPlan, flags: PeftFlags) -> LayerPlan:
@@ -190,7 +255,7 @@ def stored_bytes(plan: Plan, dtype: torch.dtype) -> dict[str, int]:
 
 
 def describe(plan: Plan, dtype: torch.dtype) -> list[str]:
-    """The plan as a table: a line for each group of layers with one plan, then the sums.
+    """The plan as a table: a line for each group of layers with one plan, the sums, the notes.
 
     Args:
         plan: the plan.
@@ -233,6 +298,7 @@ def describe(plan: Plan, dtype: torch.dtype) -> list[str]:
     return [
         *lines,
         f"{trained_count(plan):,} parameters train beside {total:,} of the base; {sums}",
+        *plan.notes,
     ]
 
 

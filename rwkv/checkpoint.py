@@ -221,19 +221,30 @@ def config_of(tensors: TensorFile) -> RWKVConfig:
         InputError: the file is not an RWKV-6 or RWKV-7 model.
     """
     path, shapes = tensors.path, tensors.shapes
+    kind, parts = read_metadata(path).get("kind"), {name.rpartition(".")[2] for name in shapes}
+    if any(name.startswith("base_model.model.") for name in shapes):
+        raise InputError(
+            f"{path}: is HF peft's adapter, no model; name the base's file here, and at --adapter "
+            "what python -m peft.convert makes of the folder"
+        )
+    if kind == "adapter" or parts & {"lora_A", "lora_B", "bone", "miss", "prefix"}:
+        raise InputError(
+            f"{path}: is an adapter, no model; name the base's file here, and this one at "
+            "--adapter (of train.py: --load_adapter)"
+        )
+    if kind == "state" or ("emb.weight" not in shapes and "time_state" in parts):
+        raise InputError(
+            f"{path}: is a state, no model; name the base's file here, and this one at --state"
+        )
     if "blocks.0.att.r_k" in shapes:
         version = 7
     elif "blocks.0.att.time_maa_w1" in shapes:
         version = 6
-    elif any(
-        name.endswith(("lora_A", "lora_B", ".bone", "time_state", "prefix")) for name in shapes
-    ):
-        raise InputError(f"{path}: is an adapter or state file; name the base model's file here")
     else:
-        kind = "an older RWKV" if "blocks.0.att.key.weight" in shapes else "no RWKV model"
+        other = "an older RWKV" if "blocks.0.att.key.weight" in shapes else "no RWKV model"
         first = ", ".join(list(shapes)[:3])
         raise InputError(
-            f"{path}: is {kind} (its tensors are {first}, ...); name an RWKV-6 or RWKV-7 file"
+            f"{path}: is {other} (its tensors are {first}, ...); name an RWKV-6 or RWKV-7 file"
         )
     try:
         vocab_size, n_embd = shapes["emb.weight"]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from rwkv.errors import InputError, RunError
+from rwkv.flags import Reader, with_minus
 from rwkv.names import check_names
 
 
@@ -39,11 +40,37 @@ def say(text: str) -> None:
         print(text, file=sys.stderr)  # noqa: T201
 
 
+class Switch(argparse.Action):
+    """A flag that is 0 or 1, or 1 with nothing behind it, as those of train.py."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: Any):
+        kinds: dict[str, Any] = {"choices": None, "within": "", "also": ()}
+        read = Reader(dest, bool, False, kinds)
+        options |= {"nargs": "?", "const": True, "default": False, "type": read, "metavar": "0|1"}
+        super().__init__(option_strings, dest, **options)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, with our errors; flags are written out."""
+    """argparse's parser, with our errors; flags are written out, and switches take 0 or 1."""
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
+        self.register("action", "store_true", Switch)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, and what follows a flag with one dash is its value."""
+        return super().parse_known_args(
+            with_minus(sys.argv[1:] if args is None else args), namespace
+        )
 
     def error(self, message: str) -> NoReturn:
         """Stop with what argparse found wrong, as our messages are written.
@@ -66,6 +93,8 @@ class Parser(argparse.ArgumentParser):
             return f"{name} {given}: is not one of {words}; {hint}"
         if found := re.fullmatch(r"argument (\S+): expected .* arguments?", message):
             return f"{found.group(1)}: has no value; write one behind it"
+        if found := re.fullmatch(r"argument \S+: (--\w+ .*: .*; .*)", message):
+            return found.group(1)
         if found := re.fullmatch(r"argument (\S+): not allowed with argument (\S+)", message):
             return f"{found.group(1)}: contradicts {found.group(2)}; keep one of them"
         if found := re.fullmatch(r"unrecognized arguments: (\S+).*", message):

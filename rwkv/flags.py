@@ -142,6 +142,7 @@ def parse(
     """
     known = [field.name for group in classes for field in dataclasses.fields(group)]
     _check_names(argv, known)
+    argv = with_minus(argv)
     config = _config_file(argv)
     parser = _parser(classes, program, description)
     try:
@@ -195,6 +196,18 @@ def _check_names(argv: Sequence[str], known: list[str]) -> None:
         if not word.startswith("--") or name in (*known, "help", "config", "print_config"):
             continue
         raise InputError(_no_such_flag(name, known))
+
+
+def with_minus(argv: Sequence[str]) -> list[str]:
+    """The words, with `--name -3GB` as `--name=-3GB`: argparse would take it for two flags."""
+    words: list[str] = []
+    for word in argv:
+        valued = re.match(r"-[^-]", word) and word != "-h"
+        if valued and words and re.fullmatch(r"--\w+", words[-1]):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _config_file(argv: Sequence[str]) -> str:

@@ -5,7 +5,8 @@
 
 A .jsonl file has an object with a `prompt` a line; the output has the same objects with
 `completion` and `ended` (whether it stopped by itself) added, in the same order. Any other file is
-one prompt. The prompt is continued as it is, without a template; for dialogue see rwkv.chat.
+one prompt. The prompt is continued as it is; with --template it is what a user says, and the
+answer's end is that of training. For dialogue see rwkv.chat.
 """
 
 import argparse
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from rwkv.decoder import Decoder, Pace, Written
     from rwkv.model import RWKV
     from rwkv.state import State
+    from rwkv.templates import Template
     from rwkv.tokenizer import Tokenizer
 
 Stop = Sequence[int | str]
@@ -328,11 +330,21 @@ def main(argv: list[str] | None = None) -> int:
         "--stop", action="append", default=[], metavar="TEXT", help="stop here; may be repeated"
     )
     parser.add_argument("--batch_size", type=int, default=64, help="prompts at once (64)")
+    parser.add_argument(
+        "--template",
+        default="",
+        help="answer the prompts as rwkv.chat does: auto, world, g1, plain or a .json file",
+    )
+    parser.add_argument(
+        "--turn_end", default="", help="what ends an answer: suffix, eot or both (the template's)"
+    )
     add_sampling_arguments(parser)
     options = parser.parse_args(argv)
     for name in ("tokens", "batch_size"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)}: needs to be at least 1; raise it")
+    if options.turn_end and not options.template:
+        raise InputError("--turn_end: has no effect without --template; add it, or drop it")
     sampling = sampling_of(options)
 
     many = options.prompt_file is not None and options.prompt_file.suffix == ".jsonl"
@@ -342,12 +354,22 @@ def main(argv: list[str] | None = None) -> int:
         text = options.prompt if options.prompt is not None else read_text(options.prompt_file)
         records = [{"prompt": text}]
     model, tokenizer = open_model(options, merged=True)
-    prompts = [_prompt_tokens(record["prompt"], tokenizer) for record in records]
+    template = None
+    if options.template:
+        from rwkv.templates import load_template
+
+        template = load_template(options.template, tokenizer, options.turn_end or None)
+        if template.turn_end != "eot":
+            options.stop.append(template.roles["assistant"].suffix)
+    prompts = [_prompt_tokens(record["prompt"], tokenizer, template) for record in records]
     if not many:
         stream = TextStream(model, tokenizer, sampling=sampling, seed=options.seed)
         stream.read(prompts[0])
+        begun = template is None  # an answer begins behind the blank that the template has there
         for piece in stream.write(max_tokens=options.tokens, stop=options.stop):
-            print(piece, end="", flush=True)  # noqa: T201
+            shown = piece if begun else piece.lstrip(" ")
+            begun = begun or bool(shown)
+            print(shown, end="", flush=True)  # noqa: T201
         print()  # noqa: T201
         return 0
     written = generate(
@@ -361,7 +383,8 @@ def main(argv: list[str] | None = None) -> int:
         batch_size=options.batch_size,
     )
     for record, answer in zip(records, written, strict=True):
-        record |= {"completion": answer.text, "ended": answer.ended}
+        text = answer.text if template is None else answer.text.strip()
+        record |= {"completion": text, "ended": answer.ended}
         print(json.dumps(record, ensure_ascii=False))  # noqa: T201
     return 0
 
@@ -387,9 +410,17 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _prompt_tokens(text: str, tokenizer: "Tokenizer") -> list[int]:
-    """The prompt's tokens; an empty one is the end of the text before."""
-    tokens = tokenizer.encode(text)
+def _prompt_tokens(
+    text: str, tokenizer: "Tokenizer", template: "Template | None" = None
+) -> list[int]:
+    """The prompt's tokens, with a template those up to the answer; an empty one is the end of
+    the text before."""
+    if template is None:
+        tokens = tokenizer.encode(text)
+    else:
+        from rwkv.templates import Message
+
+        tokens = template.encode_prompt([Message("user", text)], tokenizer)
     if not tokens and tokenizer.end_of_text is None:
         raise InputError(
             f"--prompt: is empty, and the tokenizer {tokenizer.name} has no end of text to begin "

@@ -1,6 +1,7 @@
 """Text and JSON from outside: what they say, or an error that names file, line and mend."""
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +48,34 @@ def not_utf8(where: str, error: UnicodeDecodeError) -> InputError:
     return InputError(f"{where}: not UTF-8 ({found}); save the file as UTF-8")
 
 
-def parse_json(path: Path, text: str, line: int = 1) -> Any:
+def parse_json(path: Path, text: str, line: int = 1, *, once: bool = False) -> Any:
     """The value of JSON.
 
     Args:
         path: where the text stands.
         text: lines of that file.
         line: the number of the first of them, from 1.
+        once: stop at an object that has a key twice, of which JSON's readers keep the last.
 
     Raises:
-        InputError: it is no JSON, or more than Python reads.
+        InputError: it is no JSON, or more than Python reads, or has a key twice.
     """
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise InputError(
+                    f"{path}: {key!r} is there twice in one object, as "
+                    f"{reprlib.repr(found[key])} and {reprlib.repr(value)}; keep one of them"
+                )
+            found[key] = value
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=checked if once else None)
+    except InputError:
+        raise
     except json.JSONDecodeError as error:
         raise not_json(path, line + error.lineno - 1, error) from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rwkv.model import RWKV
     from rwkv.tokenizer import Tokenizer
 
+STORAGE_NEEDS = {"quant": "layer_profile", "quant_mode": "quant 1", "quant_head": "quant 1"}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -50,9 +51,11 @@ def add_storage_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("storage, as of the run that takes the scores")
     group.add_argument("--layer_profile", default="", help="of the run; its adapters do nothing")
-    group.add_argument("--quant", type=int, choices=(0, 1), default=0, help="as for train.py")
-    group.add_argument("--quant_mode", choices=(*QUANT_MODES, *QUANT_ALIASES), default="nf4")
-    group.add_argument("--quant_head", type=int, choices=(0, 1), default=0)
+    group.add_argument("--quant", action="store_true", help="as for train.py")
+    group.add_argument(
+        "--quant_mode", choices=(*QUANT_MODES, *QUANT_ALIASES), help="as for train.py (nf4)"
+    )
+    group.add_argument("--quant_head", action="store_true", help="as for train.py")
 
 
 def storage_of(model: "RWKV") -> dict[str, str]:
@@ -95,12 +98,15 @@ def open_model(options: argparse.Namespace, *, merged: bool = False) -> "tuple[R
     config = config_of(read_tensors(options.load_model))
     tokenizer = load_tokenizer(options.tokenizer or None, config.vocab_size)
     storage = None
-    if getattr(options, "layer_profile", "") or getattr(options, "quant", 0):
+    for name, switch in STORAGE_NEEDS.items():
+        if getattr(options, name, None) and not getattr(options, switch.split()[0]):
+            raise InputError(f"--{name}: has no effect without --{switch}; add it, or drop it")
+    if getattr(options, "layer_profile", ""):
         storage = PeftFlags(
             layer_profile=options.layer_profile,
-            quant=bool(options.quant),
-            quant_mode=options.quant_mode,
-            quant_head=bool(options.quant_head),
+            quant=options.quant,
+            quant_mode=options.quant_mode or "nf4",
+            quant_head=options.quant_head,
         )
     model = load_frozen(
         options.load_model, device=device, dtype=dtype, backend=options.kernel, storage=storage

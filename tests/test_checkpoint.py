@@ -251,11 +251,11 @@ WRONG = {
     ),
     "an adapter": (
         lambda _: {"blocks.0.att.key.lora_A": torch.ones(2, 24)},
-        "is an adapter or state file; name the base model's file here",
+        "is an adapter, no model; name the base's file here, and",
     ),
     "a state": (
         lambda _: {"blocks.0.att.time_state": torch.ones(3, 8, 8)},
-        "is an adapter or state file; name the base model's file here",
+        "is a state, no model; name the base's file here, and",
     ),
     "RWKV-5": (
         lambda _: {"emb.weight": torch.ones(2, 2), "blocks.0.att.key.weight": torch.ones(2, 2)},

@@ -579,3 +579,39 @@ def test_the_dtype_is_the_one_asked_for(model_file):
     model = opened(model_file(V=256), dtype="bf16")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert generate(model, [[1, 2]], max_tokens=3)[0].tokens
+
+
+def test_a_template_answers_as_the_chat_does(model_file, tmp_path, capsys):
+    """The same tokens before and after, one prompt or many."""
+    from rwkv.chat import Chat
+    from rwkv.templates import load_template
+
+    path = model_file(V=256)
+    template = load_template("world", BYTES)
+    chat = Chat(load_model(path), BYTES, template, max_tokens=12)
+    wanted = "".join(chat.say("Say it.")).strip()
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Say it."}\n')
+    flags = ("--load_model", path, "--tokenizer", "bytes", "--temperature", 0, "--tokens", 12)
+    flags = (*flags, "--template", "world", "--device", "cpu")
+    (line,) = command(capsys, *flags, "--prompt_file", tmp_path / "p.jsonl").splitlines()
+    assert json.loads(line)["completion"] == wanted
+    assert command(capsys, *flags, "--prompt", "Say it.").strip() == wanted
+    assert command(capsys, *flags[:-4], "--device", "cpu", "--prompt", "Say it.").strip() != wanted
+    with pytest.raises(InputError, match="--turn_end: has no effect without --template; add it"):
+        main(["--load_model", str(path), "--prompt", "a", "--turn_end", "eot"])
+
+
+def test_the_end_of_an_answer_is_the_templates(monkeypatch, model_file, capsys):
+    """What is behind the suffix is not shown, nor the blank before the answer."""
+    write = "  Yes.\n\nUser: "
+
+    def scripted(self, *, max_tokens, stop):
+        writing = Writing(BYTES, stop, max_tokens)
+        for token in write.encode():
+            if not writing.done and (piece := writing.add(token)):
+                yield piece
+
+    monkeypatch.setattr(TextStream, "write", scripted)
+    words = ("--load_model", model_file(V=256), "--tokenizer", "bytes", "--prompt", "a")
+    assert command(capsys, *words, "--template", "world") == "Yes.\n"
+    assert command(capsys, *words) == f"{write}\n"

@@ -296,3 +296,63 @@ def test_the_table_counts_what_the_model_has(tmp_path):
 
 def test_plans_compare_without_their_rule():
     assert LayerPlan(rule="a.json: rule 1") == LayerPlan(rule="b.json: rule 2")
+
+
+LORA = {"match": "blocks.*", "mode": "lora", "rank": 4}
+
+
+@pytest.mark.parametrize(
+    ("rules", "flags", "wanted"),
+    [
+        ([LORA | {"quant": "int8"}], {}, []),
+        ([LORA], {"quant": True}, []),
+        (
+            [LORA, {"match": "head", "mode": "full", "quant": "int8"}],
+            {},
+            ["p.json: rule 2: quant 'int8': has no effect, for head trains in full"],
+        ),
+        (
+            [{"match": "*", "mode": "full"}],
+            {"quant": True},
+            ["--quant 1: has no effect, for every linear layer trains in full or has its storage"],
+        ),
+    ],
+    ids=["a rule", "the flag", "a full layer", "all in full"],
+)
+def test_a_storage_without_effect_is_noted(tmp_path, rules, flags, wanted):
+    plan = plan_of(tmp_path, *rules, **flags)
+    assert len(plan.notes) == len(wanted)
+    assert all(part in note for part, note in zip(wanted, plan.notes, strict=True))
+    lines = describe(plan, torch.bfloat16)
+    assert [line for line in lines if "has no effect" in line] == list(plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("rules", "flags", "wanted"),
+    [
+        ([LORA], {"quant": True, "quant_mode": "nf4"}, []),
+        (
+            [LORA],
+            {"quant": True, "quant_mode": "int8"},
+            ["--quant 1 --quant_mode int8: has no effect on blocks.0.att.key and 1 more, which "],
+        ),
+        (
+            [LORA | {"quant": "none"}],
+            {},
+            ["p.json: rule 1: quant 'none': has no effect on blocks.0.att.key and 1 more, which "],
+        ),
+    ],
+    ids=["the same", "the flag", "a rule"],
+)
+def test_the_storage_of_a_quantized_file_outweighs_and_is_noted(tmp_path, rules, flags, wanted):
+    flags = PeftFlags(layer_profile=write(tmp_path, *rules), **flags)
+    held = {"blocks.0.att.key": "nf4", "blocks.1.att.key": "nf4"}
+    notes = make_plan(blank(), flags, held).notes
+    assert len(notes) == len(wanted)
+    for part, note in zip(wanted, notes, strict=True):
+        assert part in note and note.endswith("the model's file holds as nf4")
+
+
+def test_a_rule_that_stores_norms_alone_is_refused(tmp_path):
+    with pytest.raises(InputError, match="p.json: rule 2: quant 'int8' is for linear layers and e"):
+        plan_of(tmp_path, LORA, {"match": "ln_out", "mode": "freeze", "quant": "int8"})

@@ -144,8 +144,9 @@ def test_training_goes_on_from_a_file(mode, storage, base, tmp_path):
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
 
 
-def test_full_training_is_merged_whole(base, tmp_path):
-    model, adapter = saved(base, tmp_path, PeftFlags())
+def test_layers_that_train_in_full_are_merged_whole(base, tmp_path):
+    flags = PeftFlags(layer_profile=profile(tmp_path, mode="full"))
+    model, adapter = saved(base, tmp_path, flags)
     merged = merge(open_pair(read_tensors(base), adapter))
     want = model.state_dict()
     assert merged.keys() == want.keys()

@@ -16,10 +16,12 @@ import pytest
 import torch
 
 import train
+from data import make_reference
+from peft import convert, merge, quantize
 from peft.adapter_file import adapter_metadata, trained_tensors
 from peft.apply import load_with_profile
 from peft.flags import PeftFlags
-from rwkv import chat, cli
+from rwkv import chat, cli, generate, score
 from rwkv.checkpoint import fingerprint, read_tensors, write_tensors
 from rwkv.config import RWKVConfig, default_ranks
 from rwkv.errors import InputError, RunError
@@ -238,7 +240,7 @@ MODELS = {
     "another model": (transformer, "is no RWKV model (its tensors are model.layers.0"),
     "whole numbers": (whole_numbers, "holds int32, weights are floating-point numbers"),
     "older RWKV": (rwkv_5, "is an older RWKV"),
-    "an adapter": (adapter, "is an adapter or state file; name the base model's file"),
+    "an adapter": (adapter, "is an adapter, no model; name the base's file here, and"),
 }
 
 
@@ -280,6 +282,20 @@ def test_a_vocabulary_that_tells_no_tokenizer_asks_for_one(fails):
 def test_an_unknown_key_in_a_profile_names_the_nearest(fails, tmp_path):
     path = write_profile(tmp_path / "p.json", mode="lora", rnak=4)
     wanted = f"{path}: rule 1: unknown key 'rnak'; did you mean 'rank'?"
+    assert fails(layer_profile=path) == wanted
+
+
+def test_an_unknown_key_outweighs_what_is_missing(fails, tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text('{"rules": [{"mach": "*", "mode": "freeze"}]}')
+    wanted = f"{path}: rule 1: unknown key 'mach'; did you mean 'match'?"
+    assert fails(layer_profile=path) == wanted
+
+
+def test_a_key_that_a_rule_has_twice_is_named(fails, tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text('{"rules": [{"match": "*", "mode": "lora", "rank": 4, "rank": 8}]}')
+    wanted = f"{path}: 'rank' is there twice in one object, as 4 and 8; keep one of them"
     assert fails(layer_profile=path) == wanted
 
 
@@ -348,6 +364,8 @@ def test_a_profile_that_is_no_profile(fails, tmp_path):
         (["there"], "'there': belongs to no flag; --help lists them"),
         (["--proj_dir", ""], "--proj_dir: names no folder; give one, or"),
         (["--memory", "24GB"], "--memory 24GB: is for --dry_run 1; add it"),
+        (["--memory", "-3GB", "--dry_run"], "--memory -3GB: is no size; write 24GB, say"),
+        (["--proj_dir", "-x", "--val_prompts", "-y"], "--val_prompts -y: no such file"),
         (["--memory", "24", "--dry_run"], "--memory 24: is no size; write 24GB, say"),
         (
             ["--val_data_file", "v", "--val_fraction", "0.1"],
@@ -422,6 +440,8 @@ def test_every_number_among_the_flags_has_its_range():
         ),
         ("--load_model a --token 3", "--token: no such flag; did you mean --tokens?"),
         ("--load_model", "--load_model: has no value; write one behind it"),
+        ("--load_model -a --tokens -3", "--tokens -3: needs to be at least 1; raise it"),
+        ("--load_model -a", "-a: no such file; check the path"),
         ("", "--load_model: is missing; --help says what it is"),
     ],
 )
@@ -765,3 +785,149 @@ def test_flags_without_effect_are_named():
         "--orpo_alpha 2.0: has no effect without --orpo 1",
         "--rslora 1: has no effect without --layer_profile",
     ]
+
+
+def test_flags_without_effect_are_named_at_their_usual_values():
+    """If they are written, and say more than that something is off."""
+    line = "--sft 1 --quant 0 --quant_head 0 --quant_mode=nf4 --infctx 1 --chunk_ctx 512"
+    words = line.split()
+    settings = parse(words, FLAGS, program="train.py", description="")
+    wanted = "--quant_mode nf4: has no effect without --quant 1"
+    assert without_effect(settings, words) == [wanted]
+
+
+# Files at the wrong flag
+@pytest.fixture
+def says(capsys):
+    """`says(main, word, ...)` runs a command that fails with status 2, and gives its message."""
+
+    def run(main, *words: object) -> str:
+        assert cli.run(lambda: main([str(word) for word in words])) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line.removeprefix("error: ")
+
+    return run
+
+
+@pytest.fixture
+def trial(good, tmp_path) -> Path:
+    """A folder with an adapter of LoRA and a quantized file, both made of the good model."""
+    flags = PeftFlags(layer_profile=str(good / "lora.json"))
+    model, plan = load_with_profile(good / "base.pth", flags)
+    metadata = adapter_metadata(model, plan, base=fingerprint(read_tensors(good / "base.pth")))
+    write_tensors(tmp_path / "adapter.pth", trained_tensors(model), metadata)
+    words = ["--load_model", good / "base.pth", "--output", tmp_path / "int8.pth"]
+    assert quantize.main([*map(str, words), "--quant_mode", "int8"]) == 0
+    return tmp_path
+
+
+@pytest.mark.parametrize("described", [True, False], ids=["its .json says so", "without .json"])
+def test_a_whole_model_is_no_adapter(fails, says, good, tmp_path, described):
+    base, model = good / "base.pth", tmp_path / "merged.pth"
+    write_tensors(model, dict(read_tensors(base)), {"kind": "model"} if described else None)
+    wanted = f"{model}: is a whole model, no adapter; name it at --load_model"
+    both = ["--load_model", base, "--adapter", model]
+    assert says(chat.main, *both) == wanted
+    assert says(generate.main, *both, "--prompt", "a") == wanted
+    assert says(score.main, *both, "--data", good / "train.jsonl") == wanted
+    output = tmp_path / "again.pth"
+    assert says(merge.main, "--base", base, "--adapter", model, "--output", output) == wanted
+    assert fails(load_adapter=model, layer_profile=good / "lora.json") == wanted
+
+
+def test_a_quantized_file_is_no_adapter(says, good, trial):
+    text = says(chat.main, "--load_model", good / "base.pth", "--adapter", trial / "int8.pth")
+    assert text == f"{trial / 'int8.pth'}: is a whole model, no adapter; name it at --load_model"
+
+
+def test_only_merge_offers_its_flag_for_another_base(says, good, trial):
+    tensors = dict(read_tensors(good / "base.pth"))
+    write_tensors(trial / "other.pth", tensors | {"emb.weight": tensors["emb.weight"] + 1})
+    both = ["--adapter", trial / "adapter.pth"]
+    text = says(chat.main, "--load_model", trial / "other.pth", *both)
+    assert text.endswith("; name the base it was trained on")
+    text = says(merge.main, "--base", trial / "other.pth", *both, "--output", trial / "m.pth")
+    assert text.endswith("; name the base it was trained on, or add --other_base")
+
+
+def test_an_adapter_is_no_model(fails, says, trial):
+    """Also one that holds a block's small tensors, without its .json."""
+    path, small = trial / "adapter.pth", trial / "small.pth"
+    wanted = f"{path}: is an adapter, no model; name the base's file here, and this one at "
+    wanted += "--adapter (of train.py: --load_adapter)"
+    assert says(generate.main, "--load_model", path, "--prompt", "a") == wanted
+    assert says(quantize.main, "--load_model", path, "--output", trial / "q.pth") == wanted
+    assert fails(load_model=path) == wanted
+    path.with_suffix(".json").rename(small.with_suffix(".json"))
+    assert fails(load_model=path) == wanted
+    tensors = {name: t for name, t in read_tensors(path).items() if "lora" not in name}
+    write_tensors(small, tensors)
+    assert fails(load_model=small) == wanted.replace(str(path), str(small))
+
+
+def test_a_state_is_no_model(fails, tmp_path):
+    path = tmp_path / "state.pth"
+    write_tensors(path, {"blocks.0.att.time_state": torch.zeros(3, 16, 16)})
+    assert fails(load_model=path).startswith(f"{path}: is a state, no model; name the base's file")
+
+
+def test_an_adapter_of_hf_peft_names_the_conversion(fails, says, good, trial):
+    folder = trial / "hf"
+    (trial / "keys.json").write_text('{"rules": [{"match": "*.key", "mode": "lora", "rank": 4}]}')
+    flags = PeftFlags(layer_profile=str(trial / "keys.json"))
+    model, plan = load_with_profile(good / "base.pth", flags)
+    write_tensors(
+        trial / "only.pth", trained_tensors(model), adapter_metadata(model, plan, base="")
+    )
+    assert convert.main(["--adapter", str(trial / "only.pth"), "--output", str(folder)]) == 0
+    base = ["--load_model", good / "base.pth"]
+    wanted = "is HF peft's adapter; name what python -m peft.convert --adapter "
+    wanted += f"{folder} --output ADAPTER.pth makes of it"
+    for path in (folder, folder / "adapter_model.safetensors"):
+        assert says(chat.main, *base, "--adapter", path) == f"{path}: {wanted}"
+        assert fails(load_adapter=path, layer_profile=good / "lora.json") == f"{path}: {wanted}"
+    assert fails(load_model=folder).startswith(f"{folder}: is HF peft's adapter, no model; name")
+
+
+def test_a_quantized_base_of_merge_names_what_it_is_for(says, good, trial):
+    words = ["--base", trial / "int8.pth", "--adapter", trial / "adapter.pth"]
+    made_from = fingerprint(read_tensors(good / "base.pth"))
+    assert says(merge.main, *words, "--output", trial / "m.pth") == (
+        f"--base {trial / 'int8.pth'}: is quantized, and takes no changes; name the model it was "
+        f"made from ({made_from}); such a file is for --load_model of train.py, rwkv.chat, "
+        "rwkv.generate and rwkv.score"
+    )
+
+
+# Switches of all commands
+@pytest.mark.parametrize(("given", "count"), [("", 14), (" 1", 14), (" 0", 12)])
+def test_switches_take_0_or_1_or_nothing(good, tmp_path, capsys, given, count):
+    words = f"--load_model {good / 'base.pth'} --quant_mode int8 --quant_head{given} --output "
+    assert quantize.main([*words.split(), str(tmp_path / "q.pth")]) == 0
+    assert f": {count} layers as int8" in capsys.readouterr().out
+
+
+def test_a_switch_that_is_neither_is_named(says):
+    words = "--load_model a --output b --quant_head perhaps"
+    assert says(quantize.main, *words.split()) == "--quant_head perhaps: is not 1 or 0; write one"
+
+
+# What would be without effect
+@pytest.mark.parametrize("words", ["--quant_head 1", "--quant_tolerance 0.1"])
+def test_merge_names_flags_of_a_storage_that_is_not_chosen(says, words):
+    name = words.split()[0]
+    text = says(merge.main, *f"--base a --adapter b --output c {words}".split())
+    assert text == f"{name}: has no effect without --quant_mode; add it, or drop it"
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("--quant_head", "--quant_head: has no effect without --quant 1; add it, or drop it"),
+        ("--quant_mode nf4", "--quant_mode: has no effect without --quant 1; add it, or drop it"),
+        ("--quant 1", "--quant: has no effect without --layer_profile; add it, or drop it"),
+    ],
+)
+def test_scores_name_flags_of_a_storage_that_is_not_chosen(says, good, words, wanted):
+    both = ["--load_model", good / "base.pth", "--data", good / "train.jsonl"]
+    assert says(make_reference.main, *both, *words.split()) == wanted

@@ -1,6 +1,7 @@
 """The flags of train.py, and which of them contradict each other."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -45,14 +46,21 @@ NEEDED_BY = {  # what switches them on, and the flags that say nothing without i
 OF_A_GPU = ("gpu_memory", "grad_cp_offload", "chunk_offload")  # flags that say nothing on a CPU
 
 
-def without_effect(settings: Settings) -> list[str]:
-    """A line for each flag that is set while the switch that it belongs to is off."""
+def without_effect(settings: Settings, words: Sequence[str] = ()) -> list[str]:
+    """A line for each flag that is set while the switch that it belongs to is off.
+
+    Args:
+        settings: the flags.
+        words: of the command line, where one may have the value that it has if not given.
+    """
+    given = {word.removeprefix("--").partition("=")[0] for word in words if word[:2] == "--"}
     values, usual = settings.as_flags(), _usual()
     return [
         f"--{name} {_written(values[name])}: has no effect without --{switch}"
         for switch, names in NEEDED_BY.items()
         for name in names
-        if not values[switch.split()[0]] and values[name] != usual[name]
+        if not values[switch.split()[0]]
+        and (values[name] != usual[name] or (name in given and values[name] is not False))
     ]
 
 
