@@ -302,8 +302,8 @@ def check_adapter(
         InputError: names, shapes, alpha or base differ, or a number is not finite.
     """
     tensors = read_tensors(path)
-    metadata = read_metadata(path)
     _check_own(path, tensors)
+    metadata = read_metadata(path)
     if tensors.keys() != wanted.keys() and _is_model(tensors, metadata):
         raise _whole_model(path)  # which a run that trains all goes on from, and no other
     if base is not None and metadata.get("base", base) != base:
