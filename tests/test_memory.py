@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 import train
 from losses import distill, logprobs
 from losses.distill import Distillation, Divergence
+from losses.sft import SFT
 from peft import memory
 from peft.apply import random_with_profile
 from peft.flags import PeftFlags
@@ -35,7 +36,7 @@ from rwkv.config import LowRanks, RWKVConfig
 from rwkv.errors import InputError, RunError
 from rwkv.keeper import keeping
 from rwkv.model import RWKV
-from rwkv.ops import wkv6, wkv7
+from rwkv.ops import chunk_layout, wkv6, wkv7
 from rwkv.run.memory import compared, teacher_bytes
 from rwkv.training.measure import Measured
 from rwkv.training.strategy import grow_segments
@@ -221,7 +222,7 @@ def test_kernels_that_keep_nothing_make_it_again_by_hand(tmp_path):
     for version, of_cuda, of_triton in ((7, (7.4, 7.4), (0, 13)), (6, (2, 2), (4.3, 6.3))):
         config = config_of(version)
         plan, cuda = plan_of(tmp_path, config), Step(1, 640, texts=5, grad_cp=False)
-        triton, other = (replace(cuda, kernel=kernel) for kernel in ("triton", "torch"))
+        triton, other = (replace(cuda, kernel=kernel) for kernel in ("triton", "fla"))
         for place, count in enumerate((kept_by_block, memory.blocks_at_work)):
             sizes = [count(config, plan, step) for step in (cuda, triton, other)]
             more = 960 * C * of_cuda[place], 800 * C * of_triton[place]  # 640 and 5 chunks
@@ -282,6 +283,17 @@ def test_more_work_needs_more_memory(tmp_path, more):
 def test_less_at_once_needs_less_memory(tmp_path, less):
     config, plan, step = config_of(), plan_of(tmp_path), Step(4, 4096)
     assert predict(config, plan, replace(step, **less)).peak < predict(config, plan, step).peak
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_plan_for_a_gpu_elsewhere_takes_its_kernel(tmp_path, capsys):
+    """Not the one that this machine's CPU would have."""
+    shown = {}
+    for kernel in ("auto", "cuda", "torch"):
+        more = {"accelerator": "gpu", "micro_bsz": 512, "kernel": kernel}
+        assert train.main(dry(tmp_path, dry_run=1, n_embd=256, **more)) == 0
+        shown[kernel] = re.search(r"blocks at work.*|backward pass \S+", capsys.readouterr().err)[0]
+    assert shown["auto"] == shown["cuda"] != shown["torch"]
 
 
 def test_what_leaves_the_device_is_in_host_memory(tmp_path):
@@ -376,6 +388,53 @@ def test_tritons_kernels_keep_what_is_counted_or_nothing(op, N):
     counted = memory.WKV_BYTES[int(op[-1]), "triton"].kept * 256 * 2 * N
     states = counted if N == 64 else 0  # and their powers of two, and decays
     assert sum(kept.values()) == pytest.approx(states, rel=0.07)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ["wkv7", "wkv6"])
+def test_plain_torch_keeps_what_is_counted(op, dtype):
+    """Beside the inputs: states at the starts of chunks and, of RWKV-7, u and inverses."""
+    run = importlib.import_module(f"rwkv.ops.{op}_torch").run
+    inputs = {"wkv7": wkv7_inputs, "wkv6": wkv6_inputs}[op](B=1, T=256, H=2, N=64, dtype=dtype)
+    leaves = {n: x.requires_grad_() for n, x in inputs.items()}
+    leaves["state"] = torch.zeros(2, 2, 64, 64, requires_grad=True)
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage()._cdata] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        y, _ = run(**leaves, cu_seqlens=torch.tensor([0, 32, 256]))
+    assert y.requires_grad
+    for x in leaves.values():
+        kept.pop(x.untyped_storage()._cdata, None)
+    counted = memory.WKV_BYTES[int(op[-1]), "torch"].kept * 256 * 2 * 64
+    assert sum(x.nbytes for x in kept.values()) == counted
+
+
+@pytest.mark.parametrize("grad_cp", [True, False])
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_cpus_step_takes_what_is_predicted(tmp_path, version, grad_cp):
+    """Every allocation of a pass in float32, over a model that has run once.
+
+    But for the 11 MiB that wkv works in, whatever the model.
+    """
+    config, flags, tokens = config_of(version, 4), flags_of(tmp_path), 4096
+    model, plan = random_with_profile(config, flags)
+    model.grad_cp = grad_cp
+    text, borders = torch.randint(V, (1, tokens + 1)), torch.tensor([0, 2000, tokens])
+    mask = torch.ones(1, tokens, dtype=torch.bool)
+    batch = TokenBatch(text[:, :-1], text[:, 1:], mask, borders, torch.tensor(tokens))
+    for _ in range(2):
+        room = chunk_layout.room_like(torch.empty(0))
+        with LivingBytes(model) as living:
+            living.sizes |= {x.untyped_storage()._cdata: 0 for x in room._tensors}
+            SFT()(model, batch)[0].backward()
+        model.zero_grad()
+    step = Step(1, tokens, torch.float32, texts=2, grad_cp=grad_cp, on_gpu=False, fused=False)
+    found = predict(config, plan, replace(step, kernel="torch"))
+    assert sum(found.moments["backward pass"].values()) == pytest.approx(living.most, rel=0.1)
 
 
 @pytest.mark.parametrize("quant", ["int8", "fp8"])
@@ -639,7 +698,8 @@ def test_verifying_needs_a_gpu(tmp_path):
 def test_small_models_are_told_in_mib(tmp_path):
     """A LoRA of rank 8 over 128 x 128 weights: no part would be a hundredth of a GiB."""
     found = predict(config_of(), plan_of(tmp_path), Step(1, 64, on_gpu=False, fused=False))
-    first, *parts, last = memory.table(found)
+    first, *parts, last, malloc = memory.table(found)
+    assert malloc == memory.MALLOC
     assert first == "predicted memory of a device, MiB:"
     size = found.rest["weights, bfloat16"] / 2**20
     assert f"  weights, bfloat16  {size:.2f}" in [re.sub(" {3,}", "  ", line) for line in parts]

@@ -33,6 +33,8 @@ WKV_BYTES = {  # by the model's version and the backend; heads of 64 channels
     (7, "triton"): WkvBytes(0.0, 13.0, 32),
     (6, "cuda"): WkvBytes(2.0, 2.0, 64),
     (6, "triton"): WkvBytes(4.3, 6.3, 32),
+    (7, "torch"): WkvBytes(14.0, 14.0, 32),  # float32 in a model of any dtype
+    (6, "torch"): WkvBytes(8.0, 8.0, 32),
 }
 
 

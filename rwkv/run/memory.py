@@ -47,11 +47,15 @@ def preview(run: "Run") -> int:
 def kernel_of(run: "Run") -> str:
     """The backend of wkv; where the run is planned for another machine, the one asked for."""
     from rwkv.run.kernel import wkv_choice
+    from rwkv.run.models import is_for_gpu
 
+    asked = run.settings[ModelFlags].backend
+    if is_for_gpu(run.settings, run.device) and run.device.kind != "cuda":
+        return asked
     try:
         return wkv_choice(run).name
     except RunError:
-        return run.settings[ModelFlags].backend
+        return asked
 
 
 def step_of(settings: Settings, dtype: "torch.dtype", *, on_gpu: bool) -> "Step":
