@@ -19,7 +19,7 @@ def add_tuned_state(model: RWKV) -> None:
     """Give each layer an initial wkv state to train, zeros at first: nothing changes by it.
 
     A state that is there already, from a file, is trained on. It stays float32 in a model of any
-    dtype, and on the model's device.
+    dtype, but for DeepSpeed, which casts all that trains; and on the model's device.
     """
     home = model.device
     for block in model.blocks:

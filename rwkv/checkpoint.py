@@ -117,8 +117,8 @@ class TensorFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self.shapes and name not in self._where:
             raise InputError(
-                f"{self.path}: {name} is quantized; such a file is for train.py --load_model, "
-                "name the model it was made from"
+                f"{self.path}: {name} is quantized; such a file is for --load_model of train.py, "
+                "chat, generate and score; name the model it was made from"
             )
         opened, key = self._where[name]
         return opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
