@@ -87,13 +87,13 @@ def kept_bytes(
 ) -> tuple[int, int]:
     """Bytes of a block's large products over `tokens` in `texts`, and of what wkv gives and keeps.
 
-    Of all kernels that which keeps most is counted.
+    Of all kernels of a GPU that which keeps most is counted.
     """
     linear = [m for m in block.modules() if isinstance(m, Linear) and not m.closes]
     kept = max(
         size.in_texts(texts, tokens).kept
-        for (version, _), size in WKV_BYTES.items()
-        if version == config.version
+        for (version, kernel), size in WKV_BYTES.items()
+        if version == config.version and kernel != "torch"
     )
     wkv = tokens * config.dim_att * (itemsize + kept)
     return tokens * itemsize * sum(m.out_features for m in linear), int(wkv)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import assert_close
-from test_adapters import IN, OUT, RANK, base, rows, stirred
+from test_adapters import IN, OUT, RANK, base, stirred
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,6 +12,10 @@ from rwkv.linear import Linear
 
 LAYERS = ["frozen", "trained", "lora", "bone", "miss", "dora", "dora_column", "pissa"]
 kinds = pytest.mark.parametrize("kind", LAYERS)
+
+
+def rows(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(3, 5, IN, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 
 def layer_of(kind: str, storage: str = "none") -> Linear:
