@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from rwkv.cli import Parser, run
 from rwkv.errors import InputError
-from rwkv.runner import add_model_arguments, open_model
+from rwkv.runner import add_model_arguments, add_template_arguments, open_model
 from rwkv.sampling_flags import GREEDY, Sampling, add_sampling_arguments, sampling_of
 
 if TYPE_CHECKING:
@@ -201,13 +201,8 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
-    parser.add_argument(
-        "--template",
-        default="auto",
-        help="how dialogues are written: auto, world, g1, plain or a .json file (auto)",
-    )
-    parser.add_argument(
-        "--turn_end", default="", help="what ends an answer: suffix, eot or both (the template's)"
+    add_template_arguments(
+        parser, "auto", "how dialogues are written: auto, world, g1, plain or a .json file (auto)"
     )
     parser.add_argument("--system", default="", help="a system message to begin with")
     parser.add_argument(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rwkv.cli import Parser, run
 from rwkv.errors import InputError, not_finite
 from rwkv.plain_text import parse_json, read_text
-from rwkv.runner import add_model_arguments, open_model
+from rwkv.runner import add_model_arguments, add_template_arguments, open_model
 from rwkv.sampling_flags import GREEDY, Sampling, add_sampling_arguments, sampling_of
 
 if TYPE_CHECKING:
@@ -330,13 +330,8 @@ def main(argv: list[str] | None = None) -> int:
         "--stop", action="append", default=[], metavar="TEXT", help="stop here; may be repeated"
     )
     parser.add_argument("--batch_size", type=int, default=64, help="prompts at once (64)")
-    parser.add_argument(
-        "--template",
-        default="",
-        help="answer the prompts as rwkv.chat does: auto, world, g1, plain or a .json file",
-    )
-    parser.add_argument(
-        "--turn_end", default="", help="what ends an answer: suffix, eot or both (the template's)"
+    add_template_arguments(
+        parser, "", "answer the prompts as rwkv.chat does: auto, world, g1, plain or a .json file"
     )
     add_sampling_arguments(parser)
     options = parser.parse_args(argv)

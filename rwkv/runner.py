@@ -45,6 +45,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kernel", default="auto", help="backend of the wkv operator (auto)")
 
 
+def add_template_arguments(parser: argparse.ArgumentParser, template: str, help: str) -> None:
+    """Add --template, with its default and help, and --turn_end."""
+    parser.add_argument("--template", default=template, help=help)
+    parser.add_argument(
+        "--turn_end", default="", help="what ends an answer: suffix, eot or both (the template's)"
+    )
+
+
 def add_storage_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --layer_profile, --quant, --quant_mode and --quant_head: the storage of a run."""
     from peft.flags import QUANT_ALIASES, QUANT_MODES

@@ -144,10 +144,27 @@ def _normed(x, statistics, t, n, mask, scale, offset, C: tl.constexpr):
 
 
 @triton.jit
-def _normed_and_difference(
-    x, statistics, scale, offset, shift, starts, t, n, rows, T, C: tl.constexpr
+def _tile(
+    x,
+    statistics,
+    weight,
+    bias,
+    shift,
+    starts,
+    rows,
+    T,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Normed tokens t of channels n; what the token before has more; and which exist."""
+    """This program's tokens t and channels n, and which exist.
+
+    Normed they are, and what the token before has more.
+    """
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    t = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    scale = read(weight, n, n < C)
+    offset = read(bias, n, n < C)
     mask = (t < rows)[:, None] & (n < C)[None, :]
     here = tl.minimum(t, rows - 1)
     q = text_of_start(here, starts, T)
@@ -157,7 +174,7 @@ def _normed_and_difference(
     before = _normed(x, statistics, earlier, n, mask & (q < 0)[:, None], scale, offset, C)
     at_shift = tl.maximum(q, 0).to(tl.int64)[:, None] * C + n[None, :]
     handed = read(shift, at_shift, mask & is_first)
-    return normed, tl.where(is_first, handed, before) - normed, mask
+    return t, n, mask, normed, tl.where(is_first, handed, before) - normed
 
 
 @triton.jit
@@ -203,12 +220,8 @@ def _mixes_kernel(
     COLUMNS: tl.constexpr,
 ):
     M: tl.constexpr = len(mixes)
-    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    t = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    scale = read(weight, n, n < C)
-    offset = read(bias, n, n < C)
-    normed, difference, mask = _normed_and_difference(
-        x, statistics, scale, offset, shift, starts, t, n, rows, T, C
+    t, n, mask, normed, difference = _tile(
+        x, statistics, weight, bias, shift, starts, rows, T, C, ROWS, COLUMNS
     )
     at = t[:, None] * C + n[None, :]
     for i in tl.static_range(M):
@@ -243,12 +256,8 @@ def _mixes_gradient_kernel(
 ):
     """partial: the sums over each tile's tokens, [tiles, M, C], for the gradients of the mixes."""
     M: tl.constexpr = len(mixes)
-    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    t = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    scale = read(weight, n, n < C)
-    offset = read(bias, n, n < C)
-    normed, difference, mask = _normed_and_difference(
-        x, statistics, scale, offset, shift, starts, t, n, rows, T, C
+    t, n, mask, normed, difference = _tile(
+        x, statistics, weight, bias, shift, starts, rows, T, C, ROWS, COLUMNS
     )
     at = t[:, None] * C + n[None, :]
     kept = tl.zeros([ROWS, COLUMNS], tl.float32)
