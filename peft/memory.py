@@ -267,9 +267,11 @@ def optimizer(plan: Plan, step: Step) -> int:
 def widened(plan: Plan, step: Step) -> int:
     """Gradients in float32, which the optimizer's step makes for its float32 copies.
 
-    Ours makes them for one slice at a time.
+    Ours makes them for one slice at a time, and on a GPU AdamW's kernel reads them as they are.
     """
     if step.dtype == torch.float32 or step.strategy.endswith("offload"):
+        return 0
+    if step.on_gpu and step.fused and not step.stage and step.optim in ("", "adamw"):
         return 0
     size = 4 * trained_count(plan)
     if step.stage:

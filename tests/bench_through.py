@@ -13,9 +13,10 @@ Lines, each the median over the steps after the first three:
 `packed` over `full` is what the data costs, a strategy over `packed` is what the loop around the
 step costs: clipping, the log, Lightning, DeepSpeed. Model and texts are random and stay in FOLDER.
 
-`--profile` runs one strategy alone: three steps under torch's profiler, which slows the host down,
-and prints the share of the time in which the GPU does nothing, its longest pauses and where the
-host waits for it; and three more under Python's, with the functions that the main thread is in.
+`--profile` runs one strategy alone, and after `--steps` steps prints of three each: the share of
+the time in which the GPU does nothing and its longest pauses; where the host waits for it, and its
+time by operator, under a profiler that slows it down; and the functions that the main thread is
+in, under Python's profiler.
 """
 
 import argparse
@@ -190,24 +191,41 @@ def compare(row: Row, work: Path, device: str, steps: int, only: list[str]) -> N
 
 
 class Watched:
-    """Profilers over some of a run's steps, from the start of a forward pass to that of another."""
+    """Profilers, one after the other, each over some of a run's steps, from the start of a forward
+    pass to that of another.
 
-    def __init__(self, device: str):
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        kinds += [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda")
-        self.kernels, self.functions = torch.profiler.profile(activities=kinds), cProfile.Profile()
-        self.step = 0
+    Attributes:
+        kernels: of the GPU.
+        operators: of the host.
+        functions: Python's.
+    """
+
+    def __init__(self, device: str, first: int):
+        cpu, gpu = torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA
+        on_gpu = device == "cuda"
+        self.kernels = torch.profiler.profile(activities=[gpu if on_gpu else cpu])
+        self.operators = torch.profiler.profile(activities=[cpu, *[gpu] * on_gpu])
+        self.functions = cProfile.Profile()
+        self.first, self.step = first, 0
+        self._work = [
+            (self.kernels.start, self.kernels.stop),
+            (self.operators.start, self.operators.stop),
+            (self.functions.enable, self.functions.disable),
+        ]
+
+    @property
+    def steps(self) -> int:
+        """That a run must have."""
+        return self.first + len(self._work) * (PROFILED + 1) + 1
 
     def begins(self) -> None:
         """A forward pass is about to begin."""
-        if self.step == SKIPPED:
-            self.kernels.start()
-        if self.step == SKIPPED + PROFILED:
-            self.kernels.stop()
-        if self.step == SKIPPED + PROFILED + 1:
-            self.functions.enable()
-        if self.step == SKIPPED + 2 * PROFILED + 1:
-            self.functions.disable()
+        for number, (start, stop) in enumerate(self._work):
+            at = self.first + number * (PROFILED + 1)
+            if self.step == at:
+                start()
+            if self.step == at + PROFILED:
+                stop()
         self.step += 1
 
 
@@ -226,9 +244,11 @@ def pauses(spans: list[tuple[float, float, str]]) -> tuple[float, list[tuple[flo
     return sum(gap for gap, _, _ in found) / (end - begin), sorted(found, reverse=True)
 
 
-def profile(row: Row, work: Path, device: str, strategy: str, top: int = 12) -> None:
+def profile(
+    row: Row, work: Path, device: str, strategy: str, watched: Watched, top: int = 12
+) -> None:
     """Print where the GPU waits for the host, and the host for the GPU."""
-    watched, real = Watched(device), LitModel.training_step
+    real = LitModel.training_step
 
     def step(lit: LitModel, batch: Any, index: int) -> Any:
         watched.begins()
@@ -236,24 +256,22 @@ def profile(row: Row, work: Path, device: str, strategy: str, top: int = 12) -> 
 
     LitModel.training_step = step  # type: ignore[method-assign]
     try:
-        steps = SKIPPED + 2 * PROFILED + 2
-        through(words(row, work, strategy, steps, device), work / f"run-{strategy}")
+        through(words(row, work, strategy, watched.steps, device), work / f"run-{strategy}")
     finally:
         LitModel.training_step = real  # type: ignore[method-assign]
-    events = watched.kernels.events() or []
     spans = [
         (e.time_range.start, e.time_range.end, e.name)
-        for e in events
+        for e in watched.kernels.events() or []
         if e.device_type == torch.autograd.DeviceType.CUDA
     ]
     if spans:
         idle, gaps = pauses(spans)
-        print(f"{strategy}: the GPU is idle for {idle:.1%} of {PROFILED} steps (under a profiler)")
+        print(f"{strategy}: the GPU is idle for {idle:.1%} of {PROFILED} steps")
         for gap, before, after in gaps[:top]:
             print(f"{gap / 1e3:9.2f} ms between {before[:50]} and {after[:50]}")
     runs: Counter[str] = Counter()
     spent: Counter[str] = Counter()
-    for event in events:
+    for event in watched.operators.events() or []:
         if event.device_type == torch.autograd.DeviceType.CPU:
             runs[event.name] += 1
             spent[event.name] += event.self_cpu_time_total
@@ -282,11 +300,12 @@ def main() -> int:
         raise InputError("bench_through: needs a GPU, and torch sees none")
     row, work = ROWS[flags.row], flags.work.resolve()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {flags.row}", flush=True)
-    prepare(row, work, "cuda", max(flags.steps, SKIPPED + 2 * PROFILED + 2))
+    watched = Watched("cuda", flags.steps)
+    prepare(row, work, "cuda", watched.steps if flags.profile else flags.steps)
     if flags.profile:
         with compiled([flags.profile], "cuda") as wait:
             wait()
-            profile(row, work, "cuda", flags.profile)
+            profile(row, work, "cuda", flags.profile, watched)
     else:
         compare(row, work, "cuda", flags.steps, flags.only or [*BARE, *STRATEGIES])
     return 0

@@ -53,12 +53,13 @@ def test_train_py_is_set_beside_the_bare_step(tmp_path, capsys):
     """Three lines with numbers; the profile names the host's functions."""
     row = Row("lora", 1, 128, rows=2, tokens=32, vocabulary=256)
     steps = bench_through.SKIPPED + 1
-    bench_through.prepare(row, tmp_path, "cpu", 2 * steps + 4)
+    watched = bench_through.Watched("cpu", first=1)
+    bench_through.prepare(row, tmp_path, "cpu", watched.steps)
     bench_through.compare(row, tmp_path, "cpu", steps, ["full", "packed", "auto"])
     lines = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
     assert [line.split()[0] for line in lines] == ["full", "packed", "auto"]
     assert lines[-1].count(" of ") == 2
-    bench_through.profile(row, tmp_path, "cpu", "auto")
+    bench_through.profile(row, tmp_path, "cpu", "auto", watched)
     assert "run_backward" in capsys.readouterr().out
 
 

@@ -105,11 +105,19 @@ def train(
 
 
 @pytest.mark.parametrize("clip", [1e-3, 1e6, None], ids=["always", "never", "off"])
-def test_clipping_to_a_known_norm_is_clipping(tmp_path, clip):
-    """With the log, which knows the norm, and without, where Lightning measures it."""
+def test_clipping_to_a_known_norm_is_clipping(tmp_path, clip, monkeypatch):
+    """With the log, which knows the norm, without it, and as torch clips."""
     want, got = (train(tmp_path, clip, log=log) for log in (False, True))
-    for a, b in zip(got, want, strict=True):
+
+    def clips(lit, optimizer, gradient_clip_val, gradient_clip_algorithm):
+        if gradient_clip_val is not None:
+            nn.utils.clip_grad_norm_(lit.parameters(), gradient_clip_val)
+
+    monkeypatch.setattr(LitModel, "configure_gradient_clipping", clips)
+    torchs = train(tmp_path, clip, log=True)
+    for a, b, c in zip(got, want, torchs, strict=True):
         assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-7)
 
 
 def test_clipping_changes_the_step(tmp_path):

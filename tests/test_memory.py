@@ -1,5 +1,6 @@
 """The memory planner: by hand, against every allocation of a small model, and on a GPU."""
 
+import gc
 import importlib
 import json
 import re
@@ -88,6 +89,8 @@ def test_weights_and_optimizer_by_hand(tmp_path):
     assert found.rest["weights, bfloat16"] == 2 * (numbers - C * C)
     assert found.rest["optimizer"] == (4 + 8) * 2048
     step = found.moments["optimizer step"]
+    assert (step["gradients"], step["gradients in float32"]) == (2 * 2048, 0)
+    step = predict(config, plan, Step(1, 16, optim="lion")).moments["optimizer step"]
     assert (step["gradients"], step["gradients in float32"]) == (2 * 2048, 4 * 2048)
     spread = predict(config, plan, Step(1, 16, strategy="deepspeed_stage_2", world=4))
     assert spread.rest["optimizer"] == 3 * 2048
@@ -718,7 +721,19 @@ def test_prediction_and_measurement_side_by_side(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.fixture
+def alone(tmp_path_factory):
+    """One such test at a time where several processes share a GPU; what it took is given back."""
+    fcntl = pytest.importorskip("fcntl")
+    with (tmp_path_factory.getbasetemp().parent / "alone").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("number", [1, 4, 6, 8, 11, 12, 22, 23, 24, 27, 29])
 def test_predictions_are_within_a_tenth(number):
     setting = bench_memory.SETTINGS[number]

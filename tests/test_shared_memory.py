@@ -166,6 +166,8 @@ def test_the_mixes_look_ahead_where_there_is_room(dtype, gpu, room, channels):
         pytest.param("adapters", torch.float32, [16, 32, 64], marks=pytest.mark.slow),
         ("stores", torch.bfloat16, [4096]),
         ("tokens", torch.bfloat16, [65536]),
+        ("training", torch.bfloat16, [4096]),
+        ("training", torch.float32, [4096]),
     ],
 )
 def test_all_other_kernels_fit_the_smallest_gpu_or_say_what_they_need(op, dtype, sizes, gpu, room):

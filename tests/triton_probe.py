@@ -163,6 +163,22 @@ def tokens(op: str, dtype: torch.dtype, V: int) -> None:
         picking_triton.pick(logits, sampling, uniforms, counts, banned)
 
 
+def training(op: str, dtype: torch.dtype, width: int) -> None:
+    """The norm of gradients and AdamW's step, over sizes of multiples of 16 and others."""
+    from rwkv.ops.many_tensors_triton import squares
+    from rwkv.training.optimizer import FusedAdamW, MasterWeights
+
+    for size in (width, width + 1):
+        parameter = torch.randn(size, dtype=dtype, requires_grad=True)
+        parameter.grad = torch.randn(size, dtype=dtype)
+        optimizer = MasterWeights(
+            [{"params": [parameter]}],
+            lambda groups: FusedAdamW(groups, lr=1e-3, betas=(0.9, 0.99), eps=1e-8),
+        )
+        optimizer.clip(squares([parameter.grad]).sum().sqrt(), 1.0)
+        optimizer.step()
+
+
 def compile_kernels(run: Callable[[], None]) -> dict[str, int]:
     """The most shared memory of each kernel that is launched; none runs."""
     taken: dict[str, int] = {}
@@ -180,7 +196,13 @@ def compile_kernels(run: Callable[[], None]) -> dict[str, int]:
     return taken
 
 
-MAKE = {"heads": heads, "adapters": adapters, "stores": stores, "tokens": tokens}
+MAKE = {
+    "heads": heads,
+    "adapters": adapters,
+    "stores": stores,
+    "tokens": tokens,
+    "training": training,
+}
 
 
 if __name__ == "__main__":

@@ -29,13 +29,13 @@ def uses_kernels(x: Tensor, *parameters: Tensor) -> bool:
     return (
         x.dtype in DTYPES
         and x.numel() > 0
-        and _has_kernels(x.device)
+        and has_kernels(x.device)
         and all(parameter.numel() > 0 for parameter in parameters)
     )
 
 
 @cache
-def _has_kernels(device: torch.device) -> bool:
+def has_kernels(device: torch.device) -> bool:
     """Whether Triton is there and compiles for the device, or interprets."""
     try:
         import triton

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pytorch_lightning as pl
 import torch
@@ -14,7 +14,7 @@ from rwkv.errors import InputError
 from rwkv.ops.packing import remember_lengths, text_lengths
 from rwkv.training.flags import OptimizerFlags
 from rwkv.training.graphed import GraphedSteps
-from rwkv.training.optimizer import make_optimizer
+from rwkv.training.optimizer import MasterWeights, gradient_norm, make_optimizer
 from rwkv.training.strategy import scatter
 
 
@@ -153,12 +153,14 @@ class LitModel(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip to a norm; one that is known is not measured again."""
-        if gradient_clip_val is None or self.gradient_norm is None:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        else:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.gradient_norm)
+        """Clip to a norm, which is not measured again where a callback has; DeepSpeed clips by
+        itself."""
+        if gradient_clip_val is None or self.strategy.startswith("deepspeed"):
+            return
+        norm = self.gradient_norm
+        if norm is None:
+            norm = gradient_norm(p for group in optimizer.param_groups for p in group["params"])
+        cast(MasterWeights, optimizer).clip(norm, gradient_clip_val)
 
     def optimizer_step(
         self,

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+
+from rwkv.training.optimizer import MasterWeights, gradient_norm
 
 
 class Measured(NamedTuple):
@@ -38,7 +39,7 @@ class Measured(NamedTuple):
 
 def measure(
     make: Callable[[], nn.Module],
-    make_optimizer: Callable[[nn.Module], Optimizer],
+    make_optimizer: Callable[[nn.Module], MasterWeights],
     objective: Callable[[nn.Module, Any], tuple[torch.Tensor, Any]],
     batches: Sequence[Any],
     *,
@@ -86,7 +87,7 @@ def measure(
             del loss
         walking = highest(rest)
         gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.clip(gradient_norm(trained), 1.0)
         optimizer.step()
         stepping = highest(rest)
         optimizer.zero_grad()
