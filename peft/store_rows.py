@@ -7,7 +7,9 @@ from peft.store import Store, triton_kernels
 
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST = {"int8": 127.0, "fp8": 448.0}  # value of the largest code
-TINY = 1e-12  # the least largest value of a row, so that a row of zeros has a scale
+# The least largest value of a row, so that a row of zeros has a scale. Gradients may be as small as
+# 1e-20; what is made of it, top / TINY and TINY / top, float32 still holds as normal numbers.
+TINY = 1e-30
 KERNELS = "peft.rows_triton"
 ADA = (8, 9)  # the first compute capability with 8-bit floats
 

@@ -343,8 +343,9 @@ def test_the_kernel_rounds_rows_as_torch_does(kind, scaled, block):
     from peft import rows_triton
 
     draw = torch.Generator().manual_seed(2)
-    x = torch.randn(5, 37, generator=draw) * torch.logspace(-3, 3, 5).unsqueeze(1)
+    x = torch.randn(6, 37, generator=draw) * torch.logspace(-3, 3, 6).unsqueeze(1)
     x[3] = 0
+    x[5] *= 2.0**-90
     x[4] = torch.arange(37) - 18.5  # int8's codes and what lies midway between two of them
     x[4, 0] = 127
     factor = torch.rand(1, 37, generator=draw) + 0.5 if scaled else None
@@ -362,6 +363,42 @@ def test_codes_between_two_whole_numbers_go_to_the_even_one():
     """The row's largest is 127, so that a value is its code before it is rounded."""
     codes, scale = rounded_rows("int8", torch.tensor([[127.0, 0.5, 1.5, -2.5, -126.6, 3.4]]))
     assert codes.tolist() == [[127, 0, 2, -2, -127, 3]] and scale.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "with factors"])
+@pytest.mark.parametrize("kind", CODES)
+def test_the_codes_of_small_rows_are_those_of_large_ones(kind, scaled):
+    """Down to 2^-80, as gradients may be: the scales shrink alone; a row of zeros gives zeros."""
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(5, 37, generator=draw)
+    x[3] = 0
+    factor = torch.rand(1, 37, generator=draw) + 0.5 if scaled else None
+    codes, scale = rounded_rows(kind, x, factor)
+    assert not codes[3].float().any() and scale.isfinite().all()
+    assert (codes.float().abs().amax(dim=1) == LARGEST[kind]).tolist() == [1, 1, 1, 0, 1]
+    some = x.any(dim=1)
+    for k in range(10, 81, 10):
+        small, small_scale = rounded_rows(kind, x * 2.0**-k, factor)
+        assert torch.equal(small.float(), codes.float())
+        assert torch.equal(small_scale[some], scale[some] * 2.0**-k)
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_small_gradients_are_as_exact_as_large_ones(kind, monkeypatch):
+    """At 2^-66, about 1e-20: the same bits but for the exponents."""
+    kernels = SimpleNamespace(product=multiplied)
+    monkeypatch.setattr(store_int8, "product_kernels", lambda x, codes: kernels)
+    store = make_store(kind, weight())
+    grad = torch.randn(5, OUT, generator=torch.Generator().manual_seed(1))
+
+    def gradient(grad: torch.Tensor) -> torch.Tensor:
+        if kind == "fp8":
+            return native_gradient(grad, store.codes, store.scale)
+        return store.backward_product(grad)
+
+    large, small = gradient(grad), gradient(grad * 2.0**-66)
+    assert relative(large, grad @ store.dense(torch.float32)) < 5e-2
+    assert torch.equal(small.double(), large.double() * 2.0**-66)
 
 
 @pytest.mark.parametrize("shape", [(5, 37), (70, 130)], ids=str)
