@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from peft.adapter import check_rank
 from peft.lora import LoraLinear
 from rwkv.linear import Linear
 
@@ -41,7 +40,6 @@ class DoraLinear(LoraLinear):
 
     @staticmethod
     def sizes(out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
-        check_rank("dora", out_features, in_features, rank)
         return {
             "lora_A": (rank, in_features),
             "lora_B": (out_features, rank),

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from peft.adapter import check_rank
 from peft.lora import LoraLinear
 from rwkv.errors import InputError
 from rwkv.linear import Linear
@@ -44,17 +43,11 @@ class PissaLinear(LoraLinear):
             (weight - self._first_update(torch.float32)).to(base.weight.dtype), requires_grad=False
         )
 
-    @staticmethod
-    def sizes(out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
-        check_rank("pissa", out_features, in_features, rank)
-        return LoraLinear.sizes(out_features, in_features, rank)
-
     @classmethod
     def exported_sizes(
         cls, out_features: int, in_features: int, rank: int
     ) -> dict[str, tuple[int, ...]]:
-        cls.sizes(out_features, in_features, rank)
-        return {"lora_A": (2 * rank, in_features), "lora_B": (out_features, 2 * rank)}
+        return cls.sizes(out_features, in_features, 2 * rank)
 
     @torch.no_grad()
     def load_fresh(self, A: Tensor, B: Tensor) -> None:
