@@ -73,8 +73,9 @@ class PissaLinear(LoraLinear):
         if self.weight is not None or self._moved_by(parts) is None:
             return None
         return (
-            "PiSSA's first directions are not this model's; load the base it was trained on, with "
-            "the same --svd_niter"
+            "PiSSA's first directions are not this model's: the base or --svd_niter is another, or "
+            "an earlier version drew them on a GPU; load the base it was trained on with the same "
+            "--svd_niter, or merge the adapter and begin a new one"
         )
 
     @torch.no_grad()
@@ -102,10 +103,29 @@ class PissaLinear(LoraLinear):
 def _principal(weight: Tensor, rank: int, power: int) -> tuple[Tensor, Tensor]:
     """A [rank, in] and B [out, rank] whose product is the best rank-`rank` part of the weight."""
     if power and 4 * rank < min(weight.shape):  # else the exact one is as cheap
-        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-            torch.manual_seed(0)
-            U, S, V = torch.svd_lowrank(weight, q=rank, niter=power)
+        U, S, Vt = _randomized_svd(weight, rank, power)
     else:
         U, S, Vt = torch.linalg.svd(weight, full_matrices=False)
-        U, S, V = U[:, :rank], S[:rank], Vt[:rank].T
-    return S.sqrt().unsqueeze(1) * V.T, U * S.sqrt()
+        U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
+    return S.sqrt().unsqueeze(1) * Vt, U * S.sqrt()
+
+
+def _randomized_svd(weight: Tensor, rank: int, power: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U [out, rank], S [rank] and V^T [rank, in], the same on every device but for rounding.
+
+    Singular values of trained weights lie so densely that the directions which are found hang on
+    the matrix that the iterations start from. It is drawn on the CPU, and as torch.svd_lowrank
+    draws it there after torch.manual_seed(0).
+
+    Source: Halko et al. 2011, arXiv:0909.4061, algorithms 4.4 and 5.1.
+    """
+    tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
+    draw = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(tall.shape[1], rank, generator=draw, device="cpu")
+    basis = torch.linalg.qr(tall @ start.to(weight)).Q
+    for _ in range(power):
+        basis = torch.linalg.qr(tall.T @ basis).Q
+        basis = torch.linalg.qr(tall @ basis).Q
+    U, S, Vt = torch.linalg.svd(basis.T @ tall, full_matrices=False)
+    U = basis @ U
+    return (U, S, Vt) if tall is weight else (Vt.T, S, U.T)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from peft import pissa
 from peft.adapter import AdapterLinear, adapters_off, only_adapters_train
 from peft.layer_profile import ADAPTER_MODES
 from peft.lora import LoraLinear
@@ -307,6 +308,40 @@ def test_pissa_takes_the_largest_directions():
     made = make_adapter("pissa", base(), rank=RANK, scale=2.0, power=0)
     singular = torch.linalg.svdvals(base().weight)
     assert made.weight.norm().item() == pytest.approx(singular[RANK:].norm().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(96, 256), (256, 96), (128, 128)], ids=str)
+@pytest.mark.parametrize("power", [1, 4])
+def test_pissas_directions_are_those_of_torch_svd_lowrank(shape, power):
+    """Also those of files that a CPU made with it; the start matters, not the global generator."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(0)
+    U, S, V = torch.svd_lowrank(weight, q=RANK, niter=power)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    A, B = pissa._principal(weight, RANK, power)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert relative(B @ A, U * S @ V.T) < 1e-5
+    torch.testing.assert_close(torch.linalg.svdvals(B @ A)[:RANK], S, rtol=1e-5, atol=0)
+
+
+def test_pissa_seeds_no_global_generator(monkeypatch):
+    """A device's own would start elsewhere, and those of other devices would be left seeded."""
+    seeded = []
+    monkeypatch.setattr(torch, "manual_seed", seeded.append)
+    make_adapter("pissa", Linear(IN, OUT), rank=4)
+    assert not seeded
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("power", [0, 4])
+def test_pissas_directions_are_the_same_on_a_gpu(power):
+    """Of weights whose singular values lie densely, where other starts lead elsewhere."""
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(3)).bfloat16().float()
+    (A, B), (far_A, far_B) = (
+        pissa._principal(weight.to(device), RANK, power) for device in ("cpu", "cuda")
+    )
+    assert relative((far_B @ far_A).cpu(), B @ A) < 1e-3
 
 
 def test_dropout_acts_on_the_update_alone():
