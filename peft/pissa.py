@@ -12,6 +12,8 @@ from peft.lora import LoraLinear
 from rwkv.errors import InputError
 from rwkv.linear import Linear
 
+NEAR = 1e-2  # relative distance of first directions that are taken for the same over codes
+
 
 class PissaLinear(LoraLinear):
     """y = x R^T + scale * dropout(x) A^T B^T, with R = W - scale * B_0 A_0 frozen.
@@ -70,7 +72,7 @@ class PissaLinear(LoraLinear):
     @torch.no_grad()
     def why_not(self, parts: dict[str, Tensor]) -> str | None:
         """Codes hold the rest beside their own first directions, and beside no others."""
-        if self.weight is not None or self._moved_by(parts) is None:
+        if self.weight is not None or self._is_near(parts):
             return None
         return (
             "PiSSA's first directions are not this model's: the base or --svd_niter is another, or "
@@ -81,8 +83,10 @@ class PissaLinear(LoraLinear):
     @torch.no_grad()
     def load(self, parts: dict[str, Tensor]) -> None:
         (A, first_A), (B, first_B) = self._split(parts)
-        if self.weight is not None and (change := self._moved_by(parts)) is not None:
-            self.weight.add_(change.to(self.weight.dtype))
+        if self.weight is not None:
+            change = self._first_update(torch.float32)
+            change += self.scale * (first_B.float() @ first_A.float())
+            self.weight.copy_(self.weight + change)
             self.first_A.copy_(-first_A)
             self.first_B.copy_(first_B)
         self.load_fresh(A, B)
@@ -92,12 +96,16 @@ class PissaLinear(LoraLinear):
         A, B, rank = parts["lora_A"], parts["lora_B"], self.lora_A.shape[0]
         return A.to(self.lora_A.device).split(rank), B.to(self.lora_B.device).split(rank, dim=1)
 
-    def _moved_by(self, parts: dict[str, Tensor]) -> Tensor | None:
-        """What other first directions add to the rest, [out, in], float32; None for the same."""
+    def _is_near(self, parts: dict[str, Tensor]) -> bool:
+        """Whether |B_0 A_0 - B_0' A_0'| <= NEAR |B_0 A_0|, where the primed are those of `parts`.
+
+        Without a matrix [out, in]: |B A|^2 is the sum of B^T B times A A^T, element by element.
+        """
         (_, first_A), (_, first_B) = self._split(parts)
-        before = self._first_update(torch.float32)
-        change = before + self.scale * (first_B.float() @ first_A.float())
-        return change if change.norm() > 1e-2 * before.norm() else None
+        A = torch.cat([self.first_A, first_A]).double()
+        B = torch.cat([self.first_B, first_B], dim=1).double()
+        squares, own = (B.T @ B) * (A @ A.T), len(self.first_A)
+        return bool(squares.sum() <= NEAR**2 * squares[:own, :own].sum())
 
 
 def _principal(weight: Tensor, rank: int, power: int) -> tuple[Tensor, Tensor]:

@@ -303,6 +303,45 @@ def test_pissa_is_exported_as_lora_of_twice_the_rank():
     torch.testing.assert_close(plain.merged_weight(), made.merged_weight(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_pissa_takes_over_a_files_first_directions(dtype):
+    """Also those near its own, as of a run in another dtype: the weight is the file's to rounding.
+
+    A file's own directions leave the rest as it is, to the bit.
+    """
+    place = Place(dtype=dtype)
+    other, again = stirred("pissa", place=place), adapter("pissa", place=place)
+    parts = {part: value.detach().clone() for part, value in other.exported().items()}
+    rest = again.weight.clone()
+    again.load(parts)
+    assert torch.equal(again.weight, rest)
+    parts["lora_A"][RANK:] *= 1 + 2**-8  # which bfloat16 has
+    again.load(parts)
+    assert all(torch.equal(value, parts[part]) for part, value in again.exported().items())
+    update = other.scale * parts["lora_B"].double() @ parts["lora_A"].double()
+    want = base(place=place).weight + update
+    assert relative(again.merged_weight(), want) < (1e-6 if dtype == FLOAT32 else 2e-3)
+
+
+@pytest.mark.parametrize("storage", ["none", "int8"])
+@pytest.mark.parametrize("off, refused", [(1.005, False), (1.02, True)], ids=["near", "far"])
+def test_pissas_codes_lie_beside_directions_within_a_hundredth(storage, off, refused):
+    """Norms of what would have to move, over that of the first directions; moving is free."""
+    made = adapter("pissa", storage)
+    parts = {part: value.detach().clone() for part, value in made.exported().items()}
+    parts["lora_A"][RANK:] *= off
+    assert (made.why_not(parts) is not None) == (refused and storage != "none")
+
+
+def test_pissa_goes_on_over_a_weight_of_zeros():
+    """As new models have: both norms are 0."""
+    layer = Linear(IN, OUT)
+    torch.nn.init.zeros_(layer.weight)
+    made = make_adapter("pissa", layer, rank=RANK)
+    made.store_as(make_store("int8", made.weight))
+    assert made.why_not(made.exported()) is None
+
+
 def test_pissa_takes_the_largest_directions():
     """The rest beside rank directions is as large as the singular values behind them."""
     made = make_adapter("pissa", base(), rank=RANK, scale=2.0, power=0)
