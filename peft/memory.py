@@ -12,7 +12,7 @@ import torch
 
 from peft.plan import Plan, stored_bytes, trained_count, trained_sizes
 from peft.registry import ADAPTERS
-from peft.store_bnb import SLICE as QUANTIZED_AT_ONCE
+from peft.store import SLICE as QUANTIZED_AT_ONCE
 from rwkv.config import RWKVConfig
 from rwkv.ops.kept import WKV_BYTES, WkvBytes
 from rwkv.training.optimizer import SLICE

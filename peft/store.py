@@ -1,7 +1,7 @@
 """What every store shares: a frozen weight in fewer bits, as buffers that no cast can change."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from types import ModuleType
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from rwkv.cli import say
 from rwkv.linear import matrix_product
+
+SLICE = 2**20  # weights worked on at once, where that takes many bytes for each; whole blocks
 
 
 class Store(nn.Module):
@@ -142,6 +144,20 @@ def best_scale(tried: Tensor, wrong: Callable[[Tensor], Tensor]) -> Tensor:
         for scale in tried.split(1, dim=1)
     ]
     return tried.gather(1, torch.cat(errors, dim=1).argmin(dim=1, keepdim=True))
+
+
+def fill(outs: Sequence[Tensor], parts: Iterable[Sequence[Tensor]]) -> None:
+    """Write parts into `outs` along the first side, one behind the other, as they are made.
+
+    Args:
+        outs: what is to be filled.
+        parts: the next of each, in their order; cast where dtypes differ.
+    """
+    places = [0] * len(outs)
+    for made in parts:
+        for i, (out, part) in enumerate(zip(outs, made, strict=True)):
+            out[places[i] : places[i] + len(part)] = part
+            places[i] += len(part)
 
 
 def triton_kernels(module: str, kind: str, x: Tensor) -> ModuleType | None:

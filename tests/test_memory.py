@@ -6,18 +6,15 @@ import re
 import subprocess
 import sys
 import types
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import bench_memory
 import pytest
 import torch
-from helpers import wkv6_inputs, wkv7_inputs
+from helpers import LivingBytes, wkv6_inputs, wkv7_inputs
 from test_sft import small_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train
 from losses import distill, logprobs
@@ -97,32 +94,6 @@ def test_weights_and_optimizer_by_hand(tmp_path):
     assert "gradients" not in found.moments["head"]
     offloaded = predict(config, plan, Step(1, 16, strategy="deepspeed_stage_2_offload"))
     assert offloaded.host == {"optimizer": 12 * 2048} and "optimizer" not in offloaded.rest
-
-
-class LivingBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations made and that still live."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.now, self.most, self.sizes = 0, 0, {}
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.sizes[tensor.untyped_storage()._cdata] = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.sizes:
-                    self.sizes[key] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.most = max(self.most, self.now)
-                    weakref.finalize(storage, self._drop, key)
-        return out
-
-    def _drop(self, key: int) -> None:
-        self.now -= self.sizes.pop(key, 0)
 
 
 TOKENS = 512

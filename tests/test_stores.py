@@ -10,18 +10,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import LivingBytes
 from torch.nn import functional as F
 
 import peft.apply
 import peft.store
 from losses.sft import SFT
-from peft import store_int8
+from peft import store_bnb, store_fpx, store_int8, store_rows
 from peft.apply import install, load_frozen, load_with_profile, random_with_profile
 from peft.flags import QUANT_MODES, PeftFlags
 from peft.plan import Plan
 from peft.quantize import main
 from peft.quantized import read_store
-from peft.store import Store
+from peft.store import SLICE, Store
 from peft.store_bnb import _table
 from peft.store_fp8 import native_gradient, native_product
 from peft.store_fpx import BLOCK, FORMATS, SCALES, PackedFloatStore
@@ -112,6 +113,37 @@ def test_rows_are_those_of_the_dense_weight(kind, shape, dtype):
     for some in (index, index[:1, :1]):
         rows = store.rows(some)
         assert rows.dtype == dtype and torch.equal(rows, store.dense(dtype)[some])
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(OUT, IN), (7, 37), (5, 192)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slices_have_the_bits_of_the_whole(kind, shape, dtype, monkeypatch):
+    """Of codes, scales and the dense weight; a slice of 128 is less than a row, or some."""
+    w = weight(dtype, shape)
+    whole = make_store(kind, w)
+    dense = {some: whole.dense(some) for some in (torch.float32, torch.bfloat16, torch.float16)}
+    for module in (store_bnb, store_fpx, store_rows):
+        monkeypatch.setattr(module, "SLICE", 128)
+    parts = make_store(kind, w).tensors()
+    assert parts.keys() == whole.tensors().keys()
+    assert all(torch.equal(parts[name], value) for name, value in whole.tensors().items())
+    assert all(torch.equal(whole.dense(some), value) for some, value in dense.items())
+
+
+@kinds
+def test_storing_and_unpacking_take_a_few_bytes_for_each_weight_of_a_slice(kind):
+    """Of 4 slices, beside the weight and its codes; the dense weight is all there at once."""
+    w = weight(torch.bfloat16, (1024, 4096))
+    given = torch.nn.ParameterList([torch.nn.Parameter(w, requires_grad=False)])
+    make_store(kind, w[:64])  # tables that are made once
+    with LivingBytes(given) as living:
+        store = make_store(kind, w)
+        assert living.most - store.bytes() < 22 * SLICE
+    for dtype in (torch.bfloat16, torch.float32):
+        with LivingBytes(store) as living:
+            store.dense(dtype)
+            assert living.most - w.numel() * dtype.itemsize < 14 * SLICE
 
 
 def layer_over(store) -> Linear:
