@@ -12,8 +12,8 @@ import torch
 
 from peft.plan import Plan, stored_bytes, trained_count, trained_sizes
 from peft.registry import ADAPTERS
-from peft.store import SLICE as QUANTIZED_AT_ONCE
 from rwkv.config import RWKVConfig
+from rwkv.linear import SLICE as QUANTIZED_AT_ONCE
 from rwkv.ops.kept import WKV_BYTES, WkvBytes
 from rwkv.training.optimizer import SLICE
 from rwkv.training.strategy import bucket_size, uses_ddp

@@ -1,7 +1,7 @@
 """What every store shares: a frozen weight in fewer bits, as buffers that no cast can change."""
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from types import ModuleType
 
@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv.cli import say
-from rwkv.linear import matrix_product
-
-SLICE = 2**20  # weights worked on at once, where that takes many bytes for each; whole blocks
+from rwkv.linear import matrix_product, rows_at_once
 
 
 class Store(nn.Module):
@@ -67,6 +65,19 @@ class Store(nn.Module):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in], dequantized."""
         raise NotImplementedError
+
+    def slices(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The weight, dequantized, [n, in], its rows in order and some at a time.
+
+        All at once where a row is no whole number of groups.
+        """
+        height, width = self.shape
+        count = height if width % self.GROUP else rows_at_once(width)
+        if count >= height:
+            yield self.dense(dtype)
+            return
+        for index in torch.arange(height, device=next(self.buffers()).device).split(count):
+            yield self.some_rows(index).dense(dtype)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the weight, dequantized to its dtype, [...] -> [..., in]."""
@@ -158,6 +169,7 @@ def fill(outs: Sequence[Tensor], parts: Iterable[Sequence[Tensor]]) -> None:
         for i, (out, part) in enumerate(zip(outs, made, strict=True)):
             out[places[i] : places[i] + len(part)] = part
             places[i] += len(part)
+        del made, part  # else they are there beside the next ones
 
 
 def triton_kernels(module: str, kind: str, x: Tensor) -> ModuleType | None:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peft.store import SLICE, Store, best_scale, fill
+from peft.store import Store, best_scale, fill
 from rwkv.errors import RunError
+from rwkv.linear import SLICE
 
 BLOCK = 64  # weights a scale, as in QLoRA
 BLOCK_OF_SCALES = 256  # scales a second-level scale, fixed by bitsandbytes

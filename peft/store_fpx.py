@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peft.store import SLICE, Store, best_scale, fill, triton_kernels
+from peft.store import Store, best_scale, fill, triton_kernels
+from rwkv.linear import SLICE
 
 FORMATS = {"fp6": (3, 2), "fp6_e2m3": (2, 3), "fp5": (2, 2)}  # exponent and mantissa bits
 BLOCK = 64  # weights a scale

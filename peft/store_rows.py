@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from peft.store import SLICE, Store, fill, triton_kernels
+from peft.store import Store, fill, triton_kernels
+from rwkv.linear import rows_at_once
 
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST = {"int8": 127.0, "fp8": 448.0}  # value of the largest code
@@ -39,7 +40,7 @@ class RowStore(Store):
             out: Tensor = kernels.unpack(self.codes, self.scale, dtype)
             return out
         dense = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        slices = (part.split(_rows_at_once(self.shape[1])) for part in (self.codes, self.scale))
+        slices = (part.split(rows_at_once(self.shape[1])) for part in (self.codes, self.scale))
         fill((dense,), ((codes.float().mul_(scale),) for codes, scale in zip(*slices, strict=True)))
         return dense
 
@@ -61,7 +62,7 @@ def rounded_rows(kind: str, x: Tensor, factor: Tensor | None = None) -> tuple[Te
         return kernels.round_rows(x, factor, largest=top, tiny=TINY, dtype=dtype)
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
     scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
-    slices = x.split(_rows_at_once(x.shape[1]))
+    slices = x.split(rows_at_once(x.shape[1]))
     fill((codes, scale), (_rounded(some, factor, top, dtype) for some in slices))
     return codes, scale
 
@@ -77,10 +78,6 @@ def _rounded(
     # torch divides by a number in one way on a CPU and in another on a GPU
     values = (x * (largest.reciprocal() * top)).clamp_(-top, top)
     return (values if dtype.is_floating_point else values.round_()).to(dtype), largest * (1 / top)
-
-
-def _rows_at_once(width: int) -> int:
-    return max(1, SLICE // max(1, width))
 
 
 def transposed(kind: str, codes: Tensor) -> Tensor:

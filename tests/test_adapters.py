@@ -14,6 +14,7 @@ from peft.layer_profile import ADAPTER_MODES
 from peft.lora import LoraLinear
 from peft.registry import ADAPTERS, make_adapter
 from peft.stores import STORES, make_store
+from rwkv import linear
 from rwkv.checkpoint import read_tensors, write_tensors
 from rwkv.errors import InputError
 from rwkv.linear import Linear
@@ -331,6 +332,26 @@ def test_pissas_codes_lie_beside_directions_within_a_hundredth(storage, off, ref
     parts = {part: value.detach().clone() for part, value in made.exported().items()}
     parts["lora_A"][RANK:] *= off
     assert (made.why_not(parts) is not None) == (refused and storage != "none")
+
+
+@pytest.mark.parametrize("storage", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("mode", ["dora", "dora_column", "pissa"])
+def test_an_adapter_that_reads_its_weight_in_slices_is_that_of_the_whole(
+    mode, storage, monkeypatch
+):
+    """Of two rows at a time; PiSSA's codes may differ where a weight lies between two of them."""
+    whole, asked = adapter(mode, storage), []
+    monkeypatch.setattr(linear, "SLICE", 2 * IN)
+    if mode != "pissa":  # whose weight is in parts without being dense
+        dense = Linear.dense_weight
+        monkeypatch.setattr(Linear, "dense_weight", lambda *args: asked.append(1) or dense(*args))
+    parts = adapter(mode, storage)
+    assert not asked
+    allowed = 1e-6 if mode != "pissa" or storage == "none" else 1e-3
+    assert relative(parts.merged_weight(), whole.merged_weight()) < allowed
+    if mode != "pissa":
+        torch.testing.assert_close(parts.lora_M, whole.lora_M, rtol=1e-6, atol=0)
+        torch.testing.assert_close(parts.squared, whole.squared, rtol=1e-6, atol=0)
 
 
 def test_pissa_goes_on_over_a_weight_of_zeros():

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,19 +16,21 @@ from torch.nn import functional as F
 
 import peft.apply
 import peft.store
+import rwkv.checkpoint
 from losses.sft import SFT
-from peft import store_bnb, store_fpx, store_int8, store_rows
+from peft import store_bnb, store_fpx, store_int8
 from peft.apply import install, load_frozen, load_with_profile, random_with_profile
 from peft.flags import QUANT_MODES, PeftFlags
 from peft.plan import Plan
 from peft.quantize import main
 from peft.quantized import read_store
-from peft.store import SLICE, Store
+from peft.store import Store
 from peft.store_bnb import _table
 from peft.store_fp8 import native_gradient, native_product
 from peft.store_fpx import BLOCK, FORMATS, SCALES, PackedFloatStore
 from peft.store_rows import CODES, LARGEST, TINY, RowStore, rounded_rows
 from peft.stores import STORES, make_store, store_class, stored_size
+from rwkv import linear
 from rwkv.batch import TokenBatch
 from rwkv.checkpoint import (
     config_of,
@@ -40,7 +43,7 @@ from rwkv.checkpoint import (
 from rwkv.config import LowRanks, RWKVConfig
 from rwkv.errors import InputError
 from rwkv.init import initialize
-from rwkv.linear import Linear
+from rwkv.linear import SLICE, Linear
 from rwkv.model import RWKV
 
 OUT, IN = 96, 256
@@ -123,12 +126,16 @@ def test_slices_have_the_bits_of_the_whole(kind, shape, dtype, monkeypatch):
     w = weight(dtype, shape)
     whole = make_store(kind, w)
     dense = {some: whole.dense(some) for some in (torch.float32, torch.bfloat16, torch.float16)}
-    for module in (store_bnb, store_fpx, store_rows):
+    for module in (store_bnb, store_fpx, linear):
         monkeypatch.setattr(module, "SLICE", 128)
     parts = make_store(kind, w).tensors()
     assert parts.keys() == whole.tensors().keys()
     assert all(torch.equal(parts[name], value) for name, value in whole.tensors().items())
-    assert all(torch.equal(whole.dense(some), value) for some, value in dense.items())
+    for some, value in dense.items():
+        assert torch.equal(whole.dense(some), value)
+        slices = list(whole.slices(some))
+        assert torch.equal(torch.cat(slices), value)
+        assert (len(slices) == 1) == bool(shape[1] % whole.GROUP)
 
 
 @kinds
@@ -914,3 +921,21 @@ def test_loading_holds_one_dense_layer_at_a_time(model_file, tmp_path, monkeypat
     layer_profile = profile(tmp_path, mode="bone", rank=8, quant="int8")
     model, _ = load_with_profile(model_file, PeftFlags(layer_profile=layer_profile))
     assert most == 1 and len(stores_of(model)) == 12
+
+
+@pytest.mark.parametrize("mode", ["lora", "pissa"])
+def test_a_stored_weight_is_gone_before_the_next_is_read(mode, model_file, tmp_path, monkeypatch):
+    stored, left = [], []
+
+    def storing(kind: str, weight: torch.Tensor) -> Store:
+        stored.append(weakref.ref(weight.untyped_storage()))
+        return make_store(kind, weight)
+
+    def reading(path: Path, name: str, tensor: torch.Tensor) -> None:
+        left.extend(name for storage in stored if storage() is not None)
+
+    monkeypatch.setattr(peft.apply, "make_store", storing)
+    monkeypatch.setattr(rwkv.checkpoint, "check_weight", reading)
+    layer_profile = profile(tmp_path, mode=mode, rank=8, quant="int8")
+    load_with_profile(model_file, PeftFlags(layer_profile=layer_profile))
+    assert len(stored) == 12 and not left
