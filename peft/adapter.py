@@ -42,15 +42,27 @@ class AdapterLinear(Linear):
         """The shape of each part over a weight [out, in].
 
         Raises:
-            InputError: the rank does not suit the weight.
+            InputError: the weight cannot be cut up so.
         """
         raise NotImplementedError
+
+    @classmethod
+    def check_new(cls, out_features: int, in_features: int, rank: int) -> None:
+        """Stop at a rank that no adapter which is begun over a weight [out, in] shall have.
+
+        One from a file may have it: PiSSA's export is of twice the rank that trained.
+
+        Raises:
+            InputError: it is outside 1 .. the smaller side, or `sizes` says why.
+        """
+        check_rank(cls.MODE, out_features, in_features, rank)
+        cls.sizes(out_features, in_features, rank)
 
     @classmethod
     def exported_sizes(
         cls, out_features: int, in_features: int, rank: int
     ) -> dict[str, tuple[int, ...]]:
-        """The shapes of what `exported` gives, and the errors of `sizes`."""
+        """The shapes of what `exported` gives."""
         return cls.sizes(out_features, in_features, rank)
 
     def adapted_output(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

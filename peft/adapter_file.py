@@ -245,6 +245,8 @@ def _kind(
             f"{where}: lora_A is {list(shapes['lora_A'])} and lora_B {list(shapes['lora_B'])}, "
             "which are of different ranks; copy the file again"
         )
+    if not rank:
+        raise InputError(f"{where}: lora_A is {list(shapes['lora_A'])}; copy the file again")
     if stated is not None and "alpha" in stated:
         alpha = float(stated["alpha"])
     if alpha is None:

@@ -130,6 +130,7 @@ def random_with_profile(
                 gain = residual if name.endswith(("att.output.weight", "ffn.value.weight")) else 1.0
                 value.normal_(std=0.5 * gain / summed**0.5, generator=draw)
             set_parameter(model, name, value)
+            del value  # else it is there beside the next one
             placed(name)
 
     return _filled(config, flags, backend, fill)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from peft.adapter import check_rank
 from peft.lora import LoraLinear
 from rwkv.linear import Linear
 
@@ -32,16 +31,14 @@ class DoraLinear(LoraLinear):
     PARTS = ("lora_A", "lora_B", "lora_M")
     WIDE = ("lora_M",)
     lora_M: nn.Parameter
-    squared: Tensor  # |W_i|^2, [out], float32
+    squared: Tensor  # as of `_squares`
 
     def __init__(self, base: Linear, *, rank: int, scale: float, dropout: float = 0.0):
         super().__init__(base, rank=rank, scale=scale, dropout=dropout)
-        squared = self.dense_weight().detach().square().sum(dim=1)
-        self.register_buffer("squared", squared, persistent=False)
+        self.register_buffer("squared", self._squares(), persistent=False)
 
     @staticmethod
     def sizes(out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
-        check_rank("dora", out_features, in_features, rank)
         return {
             "lora_A": (rank, in_features),
             "lora_B": (out_features, rank),
@@ -50,8 +47,13 @@ class DoraLinear(LoraLinear):
 
     def _first(self, part: str, zeros: Tensor) -> Tensor:
         if part == "lora_M":
-            return self.dense_weight().detach().norm(dim=1, keepdim=True)
+            return self._squares().sqrt().view(zeros.shape)
         return super()._first(part, zeros)
+
+    @torch.no_grad()
+    def _squares(self) -> Tensor:
+        """|W_i|^2 of each row, [out], float32."""
+        return torch.cat([some.square().sum(dim=1) for some in self.weight_slices()])
 
     @torch.no_grad()
     def lengths(self) -> Tensor:
@@ -100,10 +102,10 @@ class ColumnDoraLinear(DoraLinear):
         parts = DoraLinear.sizes(out_features, in_features, rank)
         return parts | {"lora_M": (1, in_features)}
 
-    def _first(self, part: str, zeros: Tensor) -> Tensor:
-        if part == "lora_M":
-            return self.dense_weight().detach().norm(dim=0, keepdim=True)
-        return LoraLinear._first(self, part, zeros)
+    @torch.no_grad()
+    def _squares(self) -> Tensor:
+        """|W_j|^2 of each column, [in], float32."""
+        return torch.stack([some.square().sum(dim=0) for some in self.weight_slices()]).sum(dim=0)
 
     @torch.no_grad()
     def lengths(self) -> Tensor:

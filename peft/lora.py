@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft.adapter import AdapterLinear, check_rank
+from peft.adapter import AdapterLinear
 from rwkv.keeper import Kept, kept_result
 from rwkv.linear import Linear, unread_output
 from rwkv.ops.activation import squared_relu_gradient
@@ -43,7 +43,6 @@ class LoraLinear(AdapterLinear):
 
     @staticmethod
     def sizes(out_features: int, in_features: int, rank: int) -> dict[str, tuple[int, ...]]:
-        check_rank("lora", out_features, in_features, rank)
         return {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
 
     def _first(self, part: str, zeros: Tensor) -> Tensor:

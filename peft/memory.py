@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from peft.plan import Plan, stored_bytes, trained_count, trained_sizes
+from peft.pissa import is_randomized
+from peft.plan import STORED, Plan, stored_bytes, trained_count, trained_sizes
 from peft.registry import ADAPTERS
-from peft.store_bnb import SLICE as QUANTIZED_AT_ONCE
+from peft.stores import STORES, store_class, stored_size
 from rwkv.config import RWKVConfig
+from rwkv.linear import SLICE as AT_ONCE
 from rwkv.ops.kept import WKV_BYTES, WkvBytes
 from rwkv.training.optimizer import SLICE
 from rwkv.training.strategy import bucket_size, uses_ddp
@@ -54,6 +56,12 @@ MALLOC = (
     "MALLOC_MMAP_THRESHOLD_=65536 in the environment it does not, which takes time"
 )
 LOADING, OPTIMIZER, BUCKETS = "loading", "optimizer", "buckets of DeepSpeed"
+# Bytes for each weight of a slice, in plain torch: while it is stored and while it is unpacked, and
+# for DoRA's lengths and PiSSA's rest.
+STORING = dict.fromkeys(STORES, 20) | {"int8": 5, "fp8": 5}
+UNPACKING = {"int8": 5, "fp8": 5, "fp6": 11, "fp6_e2m3": 11, "fp5": 11}
+SQUARING, SUBTRACTING = 5, 4
+WIDE = 4  # a float32 copy, in these
 LATER = (OPTIMIZER, BUCKETS)  # parts that are not there while the model is loaded
 LOW_RANK = ("lora", "dora", "dora_column", "pissa")  # they keep x A^T
 KEEPS_INPUT = ("full", "lora", "dora", "dora_column", "bone", "pissa")
@@ -246,7 +254,13 @@ def weights(plan: Plan, step: Step) -> dict[str, int]:
     named = {f"weights, {kind}": size for kind, size in stored.items() if size}
     if step.stage == 3:
         named[f"weights, {plain}"] //= step.world
-    return named | ({"adapters": adapters} if adapters else {})
+    first = sum(
+        mine.rank * sum(plan.layers[name].shape) * step.dtype.itemsize
+        for name, mine in plan.plans.items()
+        if mine.mode == "pissa"
+    )
+    sizes = {"adapters": adapters, "first directions of PiSSA": first}
+    return named | {name: size for name, size in sizes.items() if size}
 
 
 def gradients(plan: Plan, step: Step) -> int:
@@ -491,10 +505,11 @@ def unpacked_weight(plan: Plan, step: Step, *, of_head: bool) -> int:
     for name, layer in plan.layers.items():
         quant = plan.plans[name].quant
         looked_up = layer.kind == "embedding"
-        if quant in (None, "none") or looked_up or (name == "head") != of_head:
+        if quant is None or quant == "none" or looked_up or (name == "head") != of_head:
             continue
         out_features, in_features = layer.shape
         size = out_features * in_features * step.dtype.itemsize
+        size += unpacking(quant, step) * min(out_features * in_features, AT_ONCE)
         if quant in ("fp8", "int8"):
             rows = step.tokens
             if of_head:
@@ -505,19 +520,53 @@ def unpacked_weight(plan: Plan, step: Step, *, of_head: bool) -> int:
 
 
 def storing(plan: Plan, step: Step) -> int:
-    """What the largest layer occupies while it is stored, at load, beside its codes."""
-    most = 0
-    for name, layer in plan.layers.items():
-        quant = plan.plans[name].quant
-        if quant in (None, "none"):
-            continue
-        numbers = layer.shape[0] * layer.shape[1]
-        if quant in ("fp8", "int8"):
-            beside = 0 if step.fused else 12 * numbers
-        else:
-            beside = 20 * min(numbers, QUANTIZED_AT_ONCE) if "4" in quant else 24 * numbers
-        most = max(most, numbers * step.dtype.itemsize + beside)
-    return most
+    """What the largest layer occupies at load beside what stays of it.
+
+    Its weight, if it is stored, and what storing it or making its adapter takes.
+    """
+    names = (name for name, layer in plan.layers.items() if layer.kind in STORED)
+    return max((being_made(plan, step, name) for name in names), default=0)
+
+
+def being_made(plan: Plan, step: Step, name: str) -> int:
+    """The same of one layer."""
+    mine = plan.plans[name]
+    quant = mine.quant or "none"
+    out_features, in_features = plan.layers[name].shape
+    numbers = out_features * in_features
+    some = min(numbers, AT_ONCE)
+    weight = numbers * step.dtype.itemsize
+    dense = 0 if quant == "none" else weight
+    moments = [dense]
+    copy = 0 if step.dtype == torch.float32 else WIDE
+    by_rows = quant in ("fp8", "int8")
+    if quant != "none" and not (by_rows and step.fused):
+        moments.append(dense + (STORING[quant] + by_rows * copy) * some)
+    if mine.mode in ("dora", "dora_column"):
+        whole = quant != "none" and in_features % store_class(quant).GROUP
+        made = SQUARING + (copy if quant == "none" else WIDE + unpacking(quant, step))
+        moments.append(made * (numbers if whole else some))
+    if mine.mode == "pissa":
+        both = mine.rank * (out_features + in_features)
+        rest = weight + 4 * both + SUBTRACTING * some
+        codes = 0 if quant == "none" else stored_size(quant, out_features, in_features)
+        moments.append(dense - codes + max(rest, of_svd(plan, step, name)))
+    return max(moments)
+
+
+def of_svd(plan: Plan, step: Step, name: str) -> int:
+    """What PiSSA's singular value decomposition of a layer takes, by torch 2.13 on a CPU."""
+    rank, sides = plan.plans[name].rank, plan.layers[name].shape
+    less, more = sorted(sides)
+    if is_randomized(sides, rank, plan.flags.svd_niter):
+        return 4 * min(less * more, AT_ONCE) + 9 * rank * (less + more)
+    copies = 4 if step.dtype == torch.float32 else 8  # in float32, and as LAPACK overwrites it
+    return copies * less * more + 4 * less * (less + more) + int(12.5 * less**2)
+
+
+def unpacking(quant: str, step: Step) -> int:
+    """Bytes for each weight of a slice beside a dense weight that is being made of codes."""
+    return 0 if step.fused else UNPACKING.get(quant, 0)
 
 
 def in_words(size: int) -> str:

@@ -211,7 +211,7 @@ def _linear(pair: Pair, layer: str, weight: Tensor) -> Linear:
 def _adapted(pair: Pair, layer: str, linear: Linear) -> AdapterLinear:
     kind, path = pair.kinds[layer], pair.adapter.path
     try:
-        built = make_adapter(kind.mode, linear, rank=kind.rank, scale=kind.scale)
+        built = make_adapter(kind.mode, linear, rank=kind.rank, scale=kind.scale, of_file=True)
     except InputError as error:
         raise InputError(f"{path}: {layer}: {error}") from None
     for part in built.PARTS:

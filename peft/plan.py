@@ -207,7 +207,7 @@ def _resolve(name: str, layer: Layer, plan: LayerPlan, flags: PeftFlags) -> Laye
     if not plan.rank:
         raise InputError(f"{plan.rule}: mode {plan.mode!r} needs a rank for {name}; add 'rank'")
     try:
-        ADAPTERS[plan.mode].sizes(*layer.shape, plan.rank)
+        ADAPTERS[plan.mode].check_new(*layer.shape, plan.rank)
     except InputError as error:
         raise InputError(f"{plan.rule}: {name}: {error}") from None
     if plan.mode in ("bone", "miss"):

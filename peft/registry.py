@@ -22,6 +22,7 @@ def make_adapter(
     scale: float = 1.0,
     dropout: float = 0.0,
     power: int = 4,
+    of_file: bool = False,
 ) -> AdapterLinear:
     """A fresh adapter over `base`; it leaves the layer's output as it is.
 
@@ -32,8 +33,14 @@ def make_adapter(
         scale: factor of the update; Bone and MiSS have none.
         dropout: share of inputs that the adapter does not see; Bone and MiSS have none.
         power: PiSSA's power iterations.
+        of_file: it takes over what a file holds, where LoRA and DoRA have any rank.
+
+    Raises:
+        InputError: the rank does not suit the weight; see `AdapterLinear.check_new`.
     """
     cls = ADAPTERS[mode]
+    if not of_file:
+        cls.check_new(base.out_features, base.in_features, rank)
     if issubclass(cls, PissaLinear):
         return cls(base, rank=rank, scale=scale, dropout=dropout, power=power)
     if issubclass(cls, LoraLinear):

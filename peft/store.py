@@ -1,7 +1,7 @@
 """What every store shares: a frozen weight in fewer bits, as buffers that no cast can change."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from types import ModuleType
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv.cli import say
-from rwkv.linear import matrix_product
+from rwkv.linear import matrix_product, rows_at_once
 
 
 class Store(nn.Module):
@@ -65,6 +65,19 @@ class Store(nn.Module):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in], dequantized."""
         raise NotImplementedError
+
+    def slices(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The weight, dequantized, [n, in], its rows in order and some at a time.
+
+        All at once where a row is no whole number of groups.
+        """
+        height, width = self.shape
+        count = height if width % self.GROUP else rows_at_once(width)
+        if count >= height:
+            yield self.dense(dtype)
+            return
+        for index in torch.arange(height, device=next(self.buffers()).device).split(count):
+            yield self.some_rows(index).dense(dtype)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the weight, dequantized to its dtype, [...] -> [..., in]."""
@@ -142,6 +155,21 @@ def best_scale(tried: Tensor, wrong: Callable[[Tensor], Tensor]) -> Tensor:
         for scale in tried.split(1, dim=1)
     ]
     return tried.gather(1, torch.cat(errors, dim=1).argmin(dim=1, keepdim=True))
+
+
+def fill(outs: Sequence[Tensor], parts: Iterable[Sequence[Tensor]]) -> None:
+    """Write parts into `outs` along the first side, one behind the other, as they are made.
+
+    Args:
+        outs: what is to be filled.
+        parts: the next of each, in their order; cast where dtypes differ.
+    """
+    places = [0] * len(outs)
+    for made in parts:
+        for i, (out, part) in enumerate(zip(outs, made, strict=True)):
+            out[places[i] : places[i] + len(part)] = part
+            places[i] += len(part)
+        del made, part  # else they are there beside the next ones
 
 
 def triton_kernels(module: str, kind: str, x: Tensor) -> ModuleType | None:

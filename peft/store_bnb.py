@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peft.store import Store, best_scale
+from peft.store import Store, best_scale, fill
 from rwkv.errors import RunError
+from rwkv.linear import SLICE
 
 BLOCK = 64  # weights a scale, as in QLoRA
 BLOCK_OF_SCALES = 256  # scales a second-level scale, fixed by bitsandbytes
@@ -24,7 +25,6 @@ BLOCK_OF_SCALES = 256  # scales a second-level scale, fixed by bitsandbytes
 # than with 1 alone, of fp4 6%; ten of them would make it another 1.5%.
 SCALES = (1.03, 0.95, 0.87)
 DOUBLE = "_double"
-SLICE = 2**24  # weights whose codes are made at once
 
 
 class FourBitStore(Store):
@@ -58,8 +58,10 @@ class FourBitStore(Store):
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         functional = _functional()
         table = _table(_table_name(self.kind), weight.device)
-        made = [_quantized(some, table) for some in weight.flatten().split(SLICE)]
-        codes, scale = (torch.cat(parts) for parts in zip(*made, strict=True))
+        flat = weight.flatten()
+        codes = flat.new_empty(-(-len(flat) // 2), dtype=torch.uint8)
+        scale = flat.new_empty(-(-len(flat) // BLOCK), dtype=torch.float32)
+        fill((codes, scale), (_quantized(some, table) for some in flat.split(SLICE)))
         buffers = {"codes": codes.view(-1, 1), "scale": scale}
         if _is_double(self.kind):
             offset = scale.mean(dtype=torch.float64).float()  # on a GPU as on a CPU

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peft.store import Store, best_scale, triton_kernels
+from peft.store import Store, best_scale, fill, triton_kernels
+from rwkv.linear import SLICE
 
 FORMATS = {"fp6": (3, 2), "fp6_e2m3": (2, 3), "fp5": (2, 2)}  # exponent and mantissa bits
 BLOCK = 64  # weights a scale
@@ -52,8 +53,22 @@ class PackedFloatStore(Store):
         return sum(FORMATS[self.kind])
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        flat = weight.flatten().float()
-        blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+        flat = weight.flatten()
+        count = -(-len(flat) // BLOCK)
+        low = flat.new_empty(count * BLOCK // 2, dtype=torch.uint8)
+        high = flat.new_empty(count * BLOCK * self._high_bits // 8, dtype=torch.uint8)
+        scale = flat.new_empty(count, dtype=torch.bfloat16)
+        fill((low, high, scale), map(self._quantized, flat.split(SLICE)))
+        return {"low": low, "high": high, "scale": scale}
+
+    @property
+    def _high_bits(self) -> int:
+        """Of a code, above the lower 4."""
+        return self.magnitude_bits - 3
+
+    def _quantized(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both planes and the scales of weights [n], the last block padded with zeros."""
+        blocks = F.pad(weights.float(), (0, -len(weights) % BLOCK)).view(-1, BLOCK)
         grid = self._grid().to(blocks.device)
         sizes = blocks.abs()
         least = (sizes.amax(dim=1, keepdim=True) / grid[-1]).clamp_min(1e-30)
@@ -62,8 +77,7 @@ class PackedFloatStore(Store):
         borders = (grid[1:] + grid[:-1]) / 2
         codes = torch.bucketize(sizes / scale.float(), borders, out_int32=True).to(torch.uint8)
         codes |= (blocks < 0).to(torch.uint8) << self.magnitude_bits
-        low, high = _pack(codes.flatten(), 1 + self.magnitude_bits)
-        return {"low": low, "high": high, "scale": scale.flatten()}
+        return *_pack(codes.flatten(), 1 + self.magnitude_bits), scale.flatten()
 
     def _wrong(self, sizes: Tensor, scale: Tensor) -> Tensor:
         """What each size is off under its block's scale, [blocks, weights].
@@ -92,12 +106,22 @@ class PackedFloatStore(Store):
                 block=BLOCK,
                 dtype=dtype,
             ).view(self.shape)
-        codes = _unpack(self.low, self.high, 1 + self.magnitude_bits)
-        values = self._values(codes).view(-1, BLOCK)
+        out = torch.empty(len(self.scale) * BLOCK, dtype=dtype, device=self.low.device)
         # exact: at most 3 + 8 bits of mantissa before one rounding
         work = dtype if dtype == torch.bfloat16 else torch.float32
-        out = values.to(work) * self.scale.to(work).unsqueeze(1) * self._one()
-        return out.flatten()[:total].view(self.shape).to(dtype)
+
+        def unpacked(low: Tensor, high: Tensor, scale: Tensor) -> tuple[Tensor]:
+            values = self._values(_unpack(low, high, 1 + self.magnitude_bits)).view(-1, BLOCK)
+            weights = values.to(work).mul_(scale.to(work).unsqueeze(1)).mul_(self._one())
+            return (weights.flatten(),)
+
+        slices = (
+            self.low.split(SLICE // 2),
+            self.high.split(SLICE * self._high_bits // 8),
+            self.scale.split(SLICE // BLOCK),
+        )
+        fill((out,), map(unpacked, *slices))
+        return out[:total].view(self.shape)
 
     def _values(self, codes: Tensor) -> Tensor:
         """What codes (uint8) mean, over `_one`, float16.

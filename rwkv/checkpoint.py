@@ -347,6 +347,7 @@ def fill(
         value = tensor.reshape(parameter.shape).to(device, dtype, copy=True)
         check_finite(tensors.path, name, value)
         set_parameter(model, name, value)
+        del tensor, value  # `placed` may store the layer, whose weight is then free
         if placed is not None:
             placed(name)
 

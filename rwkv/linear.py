@@ -3,7 +3,7 @@
 Either holds its weight as a parameter or as a store of fewer bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from rwkv.keeper import in_second_run, kept_result
 from rwkv.ops.activation import squared_relu
+
+SLICE = 2**20  # numbers worked on at once, where that takes many bytes for each
 
 
 class WeightStore(Protocol):
@@ -47,6 +49,10 @@ class WeightStore(Protocol):
         """The weight [out, in], dequantized."""
         ...
 
+    def slices(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The weight, dequantized, [n, in], its rows in order and some at a time."""
+        ...
+
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the weight, dequantized, [...] -> [..., in]."""
         ...
@@ -78,6 +84,20 @@ class Matrix(nn.Module):
             return self.weight.to(dtype)
         assert self.store is not None
         return self.store.dense(dtype)
+
+    def weight_slices(self, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        """As `dense_weight`, SLICE numbers at a time: some rows, [n, in], behind the others."""
+        if self.weight is not None:
+            for some in self.weight.split(rows_at_once(self.weight.shape[1])):
+                yield some.to(dtype)
+            return
+        assert self.store is not None
+        yield from self.store.slices(dtype)
+
+
+def rows_at_once(width: int) -> int:
+    """Rows of a matrix that hold SLICE numbers, at least one."""
+    return max(1, SLICE // max(1, width))
 
 
 class Embedding(Matrix):

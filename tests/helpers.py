@@ -4,6 +4,7 @@ names what differs."""
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rwkv.errors import RunError
 from rwkv.ops.backends import choose_backend
@@ -122,3 +125,29 @@ def assert_all_close(got: dict[str, Tensor], want: dict[str, Tensor], ratio: flo
     """assert_close for each of `want`."""
     for name, value in want.items():
         assert_close(name, got[name], value, ratio)
+
+
+class LivingBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operations made and that still live."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.now, self.most, self.sizes = 0, 0, {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.sizes[tensor.untyped_storage()._cdata] = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.sizes:
+                    self.sizes[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._drop, key)
+        return out
+
+    def _drop(self, key: int) -> None:
+        self.now -= self.sizes.pop(key, 0)

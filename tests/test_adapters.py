@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from peft import pissa
 from peft.adapter import AdapterLinear, adapters_off, only_adapters_train
 from peft.layer_profile import ADAPTER_MODES
 from peft.lora import LoraLinear
 from peft.registry import ADAPTERS, make_adapter
 from peft.stores import STORES, make_store
+from rwkv import linear
 from rwkv.checkpoint import read_tensors, write_tensors
 from rwkv.errors import InputError
 from rwkv.linear import Linear
@@ -302,11 +304,104 @@ def test_pissa_is_exported_as_lora_of_twice_the_rank():
     torch.testing.assert_close(plain.merged_weight(), made.merged_weight(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_pissa_takes_over_a_files_first_directions(dtype):
+    """Also those near its own, as of a run in another dtype: the weight is the file's to rounding.
+
+    A file's own directions leave the rest as it is, to the bit.
+    """
+    place = Place(dtype=dtype)
+    other, again = stirred("pissa", place=place), adapter("pissa", place=place)
+    parts = {part: value.detach().clone() for part, value in other.exported().items()}
+    rest = again.weight.clone()
+    again.load(parts)
+    assert torch.equal(again.weight, rest)
+    parts["lora_A"][RANK:] *= 1 + 2**-8  # which bfloat16 has
+    again.load(parts)
+    assert all(torch.equal(value, parts[part]) for part, value in again.exported().items())
+    update = other.scale * parts["lora_B"].double() @ parts["lora_A"].double()
+    want = base(place=place).weight + update
+    assert relative(again.merged_weight(), want) < (1e-6 if dtype == FLOAT32 else 2e-3)
+
+
+@pytest.mark.parametrize("storage", ["none", "int8"])
+@pytest.mark.parametrize("off, refused", [(1.005, False), (1.02, True)], ids=["near", "far"])
+def test_pissas_codes_lie_beside_directions_within_a_hundredth(storage, off, refused):
+    """Norms of what would have to move, over that of the first directions; moving is free."""
+    made = adapter("pissa", storage)
+    parts = {part: value.detach().clone() for part, value in made.exported().items()}
+    parts["lora_A"][RANK:] *= off
+    assert (made.why_not(parts) is not None) == (refused and storage != "none")
+
+
+@pytest.mark.parametrize("storage", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("mode", ["dora", "dora_column", "pissa"])
+def test_an_adapter_that_reads_its_weight_in_slices_is_that_of_the_whole(
+    mode, storage, monkeypatch
+):
+    """Of two rows at a time; PiSSA's codes may differ where a weight lies between two of them."""
+    whole, asked = adapter(mode, storage), []
+    monkeypatch.setattr(linear, "SLICE", 2 * IN)
+    if mode != "pissa":  # whose weight is in parts without being dense
+        dense = Linear.dense_weight
+        monkeypatch.setattr(Linear, "dense_weight", lambda *args: asked.append(1) or dense(*args))
+    parts = adapter(mode, storage)
+    assert not asked
+    allowed = 1e-6 if mode != "pissa" or storage == "none" else 1e-3
+    assert relative(parts.merged_weight(), whole.merged_weight()) < allowed
+    if mode != "pissa":
+        torch.testing.assert_close(parts.lora_M, whole.lora_M, rtol=1e-6, atol=0)
+        torch.testing.assert_close(parts.squared, whole.squared, rtol=1e-6, atol=0)
+
+
+def test_pissa_goes_on_over_a_weight_of_zeros():
+    """As new models have: both norms are 0."""
+    layer = Linear(IN, OUT)
+    torch.nn.init.zeros_(layer.weight)
+    made = make_adapter("pissa", layer, rank=RANK)
+    made.store_as(make_store("int8", made.weight))
+    assert made.why_not(made.exported()) is None
+
+
 def test_pissa_takes_the_largest_directions():
     """The rest beside rank directions is as large as the singular values behind them."""
     made = make_adapter("pissa", base(), rank=RANK, scale=2.0, power=0)
     singular = torch.linalg.svdvals(base().weight)
     assert made.weight.norm().item() == pytest.approx(singular[RANK:].norm().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(96, 256), (256, 96), (128, 128)], ids=str)
+@pytest.mark.parametrize("power", [1, 4])
+def test_pissas_directions_are_those_of_torch_svd_lowrank(shape, power):
+    """Also those of files that a CPU made with it; the start matters, not the global generator."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(0)
+    U, S, V = torch.svd_lowrank(weight, q=RANK, niter=power)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    A, B = pissa._principal(weight, RANK, power)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert relative(B @ A, U * S @ V.T) < 1e-5
+    torch.testing.assert_close(torch.linalg.svdvals(B @ A)[:RANK], S, rtol=1e-5, atol=0)
+
+
+def test_pissa_seeds_no_global_generator(monkeypatch):
+    """A device's own would start elsewhere, and those of other devices would be left seeded."""
+    seeded = []
+    monkeypatch.setattr(torch, "manual_seed", seeded.append)
+    make_adapter("pissa", Linear(IN, OUT), rank=4)
+    assert not seeded
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("power", [0, 4])
+def test_pissas_directions_are_the_same_on_a_gpu(power):
+    """Of weights whose singular values lie densely, where other starts lead elsewhere."""
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(3)).bfloat16().float()
+    (A, B), (far_A, far_B) = (
+        pissa._principal(weight.to(device), RANK, power) for device in ("cpu", "cuda")
+    )
+    assert relative((far_B @ far_A).cpu(), B @ A) < 1e-3
 
 
 def test_dropout_acts_on_the_update_alone():

@@ -210,6 +210,35 @@ def test_norm_mix_of_packed_texts_is_the_formula(lengths, by_data):
     check(norm_mix_by_data_case if by_data else norm_mix_case, x, cu_seqlens=ends)
 
 
+@interpreted
+@dtypes
+def test_norm_mix_by_data_of_millions_of_tokens_can_be_launched(dtype, monkeypatch):
+    """CUDA's grids have 65,535 programs at most on every axis but the first."""
+    from rwkv.ops import mixes_by_data_triton as own
+    from rwkv.ops.norm_mix_triton import Unmade
+
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **keys: None
+
+    for kernel in ("_mixes_kernel", "_mixes_gradient_kernel"):
+        monkeypatch.setattr(own, kernel, Recorder())
+    T, C, M, R = 5_000_000, 128, 5, 8
+    x, factor = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((1, T, C), (M, R, C)))
+    normed, before = (torch.empty_like(x, requires_grad=True) for _ in range(2))
+    unmade = Unmade(normed, before, x.new_empty(T, 2), None)
+    low = x.new_empty(1, T, M * R)
+    mixes = [x.new_empty(C)] * M
+    norm = nn.LayerNorm(C, device="meta")
+    mixed = own.mixes_by_data(x, norm, x.new_empty(1, C), low, factor, mixes, unmade)
+    mixed[0].sum().backward()
+    assert len(grids) == 2 and grids[0] == grids[1]
+    assert all(size <= 65_535 for grid in grids for size in grid[1:])
+
+
 @pytest.fixture
 def uninitialized_is_nan():
     torch.use_deterministic_algorithms(True)

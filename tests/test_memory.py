@@ -2,40 +2,41 @@
 
 import gc
 import importlib
+import itertools
 import json
 import re
 import subprocess
 import sys
 import types
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import bench_memory
 import pytest
 import torch
-from helpers import wkv6_inputs, wkv7_inputs
+from helpers import LivingBytes, wkv6_inputs, wkv7_inputs
 from test_sft import small_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train
 from losses import distill, logprobs
 from losses.distill import Distillation, Divergence
 from losses.sft import SFT
-from peft import memory
+from peft import memory, pissa
 from peft.apply import random_with_profile
 from peft.flags import PeftFlags
+from peft.layer_profile import LayerPlan
 from peft.memory import GIB, Step, kept_by_block, predict
 from peft.memory_fit import read_size, what_fits
-from peft.plan import Plan, make_plan
+from peft.plan import Layer, Plan, make_plan
 from peft.quantized import quantize_tensors, quantized_metadata
+from peft.stores import STORES, make_store
 from rwkv.batch import TokenBatch
 from rwkv.checkpoint import write_tensors
 from rwkv.config import LowRanks, RWKVConfig
 from rwkv.errors import InputError, RunError
 from rwkv.keeper import keeping
+from rwkv.linear import SLICE
 from rwkv.model import RWKV
 from rwkv.ops import chunk_layout, wkv6, wkv7
 from rwkv.run.memory import compared, teacher_bytes
@@ -100,32 +101,6 @@ def test_weights_and_optimizer_by_hand(tmp_path):
     assert "gradients" not in found.moments["head"]
     offloaded = predict(config, plan, Step(1, 16, strategy="deepspeed_stage_2_offload"))
     assert offloaded.host == {"optimizer": 12 * 2048} and "optimizer" not in offloaded.rest
-
-
-class LivingBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations made and that still live."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.now, self.most, self.sizes = 0, 0, {}
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.sizes[tensor.untyped_storage()._cdata] = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.sizes:
-                    self.sizes[key] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.most = max(self.most, self.now)
-                    weakref.finalize(storage, self._drop, key)
-        return out
-
-    def _drop(self, key: int) -> None:
-        self.now -= self.sizes.pop(key, 0)
 
 
 TOKENS = 512
@@ -215,6 +190,55 @@ def test_a_recomputed_block_keeps_what_is_counted(tmp_path, operator, version, m
     ]
     state = 4 * 2 * 64**2
     assert counted[0] - counted[1] == pytest.approx(three - two, abs=2 * state)
+
+
+@pytest.mark.parametrize(
+    ("mode", "quant"),
+    [
+        *(("lora", kind) for kind in STORES),
+        *itertools.product(("dora", "dora_column"), ("none", "int8", "nf4", "fp6")),
+        ("pissa", "none"),
+        ("pissa", "int8"),
+    ],
+    ids=lambda value: value,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_loading_takes_what_is_counted(tmp_path, mode, quant, dtype):
+    """By every allocation while a model is made whose largest layer, of 4 slices, comes last."""
+    config = RWKVConfig(
+        version=7, n_layer=1, n_embd=C, dim_ffn=C, vocab_size=4 * SLICE // C,
+        head_size=64, ranks=LowRanks(8, 8, 8, 8),
+    )  # fmt: skip
+    rules = [
+        {"match": "*", "mode": "freeze", "quant": "none"},
+        {"match": "head", "mode": mode, "rank": 8, "quant": quant},
+    ]
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({"rules": rules}))
+    flags = PeftFlags(layer_profile=str(path))
+    if quant != "none":
+        make_store(quant, torch.ones(64, 64))  # tables that are made once
+    with LivingBytes(torch.nn.Module()) as living:
+        random_with_profile(config, flags, dtype=dtype)
+        found = living.most
+    with torch.device("meta"):
+        plan = make_plan(RWKV(config), flags)
+    step = Step(1, 64, dtype=dtype, on_gpu=False, fused=False)
+    counted = sum(predict(config, plan, step).at(memory.LOADING).values())
+    assert counted == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("sides", [(512, 512), (256, 1024), (1024, 256)], ids=str)
+@pytest.mark.parametrize("rank", [32, 200], ids=["randomized", "exact"])
+def test_pissas_directions_take_what_is_counted_at_most(tmp_path, sides, rank):
+    """What torch's allocations show; LAPACK has some of its own, a third of the rest or less."""
+    weight = torch.nn.Linear(sides[1], sides[0], bias=False, dtype=torch.bfloat16)
+    with LivingBytes(weight) as living:
+        pissa._principal(weight.weight.detach(), rank, 4)
+        found = living.most
+    layer, mine = Layer("linear", {"x.weight": sides}), LayerPlan("pissa", rank=rank, quant="none")
+    plan = Plan({"x": layer}, {"x": mine}, PeftFlags())
+    assert found <= memory.of_svd(plan, Step(1, 1), "x") < 3 * found
 
 
 def test_kernels_that_keep_nothing_make_it_again_by_hand(tmp_path):

@@ -21,7 +21,7 @@ from peft.flags import PeftFlags
 from peft.layer_profile import ADAPTER_MODES
 from peft.lora import LoraLinear
 from peft.merge import main
-from peft.merging import TEXT, compare, fixed_text, merge, open_pair
+from peft.merging import TEXT, attach, compare, fixed_text, merge, open_pair
 from peft.stores import STORES
 from rwkv.checkpoint import fingerprint, load_model, read_metadata, read_tensors, write_tensors
 from rwkv.config import LowRanks, RWKVConfig
@@ -124,6 +124,26 @@ def test_the_package_rwkv_writes_what_the_adapter_does(base, tmp_path):
     peer = ask_peer(tmp_path / "m.pth", tokens, count=12)
     (answer,) = generate(model, [tokens], max_tokens=12)
     assert peer.written == answer.tokens
+
+
+def test_pissa_of_more_than_half_the_smaller_side_is_merged(base, tmp_path):
+    """The file's LoRA has twice the rank: 40 over weights of 32 channels."""
+    keys = {"mode": "pissa", "rank": 20, "train_small": False}
+    model, path = saved(base, tmp_path, PeftFlags(layer_profile=profile(tmp_path, **keys)))
+    output = tmp_path / "merged.pth"
+    command = ["--base", str(base), "--adapter", str(path), "--output", str(output)]
+    assert main(command) == 0
+    got = logits(load_model(output, backend="reference"))
+    torch.testing.assert_close(got, logits(model), rtol=1e-3, atol=1e-4)
+    beside = load_frozen(base, backend="reference")
+    attach(open_pair(read_tensors(base), path), beside)
+    torch.testing.assert_close(logits(beside), logits(model), rtol=1e-3, atol=1e-4)
+    if beside.config.version == 7:  # HF peft's names are of its models
+        folder, again = tmp_path / "folder", tmp_path / "again.pth"
+        for given, made in ((path, folder), (folder, again)):
+            assert convert.main(["--adapter", str(given), "--output", str(made)]) == 0
+        merged = merge(open_pair(read_tensors(base), again))
+        assert all(torch.equal(merged[name], t) for name, t in read_tensors(output).items())
 
 
 @modes
@@ -501,9 +521,11 @@ def test_first_directions_of_another_base_change_nothing(base, tmp_path):
     write_tensors(adapter, tensors, read_metadata(adapter))
     again, _ = load_with_profile(base, flags, backend="reference")
     before = {name: tensor.clone() for name, tensor in trained_tensors(again).items()}
-    with pytest.raises(
-        InputError, match=r"adapter.pth: head: PiSSA's first directions are not this model's; load"
-    ):
+    told = (
+        r"adapter.pth: head: PiSSA's first directions are not this model's: the base or --svd_niter"
+        r" is another, or an earlier version drew them on a GPU; load .* or merge"
+    )
+    with pytest.raises(InputError, match=told):
         load_adapter(again, adapter)
     assert all(torch.equal(t, before[name]) for name, t in trained_tensors(again).items())
 
@@ -517,6 +539,7 @@ def test_first_directions_of_another_base_change_nothing(base, tmp_path):
             {"head.lora_A": (4, 32), "head.lora_B": (24, 8)},
             r"head: lora_A is \[4, 32\] and lora_B \[24, 8\], which are of different ranks",
         ),
+        ({"head.lora_A": (0, 32), "head.lora_B": (24, 0)}, r"head: lora_A is \[0, 32\]; copy"),
         ({"blocks.9.att.key.bone": (4, 8, 8)}, "changes blocks.9.att.key.weight, which .* lacks"),
         ({"head.bone": (2, 8, 8)}, r"head.bone is \[2, 8, 8\], over a \[24, 32\] weight it would"),
         ({"head.bone": (2, 16, 16)}, "head: bone: rank 16 does not divide both sides"),

@@ -5,17 +5,20 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import LivingBytes
 from torch.nn import functional as F
 
 import peft.apply
 import peft.store
+import rwkv.checkpoint
 from losses.sft import SFT
-from peft import store_int8
+from peft import store_bnb, store_fpx, store_int8
 from peft.apply import install, load_frozen, load_with_profile, random_with_profile
 from peft.flags import QUANT_MODES, PeftFlags
 from peft.plan import Plan
@@ -27,6 +30,7 @@ from peft.store_fp8 import native_gradient, native_product
 from peft.store_fpx import BLOCK, FORMATS, SCALES, PackedFloatStore
 from peft.store_rows import CODES, LARGEST, TINY, RowStore, rounded_rows
 from peft.stores import STORES, make_store, store_class, stored_size
+from rwkv import linear
 from rwkv.batch import TokenBatch
 from rwkv.checkpoint import (
     config_of,
@@ -39,7 +43,7 @@ from rwkv.checkpoint import (
 from rwkv.config import LowRanks, RWKVConfig
 from rwkv.errors import InputError
 from rwkv.init import initialize
-from rwkv.linear import Linear
+from rwkv.linear import SLICE, Linear
 from rwkv.model import RWKV
 
 OUT, IN = 96, 256
@@ -112,6 +116,41 @@ def test_rows_are_those_of_the_dense_weight(kind, shape, dtype):
     for some in (index, index[:1, :1]):
         rows = store.rows(some)
         assert rows.dtype == dtype and torch.equal(rows, store.dense(dtype)[some])
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(OUT, IN), (7, 37), (5, 192)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slices_have_the_bits_of_the_whole(kind, shape, dtype, monkeypatch):
+    """Of codes, scales and the dense weight; a slice of 128 is less than a row, or some."""
+    w = weight(dtype, shape)
+    whole = make_store(kind, w)
+    dense = {some: whole.dense(some) for some in (torch.float32, torch.bfloat16, torch.float16)}
+    for module in (store_bnb, store_fpx, linear):
+        monkeypatch.setattr(module, "SLICE", 128)
+    parts = make_store(kind, w).tensors()
+    assert parts.keys() == whole.tensors().keys()
+    assert all(torch.equal(parts[name], value) for name, value in whole.tensors().items())
+    for some, value in dense.items():
+        assert torch.equal(whole.dense(some), value)
+        slices = list(whole.slices(some))
+        assert torch.equal(torch.cat(slices), value)
+        assert (len(slices) == 1) == bool(shape[1] % whole.GROUP)
+
+
+@kinds
+def test_storing_and_unpacking_take_a_few_bytes_for_each_weight_of_a_slice(kind):
+    """Of 4 slices, beside the weight and its codes; the dense weight is all there at once."""
+    w = weight(torch.bfloat16, (1024, 4096))
+    given = torch.nn.ParameterList([torch.nn.Parameter(w, requires_grad=False)])
+    make_store(kind, w[:64])  # tables that are made once
+    with LivingBytes(given) as living:
+        store = make_store(kind, w)
+        assert living.most - store.bytes() < 22 * SLICE
+    for dtype in (torch.bfloat16, torch.float32):
+        with LivingBytes(store) as living:
+            store.dense(dtype)
+            assert living.most - w.numel() * dtype.itemsize < 14 * SLICE
 
 
 def layer_over(store) -> Linear:
@@ -343,8 +382,9 @@ def test_the_kernel_rounds_rows_as_torch_does(kind, scaled, block):
     from peft import rows_triton
 
     draw = torch.Generator().manual_seed(2)
-    x = torch.randn(5, 37, generator=draw) * torch.logspace(-3, 3, 5).unsqueeze(1)
+    x = torch.randn(6, 37, generator=draw) * torch.logspace(-3, 3, 6).unsqueeze(1)
     x[3] = 0
+    x[5] *= 2.0**-90
     x[4] = torch.arange(37) - 18.5  # int8's codes and what lies midway between two of them
     x[4, 0] = 127
     factor = torch.rand(1, 37, generator=draw) + 0.5 if scaled else None
@@ -362,6 +402,42 @@ def test_codes_between_two_whole_numbers_go_to_the_even_one():
     """The row's largest is 127, so that a value is its code before it is rounded."""
     codes, scale = rounded_rows("int8", torch.tensor([[127.0, 0.5, 1.5, -2.5, -126.6, 3.4]]))
     assert codes.tolist() == [[127, 0, 2, -2, -127, 3]] and scale.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "with factors"])
+@pytest.mark.parametrize("kind", CODES)
+def test_the_codes_of_small_rows_are_those_of_large_ones(kind, scaled):
+    """Down to 2^-80, as gradients may be: the scales shrink alone; a row of zeros gives zeros."""
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(5, 37, generator=draw)
+    x[3] = 0
+    factor = torch.rand(1, 37, generator=draw) + 0.5 if scaled else None
+    codes, scale = rounded_rows(kind, x, factor)
+    assert not codes[3].float().any() and scale.isfinite().all()
+    assert (codes.float().abs().amax(dim=1) == LARGEST[kind]).tolist() == [1, 1, 1, 0, 1]
+    some = x.any(dim=1)
+    for k in range(10, 81, 10):
+        small, small_scale = rounded_rows(kind, x * 2.0**-k, factor)
+        assert torch.equal(small.float(), codes.float())
+        assert torch.equal(small_scale[some], scale[some] * 2.0**-k)
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_small_gradients_are_as_exact_as_large_ones(kind, monkeypatch):
+    """At 2^-66, about 1e-20: the same bits but for the exponents."""
+    kernels = SimpleNamespace(product=multiplied)
+    monkeypatch.setattr(store_int8, "product_kernels", lambda x, codes: kernels)
+    store = make_store(kind, weight())
+    grad = torch.randn(5, OUT, generator=torch.Generator().manual_seed(1))
+
+    def gradient(grad: torch.Tensor) -> torch.Tensor:
+        if kind == "fp8":
+            return native_gradient(grad, store.codes, store.scale)
+        return store.backward_product(grad)
+
+    large, small = gradient(grad), gradient(grad * 2.0**-66)
+    assert relative(large, grad @ store.dense(torch.float32)) < 5e-2
+    assert torch.equal(small.double(), large.double() * 2.0**-66)
 
 
 @pytest.mark.parametrize("shape", [(5, 37), (70, 130)], ids=str)
@@ -845,3 +921,21 @@ def test_loading_holds_one_dense_layer_at_a_time(model_file, tmp_path, monkeypat
     layer_profile = profile(tmp_path, mode="bone", rank=8, quant="int8")
     model, _ = load_with_profile(model_file, PeftFlags(layer_profile=layer_profile))
     assert most == 1 and len(stores_of(model)) == 12
+
+
+@pytest.mark.parametrize("mode", ["lora", "pissa"])
+def test_a_stored_weight_is_gone_before_the_next_is_read(mode, model_file, tmp_path, monkeypatch):
+    stored, left = [], []
+
+    def storing(kind: str, weight: torch.Tensor) -> Store:
+        stored.append(weakref.ref(weight.untyped_storage()))
+        return make_store(kind, weight)
+
+    def reading(path: Path, name: str, tensor: torch.Tensor) -> None:
+        left.extend(name for storage in stored if storage() is not None)
+
+    monkeypatch.setattr(peft.apply, "make_store", storing)
+    monkeypatch.setattr(rwkv.checkpoint, "check_weight", reading)
+    layer_profile = profile(tmp_path, mode=mode, rank=8, quant="int8")
+    load_with_profile(model_file, PeftFlags(layer_profile=layer_profile))
+    assert len(stored) == 12 and not left

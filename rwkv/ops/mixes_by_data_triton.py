@@ -76,9 +76,9 @@ class _MixesByData(torch.autograd.Function):
         rows = B * T
         mixed = tuple(torch.empty_like(x) for _ in mixes)
         launch = _launch(x, high)
-        grid = (triton.cdiv(C, launch["COLUMNS"]), triton.cdiv(rows, launch["ROWS"]))
+        programs = triton.cdiv(rows, launch["ROWS"]) * triton.cdiv(C, launch["COLUMNS"])
         with torch.cuda.device_of(x):
-            _mixes_kernel[grid](
+            _mixes_kernel[(programs,)](
                 *(x, statistics, weight, bias, shift, starts, low, high, mixes, mixed, rows, T),
                 **launch,
             )
@@ -103,7 +103,7 @@ class _MixesByData(torch.autograd.Function):
         tiles = triton.cdiv(rows, launch["ROWS"])
         partial = x.new_empty(tiles, M, C, dtype=torch.float32) if any(wanted) else None
         with torch.cuda.device_of(x):
-            _mixes_gradient_kernel[(triton.cdiv(C, launch["COLUMNS"]), tiles)](
+            _mixes_gradient_kernel[(tiles * triton.cdiv(C, launch["COLUMNS"]),)](
                 *(x, statistics, weight, bias, shift, starts, low, high, tuple(mixes), grads),
                 *(grad_normed, grad_before, grad_deltas, partial, rows, T),
                 **launch,
@@ -157,12 +157,14 @@ def _tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """This program's tokens t and channels n, and which exist.
+    """This program's tokens t and channels n, and which exist; the tile of tokens by its number.
 
     Normed they are, and what the token before has more.
     """
-    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    t = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    across: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
+    tile = (tl.program_id(0) // across).to(tl.int64)
+    n = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    t = tile * ROWS + tl.arange(0, ROWS)
     scale = read(weight, n, n < C)
     offset = read(bias, n, n < C)
     mask = (t < rows)[:, None] & (n < C)[None, :]
@@ -174,7 +176,7 @@ def _tile(
     before = _normed(x, statistics, earlier, n, mask & (q < 0)[:, None], scale, offset, C)
     at_shift = tl.maximum(q, 0).to(tl.int64)[:, None] * C + n[None, :]
     handed = read(shift, at_shift, mask & is_first)
-    return t, n, mask, normed, tl.where(is_first, handed, before) - normed
+    return tile, t, n, mask, normed, tl.where(is_first, handed, before) - normed
 
 
 @triton.jit
@@ -220,7 +222,7 @@ def _mixes_kernel(
     COLUMNS: tl.constexpr,
 ):
     M: tl.constexpr = len(mixes)
-    t, n, mask, normed, difference = _tile(
+    _, t, n, mask, normed, difference = _tile(
         x, statistics, weight, bias, shift, starts, rows, T, C, ROWS, COLUMNS
     )
     at = t[:, None] * C + n[None, :]
@@ -256,7 +258,7 @@ def _mixes_gradient_kernel(
 ):
     """partial: the sums over each tile's tokens, [tiles, M, C], for the gradients of the mixes."""
     M: tl.constexpr = len(mixes)
-    t, n, mask, normed, difference = _tile(
+    tile, t, n, mask, normed, difference = _tile(
         x, statistics, weight, bias, shift, starts, rows, T, C, ROWS, COLUMNS
     )
     at = t[:, None] * C + n[None, :]
@@ -267,7 +269,7 @@ def _mixes_gradient_kernel(
         moved = gradient * difference
         write(grad_deltas, i * rows.to(tl.int64) * C + at, moved, mask)
         if partial is not None:
-            target = partial + (tl.program_id(1).to(tl.int64) * M + i) * C + n
+            target = partial + (tile * M + i) * C + n
             tl.store(target, tl.sum(moved, axis=0), mask=n < C)
         delta = product(_left(low, t, rows, i, M, RANK, R), _right(high, n, i, C, RANK, R))
         share = read(mixes[i], n, n < C)
