@@ -60,7 +60,8 @@ def walk(
             state = _with_new_texts(model, len(piece.cu_seqlens) - 1, state if continues else None)
         hidden, after = model(piece.inputs, state, piece.cu_seqlens)
         if piece.cu_seqlens is not None:
-            after = [LayerState(*(field[-1:] for field in layer)) for layer in after]
+            texts = len(piece.cu_seqlens) - 1
+            after = _rows(after, range(texts - 1, texts), copies=True)
         return sums(hidden, piece), after
 
     total: Tensor | None = None
@@ -186,10 +187,10 @@ def read(
         whole = borders[last + 1] == stop
         done = last - first + whole
         if done:
-            ended.append(_rows(after, range(done)))
+            ended.append(_rows(after, range(done), copies=not whole))
         carried = None
         if not whole:
-            carried = _rows(after, range(last - first, last - first + 1))
+            carried = _rows(after, range(done, done + 1), copies=True)
             if plan.truncated:
                 carried = [layer.detach() for layer in carried]
         first = last + whole
@@ -203,9 +204,16 @@ def read(
     return torch.cat(found), _joined(ended)
 
 
-def _rows(state: State, texts: range) -> State:
-    """The state of some neighbouring texts."""
-    return [LayerState(*(field[texts.start : texts.stop] for field in layer)) for layer in state]
+def _rows(state: State, texts: range, *, copies: bool = False) -> State:
+    """The state of some neighbouring texts.
+
+    copies: in memory of its own; it would else keep the state of all texts alive.
+    """
+    rows = slice(texts.start, texts.stop)
+    return [
+        LayerState(*(field[rows].clone() if copies else field[rows] for field in layer))
+        for layer in state
+    ]
 
 
 def _joined(states: list[State]) -> State:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import rwkv.chunks
 import train
 from losses.distill import Distillation, Divergence
 from losses.sft import SFT
@@ -21,7 +22,7 @@ from peft.flags import QUANT_MODES, PeftFlags
 from peft.tuned_state import add_tuned_state
 from rwkv.batch import TeacherBatch, TokenBatch
 from rwkv.checkpoint import write_tensors
-from rwkv.chunks import ChunkPlan, walk
+from rwkv.chunks import ChunkPlan, read, walk
 from rwkv.config import RWKVConfig, default_ranks
 from rwkv.init import initialize
 from rwkv.keeper import Keeper
@@ -330,6 +331,41 @@ def test_work_is_linear(version, grad_cp):
         found.append((work.operations, work.numbers))
     (_, a, b, c) = found  # the first step makes what later ones find
     assert (c[0] - b[0], c[1] - b[1]) == (b[0] - a[0], b[1] - a[1])
+
+
+def kept_states(run) -> list[torch.Tensor]:
+    """What is kept of states for the backward pass of `run`, which makes a number."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        assert run().requires_grad
+    return [x for x in kept if x.is_floating_point() and x.ndim in (2, 4)]
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_pieces_keep_no_more_than_the_states_that_are_handed_on(truncated):
+    """12 texts of 4 tokens: of three in a piece of 10 the last one's state goes on.
+
+    For each of 4 borders two layers' states of two heads of 16 x 16 and twice 32 channels.
+    """
+    model, batch = small_model(7), packed(texts([4] * 12), 48)
+    plan = ChunkPlan(10, truncated=truncated)
+    kept = kept_states(lambda: walk(model, batch, lambda hidden, piece: hidden.sum(), plan))
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
+    assert sum(storages.values()) == sum(x.nbytes for x in kept)
+    assert sum(storages.values()) == 4 * 2 * (2 * 16 * 16 + 2 * 32) * 4
+
+
+def test_reading_in_pieces_keeps_no_more_than_the_states_that_are_handed_on(monkeypatch):
+    """Nor do the states of the texts that end in a piece keep that of the one that goes on."""
+    model, batch, real = small_model(7), packed(texts([4, 20, 4]), 28), rwkv.chunks._joined
+    joined: list[torch.Tensor] = []
+    monkeypatch.setattr(rwkv.chunks, "_joined", lambda x: joined.extend(tree_leaves(x)) or real(x))
+    kept = kept_states(
+        lambda: read(model, batch.inputs, batch.cu_seqlens, None, ChunkPlan(10))[0].sum()
+    )
+    assert sum(x.shape == (1, 2, 16, 16) for x in kept) == 2 * (2 + 1)  # and one of a new text
+    for x in (*kept, *joined):
+        assert x.untyped_storage().nbytes() == x.nbytes
 
 
 def test_walk_without_gradient_keeps_no_graph():
