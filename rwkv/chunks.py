@@ -41,7 +41,7 @@ def walk(
     only one piece's activations exist at a time.
 
     Args:
-        model: `model(tokens, state, cu_seqlens) -> (hidden, state)` and `initial_state(Q)`.
+        model: an RWKV, or what is called like one and has `initial_state(Q)`.
         batch: rows, or texts packed into one row.
         sums: (hidden [B, t, C], the piece of the batch) -> quantities that add up over pieces.
         plan: None to run the batch in one piece.
@@ -52,16 +52,16 @@ def walk(
     T = batch.inputs.shape[1]
     pieces = _pieces(T, plan, model, batch.inputs.device)
     if plan is None or pieces == 1:
-        hidden, _ = model(batch.inputs, None, batch.cu_seqlens)
+        hidden, _ = model(batch.inputs, None, batch.cu_seqlens, final_states=0)
         return sums(hidden, batch)
 
-    def run(piece: Batch, state: State | None, continues: bool) -> tuple[Tensor, State]:
+    def run(piece: Batch, state: State | None, continues: bool, last: bool) -> tuple[Tensor, State]:
         if piece.cu_seqlens is not None:
             state = _with_new_texts(model, len(piece.cu_seqlens) - 1, state if continues else None)
-        hidden, after = model(piece.inputs, state, piece.cu_seqlens)
-        if piece.cu_seqlens is not None:
-            texts = len(piece.cu_seqlens) - 1
-            after = _rows(after, range(texts - 1, texts), copies=True)
+        handed_on = None if piece.cu_seqlens is None else 1
+        hidden, after = model(
+            piece.inputs, state, piece.cu_seqlens, final_states=0 if last else handed_on
+        )
         return sums(hidden, piece), after
 
     total: Tensor | None = None
@@ -73,7 +73,8 @@ def walk(
         else:
             piece, continues = _idle(batch), True
         with nullcontext() if place is None else place.of_piece():
-            some, carried = recomputed(run, piece, carried, continues, model=model)
+            last = start + plan.length >= pieces * plan.length
+            some, carried = recomputed(run, piece, carried, continues, last, model=model)
         if plan.truncated:
             carried = [layer.detach() for layer in carried]
         total = some if total is None else total + some
@@ -129,32 +130,40 @@ def read(
     state: State | None,
     plan: ChunkPlan | None,
     keep: Tensor | None = None,
+    *,
+    final_states: bool = True,
 ) -> tuple[Tensor, State]:
     """Run the model over packed texts, each from a state of its own, in pieces if there is a plan.
 
     Args:
-        model: `model(tokens, state, cu_seqlens) -> (hidden, state)` and `initial_state(Q)`.
+        model: an RWKV, or what is called like one and has `initial_state(Q)`.
         tokens: the texts end to end, [1, T].
         cu_seqlens: where each text starts, and T, [Q + 1].
         state: of each text before its first token; None for new texts.
         plan: None to run the texts in one piece.
         keep: positions whose hidden states are wanted, [K], rising; None for all T.
+        final_states: whether the texts' states are wanted.
 
     Returns:
-        the hidden states [K, C], and each text's state after its last token. Gradients flow
-        through both, over pieces and into `state`.
+        the hidden states [K, C], and each text's state after its last token, [] where none is
+        wanted. Gradients flow through both, over pieces and into `state`.
     """
     T = tokens.shape[1]
     pieces = _pieces(T, plan, model, tokens.device)
     if plan is None or pieces == 1:
-        hidden, after = model(tokens, state, cu_seqlens)
+        hidden, after = model(tokens, state, cu_seqlens, final_states=None if final_states else 0)
         return hidden[0] if keep is None else hidden[0, keep], after
 
     def run(
-        piece: Tensor, borders: Tensor, carried: State | None, fresh: State | None, kept: Any
+        piece: Tensor,
+        borders: Tensor,
+        carried: State | None,
+        fresh: State | None,
+        kept: Any,
+        wanted_states: int | None,
     ) -> tuple[Tensor, State]:
         parts = [part for part in (carried, fresh) if part is not None]
-        hidden, after = model(piece, _joined(parts), borders)
+        hidden, after = model(piece, _joined(parts), borders, final_states=wanted_states)
         return hidden[0, kept], after
 
     borders = cu_seqlens.tolist()
@@ -173,6 +182,7 @@ def read(
         fresh = None
         if len(new):
             fresh = model.initial_state(len(new)) if state is None else _rows(state, new)
+        whole = borders[last + 1] == stop
         kept = wanted[(wanted >= start) & (wanted < stop)] - start
         arguments = (
             tokens[:, start:stop],
@@ -180,17 +190,17 @@ def read(
             carried,
             fresh,
             kept.to(tokens.device),
+            None if final_states else int(not whole),
         )
         with nullcontext() if place is None else place.of_piece():
             hidden, after = recomputed(run, *arguments, model=model)
         found.append(hidden)
-        whole = borders[last + 1] == stop
         done = last - first + whole
-        if done:
+        if done and final_states:
             ended.append(_rows(after, range(done), copies=not whole))
         carried = None
         if not whole:
-            carried = _rows(after, range(done, done + 1), copies=True)
+            carried = [layer.last(1) for layer in after] if final_states else after
             if plan.truncated:
                 carried = [layer.detach() for layer in carried]
         first = last + whole
@@ -199,7 +209,8 @@ def read(
         fresh = model.initial_state(1) if state is None else _rows(state, range(1))
         none = torch.empty(0, dtype=torch.int64, device=tokens.device)
         borders_of_one = torch.arange(2, device=tokens.device)
-        hidden, _ = recomputed(run, tokens[:, :1], borders_of_one, None, fresh, none, model=model)
+        idle_piece = tokens[:, :1], borders_of_one, None, fresh, none, 0
+        hidden, _ = recomputed(run, *idle_piece, model=model)
         found.append(hidden)
     return torch.cat(found), _joined(ended)
 

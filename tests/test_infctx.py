@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -366,6 +367,63 @@ def test_reading_in_pieces_keeps_no_more_than_the_states_that_are_handed_on(monk
     assert sum(x.shape == (1, 2, 16, 16) for x in kept) == 2 * (2 + 1)  # and one of a new text
     for x in (*kept, *joined):
         assert x.untyped_storage().nbytes() == x.nbytes
+
+
+def living_states(model, found: list[int] | None = None) -> Callable[[], int]:
+    """How many wkv states that a time mix ended with are alive, asked at any time.
+
+    found: gets their number whenever there is one more.
+    """
+    states: list[StorageWeakRef] = []
+
+    def note(module, arguments, output):
+        states.append(StorageWeakRef(output[3].untyped_storage()))
+        if found is not None:
+            found.append(living())
+
+    for block in model.blocks:
+        block.att.register_forward_hook(note)
+
+    def living() -> int:
+        assert states
+        return sum(not one.expired() for one in states)
+
+    return living
+
+
+@pytest.mark.parametrize(
+    ("how", "plan", "alive"),
+    [
+        ("padded", None, [0]),
+        ("packed", None, [0]),
+        ("packed", ChunkPlan(16), [0, 0, 0]),
+        ("padded", ChunkPlan(16), [2, 2]),
+    ],
+    ids=["rows", "packed", "packed in chunks", "rows in chunks"],
+)
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_states_that_nobody_reads_are_free_before_the_head_runs(grad_cp, how, plan, alive):
+    """Packed chunks hand on copies of one text's; of rows those before the last chunk go on."""
+    model, found = small_model(7), []
+    model.grad_cp = grad_cp
+    living = living_states(model)
+
+    def sums(hidden, piece):
+        found.append(living())
+        return hidden.sum()
+
+    walk(model, BATCHES[how], sums, plan)
+    assert found == alive
+
+
+@pytest.mark.parametrize("plan", [None, ChunkPlan(16)], ids=["whole", "chunks"])
+@pytest.mark.parametrize("grad_cp", [False, True])
+def test_states_of_one_layer_at_a_time(grad_cp, plan):
+    model, found = small_model(7), []
+    model.grad_cp = grad_cp
+    living_states(model, found)
+    walk(model, BATCHES["packed"], lambda hidden, piece: hidden.sum(), plan)
+    assert found == [1] * 2 * (1 if plan is None else 3)
 
 
 def test_walk_without_gradient_keeps_no_graph():
