@@ -401,7 +401,7 @@ def living_states(model, found: list[int] | None = None) -> Callable[[], int]:
     ],
     ids=["rows", "packed", "packed in chunks", "rows in chunks"],
 )
-@pytest.mark.parametrize("grad_cp", [False, True])
+@pytest.mark.parametrize("grad_cp", [False, True, "selective"])
 def test_states_that_nobody_reads_are_free_before_the_head_runs(grad_cp, how, plan, alive):
     """Packed chunks hand on copies of one text's; of rows those before the last chunk go on."""
     model, found = small_model(7), []
@@ -417,7 +417,7 @@ def test_states_that_nobody_reads_are_free_before_the_head_runs(grad_cp, how, pl
 
 
 @pytest.mark.parametrize("plan", [None, ChunkPlan(16)], ids=["whole", "chunks"])
-@pytest.mark.parametrize("grad_cp", [False, True])
+@pytest.mark.parametrize("grad_cp", [False, True, "selective"])
 def test_states_of_one_layer_at_a_time(grad_cp, plan):
     model, found = small_model(7), []
     model.grad_cp = grad_cp

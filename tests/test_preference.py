@@ -203,7 +203,7 @@ def test_a_frozen_head_runs_once_forward_and_once_backward(monkeypatch):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("grad_cp", [False, True])
+@pytest.mark.parametrize("grad_cp", [False, True, "selective"])
 def test_states_that_nobody_reads_are_free_before_the_answers_are_scored(
     grad_cp, plan, monkeypatch
 ):
