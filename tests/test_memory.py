@@ -37,6 +37,7 @@ from rwkv.errors import InputError, RunError
 from rwkv.keeper import keeping
 from rwkv.model import RWKV
 from rwkv.ops import chunk_layout, wkv6, wkv7
+from rwkv.ops.kept import gradients_of_states
 from rwkv.run.memory import compared, teacher_bytes
 from rwkv.training.measure import Measured
 from rwkv.training.strategy import grow_segments
@@ -411,6 +412,34 @@ def test_plain_torch_keeps_what_is_counted(op, dtype):
         kept.pop(x.untyped_storage()._cdata, None)
     counted = memory.WKV_BYTES[int(op[-1]), "torch"].kept * 256 * 2 * 64
     assert sum(x.nbytes for x in kept.values()) == counted
+
+
+@pytest.mark.parametrize("op", ["wkv7", "wkv6"])
+def test_going_back_plain_torch_holds_one_state_where_nobody_reads_any(op):
+    """Beside it that of S_0, where that is wanted; 64 texts of 4 tokens."""
+    run = importlib.import_module(f"rwkv.ops.{op}_torch").run
+    inputs = {"wkv7": wkv7_inputs, "wkv6": wkv6_inputs}[op](B=64, T=4, H=2, N=64)
+    leaves = {n: x.requires_grad_() for n, x in inputs.items()}
+    state, most = torch.zeros(64, 2, 64, 64), {}
+    for wanted in (False, False, True):  # the first one makes what the others find
+        y, final = run(**leaves, state=state.clone().requires_grad_(wanted), cu_seqlens=None)
+        del final
+        room = chunk_layout.room_like(torch.empty(0))
+        with LivingBytes(torch.nn.Module()) as living:
+            living.sizes |= {x.untyped_storage()._cdata: 0 for x in room._tensors}
+            torch.autograd.grad(y.sum(), leaves.values())
+        most[wanted] = living.most
+    assert most[False] < most[True] - 0.8 * state.nbytes < 4 * state.nbytes
+
+
+def test_going_back_kernels_hold_one_state_where_nobody_reads_any():
+    """Of a gradient that comes the operator writes no byte."""
+    r, borders = torch.empty(1, 8, 2, 16, dtype=torch.bfloat16), torch.tensor([0, 2, 7, 8])
+    last, first = gradients_of_states(None, r, borders)
+    assert last is first and last.shape == (3, 2, 16, 16) and not last.any()
+    assert last.dtype == torch.float32
+    given, first = gradients_of_states(last, r, borders)
+    assert given is last and first.data_ptr() != last.data_ptr()
 
 
 @pytest.mark.parametrize("grad_cp", [True, False])

@@ -38,6 +38,22 @@ WKV_BYTES = {  # by the model's version and the backend; heads of 64 channels
 }
 
 
+def gradients_of_states(
+    grad_final: Tensor | None, r: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradient of S_T [Q, H, N, N], and room for that of S_0.
+
+    Where nothing read S_T the two are one tensor of zeros: of its own part every block of a scan
+    back reads all before it writes any.
+    """
+    if grad_final is not None:
+        return grad_final, torch.empty_like(grad_final)
+    B, _, H, N = r.shape
+    Q = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    zeros = r.new_zeros(Q, H, N, N, dtype=torch.float32)
+    return zeros, zeros
+
+
 def register_gradient(forward: Any, backward: Callable[..., tuple[Tensor, ...]]) -> None:
     """Make a custom operator differentiable.
 
@@ -46,7 +62,8 @@ def register_gradient(forward: Any, backward: Callable[..., tuple[Tensor, ...]])
             returns y, S_T and, if `keep` says so, what `backward` wants; empty tensors otherwise.
             Where nothing was kept, it runs again in the backward pass.
         backward: (r, w, k, v, ..., cu_seqlens, gradient of y, gradient of S_T, *kept) -> the
-            gradients of r, w, k, v, ... and of the state.
+            gradients of r, w, k, v, ... and of the state; that of S_T is None where nothing read
+            S_T.
     """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -66,7 +83,7 @@ def register_gradient(forward: Any, backward: Callable[..., tuple[Tensor, ...]])
         if not ctx.keep:
             _, _, *kept = forward(*tensors, state, cu_seqlens, True)
         grad_y = torch.zeros_like(tensors[0]) if grad_y is None else grad_y.contiguous()
-        grad_final = torch.zeros_like(state) if grad_final is None else grad_final.contiguous()
+        grad_final = None if grad_final is None else grad_final.contiguous()
         return *backward(*tensors, cu_seqlens, grad_y, grad_final, *kept), None, None
 
     forward.register_autograd(differentiate, setup_context=save)
