@@ -117,10 +117,7 @@ def _with_new_texts(model: Any, texts: int, first: State | None) -> State:
     fresh = model.initial_state(texts)
     if first is None:
         return fresh
-    return [
-        LayerState(*(torch.cat([old, new[1:]]) for old, new in zip(a, b, strict=True)))
-        for a, b in zip(first, fresh, strict=True)
-    ]
+    return _followed(first, _rows(fresh, range(1, texts)))
 
 
 def read(
@@ -162,8 +159,8 @@ def read(
         kept: Any,
         wanted_states: int | None,
     ) -> tuple[Tensor, State]:
-        parts = [part for part in (carried, fresh) if part is not None]
-        hidden, after = model(piece, _joined(parts), borders, final_states=wanted_states)
+        state = _followed(carried, fresh) if carried and fresh else carried or fresh
+        hidden, after = model(piece, state, borders, final_states=wanted_states)
         return hidden[0, kept], after
 
     borders = cu_seqlens.tolist()
@@ -225,6 +222,28 @@ def _rows(state: State, texts: range, *, copies: bool = False) -> State:
         LayerState(*(field[rows].clone() if copies else field[rows] for field in layer))
         for layer in state
     ]
+
+
+def _followed(carried: State, fresh: State) -> State:
+    """The state of a text that goes on, and behind it those of others."""
+    one = [LayerState(*(_OwnGradient.apply(field) for field in layer)) for layer in carried]
+    return _joined([one, fresh])
+
+
+class _OwnGradient(torch.autograd.Function):
+    """The identity; its gradient is a copy.
+
+    That of a joined tensor's part is a view, and while it waits for the chunk before it would keep
+    the gradients of all texts' states alive.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clone()
 
 
 def _joined(states: list[State]) -> State:

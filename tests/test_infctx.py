@@ -28,6 +28,7 @@ from rwkv.config import RWKVConfig, default_ranks
 from rwkv.init import initialize
 from rwkv.keeper import Keeper
 from rwkv.model import RWKV
+from rwkv.state import LayerState
 from rwkv.training.step_log import read_log
 
 ROOT = Path(__file__).parent.parent
@@ -367,6 +368,28 @@ def test_reading_in_pieces_keeps_no_more_than_the_states_that_are_handed_on(monk
     assert sum(x.shape == (1, 2, 16, 16) for x in kept) == 2 * (2 + 1)  # and one of a new text
     for x in (*kept, *joined):
         assert x.untyped_storage().nbytes() == x.nbytes
+
+
+@pytest.mark.parametrize("read_on", [False, True], ids=["walk", "read"])
+def test_the_gradient_of_a_state_that_is_handed_on_keeps_no_other(read_on, monkeypatch):
+    """It waits for the piece before; the gradient of a joined tensor's part is a view."""
+    model, batch, kept = small_model(7), packed(texts([4, 9, 3, 4]), 20), []
+    real = LayerState.last
+
+    def note(layer: LayerState, count: int) -> LayerState:
+        rows = real(layer, count)
+        for field in rows:
+            field.register_hook(lambda grad: kept.append(grad))
+        return rows
+
+    monkeypatch.setattr(LayerState, "last", note)
+    if read_on:
+        read(model, batch.inputs, batch.cu_seqlens, None, ChunkPlan(10))[0].sum().backward()
+    else:
+        walk(model, batch, lambda hidden, piece: hidden.sum(), ChunkPlan(10)).backward()
+    assert len(kept) == 2 * 3
+    for grad in kept:
+        assert len(grad) == 1 and grad.untyped_storage().nbytes() == grad.nbytes
 
 
 def living_states(model, found: list[int] | None = None) -> Callable[[], int]:
