@@ -16,15 +16,22 @@ class WkvBytes(NamedTuple):
     at_work: while its backward pass runs, with what this makes again and the gradients of states;
         over the 2 of those that the CUDA kernels make.
     chunk: tokens of a chunk.
+    gradients: its inputs whose gradients lie in whole chunks before they lie in texts; in the
+        model's dtype, and not in `at_work`.
     """
 
     kept: float
     at_work: float
     chunk: int
+    gradients: int = 0
+
+    def rounding(self, texts: int, tokens: int) -> float:
+        """The tokens of whole chunks for each of `tokens` that are cut into `texts`."""
+        return 1 + self.chunk * texts / tokens
 
     def in_texts(self, texts: int, tokens: int) -> "WkvBytes":
         """The same where `tokens` are cut into `texts`."""
-        more = 1 + self.chunk * texts / tokens
+        more = self.rounding(texts, tokens)
         return self._replace(kept=self.kept * more, at_work=self.at_work * more)
 
 
@@ -33,8 +40,8 @@ WKV_BYTES = {  # by the model's version and the backend; heads of 64 channels
     (7, "triton"): WkvBytes(0.0, 13.0, 32),
     (6, "cuda"): WkvBytes(2.0, 2.0, 64),
     (6, "triton"): WkvBytes(4.3, 6.3, 32),
-    (7, "torch"): WkvBytes(14.0, 14.0, 32),  # float32 in a model of any dtype
-    (6, "torch"): WkvBytes(8.0, 8.0, 32),
+    (7, "torch"): WkvBytes(14.0, 14.0, 32, 6),  # float32 in a model of any dtype
+    (6, "torch"): WkvBytes(8.0, 8.0, 32, 4),
 }
 
 
