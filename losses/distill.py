@@ -156,12 +156,18 @@ class Both:
         self._layers = student.config.n_layer
 
     def __call__(
-        self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None
+        self,
+        tokens: Tensor,
+        state: State | None,
+        cu_seqlens: Tensor | None,
+        *,
+        final_states: int | None = None,
     ) -> tuple[tuple[Tensor, Tensor], State]:
         before = (None, None) if state is None else (state[: self._layers], state[self._layers :])
-        hidden, after = self.student(tokens, before[0], cu_seqlens)
+        wanted: dict[str, Any] = {"final_states": final_states}
+        hidden, after = self.student(tokens, before[0], cu_seqlens, **wanted)
         with torch.no_grad():
-            taught, beyond = self.teacher(tokens, before[1], cu_seqlens)
+            taught, beyond = self.teacher(tokens, before[1], cu_seqlens, **wanted)
         return (hidden, taught), after + beyond
 
     def initial_state(self, Q: int) -> State:

@@ -21,7 +21,12 @@ class LanguageModel(Protocol):
     """What losses need of a model: hidden states from tokens, logits from hidden states."""
 
     def __call__(
-        self, tokens: Tensor, state: object = None, cu_seqlens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: object = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        final_states: int | None = None,
     ) -> tuple[Tensor, object]: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...

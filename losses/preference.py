@@ -115,13 +115,8 @@ def answer_log_probs(model: Any, batch: PreferenceBatch, chunks: ChunkPlan | Non
             answer_of=torch.zeros(1, dtype=torch.int64, device=device),
         )
     begin = batch.prompt_of[batch.answer_of]
-    hidden, _ = read(
-        model,
-        batch.inputs,
-        batch.answer_seqlens,
-        [layer.select(begin) for layer in state],
-        chunks,
-    )
+    state = [layer.select(begin) for layer in state]  # those that the prompts left are free
+    hidden, _ = read(model, batch.inputs, batch.answer_seqlens, state, chunks, final_states=False)
     rest = token_log_probs(model, hidden, batch.targets[0])
     sums = torch.segment_reduce(rest, "sum", lengths=batch.answer_seqlens.diff())
     return total.index_add(0, batch.answer_of, sums, alpha=longer)

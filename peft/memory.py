@@ -76,6 +76,8 @@ class Step:
     chunk: tokens of a row that are walked at once; 0 for all.
     packed: the rows of a micro-batch lie end to end in one, which chunks cut.
     texts: the most that a row holds.
+    given_states: texts begin with copies of states, into which gradients flow, in every layer: of
+        what a prefix left, say.
     host_states: the states between chunks lie in host memory.
     grad_cp: blocks are recomputed; "selective": but for their large products and wkv.
     kept_limit: bytes that "selective" may keep; 0 for no limit.
@@ -96,6 +98,7 @@ class Step:
     chunk: int = 0
     packed: bool = True
     texts: int = 1
+    given_states: bool = False
     host_states: bool = False
     grad_cp: bool | str = True
     kept_limit: int = 0
@@ -116,6 +119,15 @@ class Step:
         """Read at once."""
         rows, length = self._walked
         return rows * min(length, self.chunk or length)
+
+    @property
+    def texts_at_once(self) -> int:
+        """Texts, or parts of them, that are read at once, if they are about equally long."""
+        most = self.rows * self.texts
+        if self.packed and self.chunk:
+            rows, length = self._walked
+            most = min(most, -(-most * self.tokens // (rows * length)) + 1)
+        return min(most, self.tokens)
 
     @property
     def borders(self) -> int:
@@ -212,17 +224,22 @@ def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
         host["between blocks"] = kept_on_host(config, plan, step)
     carried = {"states between chunks": states} if states else {}
     stream = {"between blocks": between_blocks(config, plan, step)}
-    # The last block's backward pass finds all inputs and no gradient, the first block's the
-    # reverse; those of earlier micro-batches and of later chunks, and DDP's buckets, are there all
-    # along.
+    begun = {"states of texts": first_states(config, step)}
+    in_block, of_all = gradients_of_states(config, step)
+    # The last block's backward pass finds all inputs and states and no gradient, the first block's
+    # the reverse; parameters' gradients of earlier micro-batches and of later chunks, and DDP's
+    # buckets, are there all along.
     all_along = step.accumulate > 1 or step.borders or uses_ddp(step.strategy, step.world)
     earlier = {"gradients": gradient} if all_along else {}
-    walked = carried | stream | earlier
-    if not earlier and (step.host_blocks or gradient > stream["between blocks"]):
-        walked = carried | {"gradients": gradient} | (stream if step.host_blocks else {})
+    inputs = stream | begun
+    found = {"gradients": gradient} | ({"gradients of states": of_all} if of_all else {}) | earlier
+    if step.host_blocks:
+        found |= stream
+    walked = carried | max(inputs | earlier, found, key=lambda parts: sum(parts.values()))
     vector = step.tokens * config.n_embd * step.dtype.itemsize
     block = {"first layer's values": FIRST_VALUES[config.version] * vector}
     block["blocks at work"] = blocks_at_work(config, plan, step)
+    block["a block's gradients of states"] = in_block
     block["a weight unpacked"] = unpacked_weight(plan, step, of_head=False)
     end = {"hidden states": HIDDEN * vector, "logits": head(config, step)}
     if plan.trains("head"):
@@ -233,7 +250,7 @@ def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
     workspaces = {"workspaces of cuBLAS": WORKSPACES} if step.on_gpu and step.fused else {}
     moments = {
         "backward pass": walked | block | workspaces,
-        "head": carried | stream | earlier | end | workspaces,
+        "head": carried | inputs | earlier | end | workspaces,
         "optimizer step": step_of_optimizer | workspaces,
         LOADING: {"a layer being stored": storing(plan, step)},
     }
@@ -356,8 +373,11 @@ def kept_by_time_mix(config: RWKVConfig, plan: Plan, step: Step, *, at_work: boo
 
 def wkv_bytes(config: RWKVConfig, step: Step) -> WkvBytes:
     """What the step's wkv holds for its backward pass."""
-    known = WKV_BYTES.get((config.version, step.kernel)) or WKV_BYTES[config.version, "cuda"]
-    return known.in_texts(min(step.rows * step.texts, step.tokens), step.tokens)
+    return _of_kernel(config, step).in_texts(step.texts_at_once, step.tokens)
+
+
+def _of_kernel(config: RWKVConfig, step: Step) -> WkvBytes:
+    return WKV_BYTES.get((config.version, step.kernel)) or WKV_BYTES[config.version, "cuda"]
 
 
 def kept_by_channel_mix(config: RWKVConfig, plan: Plan, step: Step) -> int:
@@ -459,6 +479,8 @@ def blocks_at_work(config: RWKVConfig, plan: Plan, step: Step) -> int:
     up its own when the time mix is at work.
     """
     of_time, of_channels = PASSING[config.version, step.fused]
+    own = _of_kernel(config, step)
+    of_time += own.gradients * (own.rounding(step.texts_at_once, step.tokens) - 1)
     vector = step.tokens * step.dtype.itemsize
     passing = int(of_time * vector * config.dim_att), int(of_channels * vector * config.dim_ffn)
     of_time_mix = kept_by_time_mix(config, plan, step, at_work=True)
@@ -471,11 +493,43 @@ def blocks_at_work(config: RWKVConfig, plan: Plan, step: Step) -> int:
     return sum(halves) + max(passing)
 
 
-def states_between_chunks(config: RWKVConfig, step: Step) -> int:
-    """The states at the borders of chunks."""
+def state_of_text(config: RWKVConfig, step: Step) -> int:
+    """One text's state in one layer."""
     wkv = config.n_head * config.head_size**2 * 4
     shifts = 2 * config.n_embd * step.dtype.itemsize
-    return step.borders * config.n_layer * (wkv + shifts)
+    return wkv + shifts
+
+
+def states_between_chunks(config: RWKVConfig, step: Step) -> int:
+    """The states at the borders of chunks."""
+    return step.borders * config.n_layer * state_of_text(config, step)
+
+
+def first_states(config: RWKVConfig, step: Step) -> int:
+    """What the texts that are read at once begin with.
+
+    All layers share the zeros of new texts. Each has its own where states are given, and where it
+    keeps one that is made for it: of a text that goes on in front of new ones, by recomputed blocks
+    and by all kernels but plain torch, and of a tuned one, by those kernels.
+    """
+    by_kernel = not step.grad_cp and step.kernel != "torch"
+    joined = bool(step.borders) and step.packed and step.texts_at_once > 1
+    kept = (joined and (by_kernel or step.grad_cp)) or (step.tuned_state and by_kernel)
+    layers = config.n_layer if kept or step.given_states else 1
+    return layers * step.texts_at_once * state_of_text(config, step)
+
+
+def gradients_of_states(config: RWKVConfig, step: Step) -> tuple[int, int]:
+    """The gradients of the states that texts begin with: at a block's work, and of all layers.
+
+    In a block there is one, over which that of the last states was written; both where they are
+    wanted. They are wanted of what is tuned, given or handed on, and all layers' wait for the last
+    of them.
+    """
+    one = step.texts_at_once * state_of_text(config, step)
+    if not (step.tuned_state or step.given_states or step.borders):
+        return one, 0
+    return 2 * one, config.n_layer * one
 
 
 def head(config: RWKVConfig, step: Step) -> int:

@@ -41,7 +41,7 @@ def walk(
     only one piece's activations exist at a time.
 
     Args:
-        model: `model(tokens, state, cu_seqlens) -> (hidden, state)` and `initial_state(Q)`.
+        model: an RWKV, or what is called like one and has `initial_state(Q)`.
         batch: rows, or texts packed into one row.
         sums: (hidden [B, t, C], the piece of the batch) -> quantities that add up over pieces.
         plan: None to run the batch in one piece.
@@ -52,15 +52,16 @@ def walk(
     T = batch.inputs.shape[1]
     pieces = _pieces(T, plan, model, batch.inputs.device)
     if plan is None or pieces == 1:
-        hidden, _ = model(batch.inputs, None, batch.cu_seqlens)
+        hidden, _ = model(batch.inputs, None, batch.cu_seqlens, final_states=0)
         return sums(hidden, batch)
 
-    def run(piece: Batch, state: State | None, continues: bool) -> tuple[Tensor, State]:
+    def run(piece: Batch, state: State | None, continues: bool, last: bool) -> tuple[Tensor, State]:
         if piece.cu_seqlens is not None:
             state = _with_new_texts(model, len(piece.cu_seqlens) - 1, state if continues else None)
-        hidden, after = model(piece.inputs, state, piece.cu_seqlens)
-        if piece.cu_seqlens is not None:
-            after = [LayerState(*(field[-1:] for field in layer)) for layer in after]
+        handed_on = None if piece.cu_seqlens is None else 1
+        hidden, after = model(
+            piece.inputs, state, piece.cu_seqlens, final_states=0 if last else handed_on
+        )
         return sums(hidden, piece), after
 
     total: Tensor | None = None
@@ -72,7 +73,8 @@ def walk(
         else:
             piece, continues = _idle(batch), True
         with nullcontext() if place is None else place.of_piece():
-            some, carried = recomputed(run, piece, carried, continues, model=model)
+            last = start + plan.length >= pieces * plan.length
+            some, carried = recomputed(run, piece, carried, continues, last, model=model)
         if plan.truncated:
             carried = [layer.detach() for layer in carried]
         total = some if total is None else total + some
@@ -115,10 +117,7 @@ def _with_new_texts(model: Any, texts: int, first: State | None) -> State:
     fresh = model.initial_state(texts)
     if first is None:
         return fresh
-    return [
-        LayerState(*(torch.cat([old, new[1:]]) for old, new in zip(a, b, strict=True)))
-        for a, b in zip(first, fresh, strict=True)
-    ]
+    return _followed(first, _rows(fresh, range(1, texts)))
 
 
 def read(
@@ -128,32 +127,40 @@ def read(
     state: State | None,
     plan: ChunkPlan | None,
     keep: Tensor | None = None,
+    *,
+    final_states: bool = True,
 ) -> tuple[Tensor, State]:
     """Run the model over packed texts, each from a state of its own, in pieces if there is a plan.
 
     Args:
-        model: `model(tokens, state, cu_seqlens) -> (hidden, state)` and `initial_state(Q)`.
+        model: an RWKV, or what is called like one and has `initial_state(Q)`.
         tokens: the texts end to end, [1, T].
         cu_seqlens: where each text starts, and T, [Q + 1].
         state: of each text before its first token; None for new texts.
         plan: None to run the texts in one piece.
         keep: positions whose hidden states are wanted, [K], rising; None for all T.
+        final_states: whether the texts' states are wanted.
 
     Returns:
-        the hidden states [K, C], and each text's state after its last token. Gradients flow
-        through both, over pieces and into `state`.
+        the hidden states [K, C], and each text's state after its last token, [] where none is
+        wanted. Gradients flow through both, over pieces and into `state`.
     """
     T = tokens.shape[1]
     pieces = _pieces(T, plan, model, tokens.device)
     if plan is None or pieces == 1:
-        hidden, after = model(tokens, state, cu_seqlens)
+        hidden, after = model(tokens, state, cu_seqlens, final_states=None if final_states else 0)
         return hidden[0] if keep is None else hidden[0, keep], after
 
     def run(
-        piece: Tensor, borders: Tensor, carried: State | None, fresh: State | None, kept: Any
+        piece: Tensor,
+        borders: Tensor,
+        carried: State | None,
+        fresh: State | None,
+        kept: Any,
+        wanted_states: int | None,
     ) -> tuple[Tensor, State]:
-        parts = [part for part in (carried, fresh) if part is not None]
-        hidden, after = model(piece, _joined(parts), borders)
+        state = _followed(carried, fresh) if carried and fresh else carried or fresh
+        hidden, after = model(piece, state, borders, final_states=wanted_states)
         return hidden[0, kept], after
 
     borders = cu_seqlens.tolist()
@@ -172,6 +179,7 @@ def read(
         fresh = None
         if len(new):
             fresh = model.initial_state(len(new)) if state is None else _rows(state, new)
+        whole = borders[last + 1] == stop
         kept = wanted[(wanted >= start) & (wanted < stop)] - start
         arguments = (
             tokens[:, start:stop],
@@ -179,17 +187,17 @@ def read(
             carried,
             fresh,
             kept.to(tokens.device),
+            None if final_states else int(not whole),
         )
         with nullcontext() if place is None else place.of_piece():
             hidden, after = recomputed(run, *arguments, model=model)
         found.append(hidden)
-        whole = borders[last + 1] == stop
         done = last - first + whole
-        if done:
-            ended.append(_rows(after, range(done)))
+        if done and final_states:
+            ended.append(_rows(after, range(done), copies=not whole))
         carried = None
         if not whole:
-            carried = _rows(after, range(last - first, last - first + 1))
+            carried = [layer.last(1) for layer in after] if final_states else after
             if plan.truncated:
                 carried = [layer.detach() for layer in carried]
         first = last + whole
@@ -198,14 +206,44 @@ def read(
         fresh = model.initial_state(1) if state is None else _rows(state, range(1))
         none = torch.empty(0, dtype=torch.int64, device=tokens.device)
         borders_of_one = torch.arange(2, device=tokens.device)
-        hidden, _ = recomputed(run, tokens[:, :1], borders_of_one, None, fresh, none, model=model)
+        idle_piece = tokens[:, :1], borders_of_one, None, fresh, none, 0
+        hidden, _ = recomputed(run, *idle_piece, model=model)
         found.append(hidden)
     return torch.cat(found), _joined(ended)
 
 
-def _rows(state: State, texts: range) -> State:
-    """The state of some neighbouring texts."""
-    return [LayerState(*(field[texts.start : texts.stop] for field in layer)) for layer in state]
+def _rows(state: State, texts: range, *, copies: bool = False) -> State:
+    """The state of some neighbouring texts.
+
+    copies: in memory of its own; it would else keep the state of all texts alive.
+    """
+    rows = slice(texts.start, texts.stop)
+    return [
+        LayerState(*(field[rows].clone() if copies else field[rows] for field in layer))
+        for layer in state
+    ]
+
+
+def _followed(carried: State, fresh: State) -> State:
+    """The state of a text that goes on, and behind it those of others."""
+    one = [LayerState(*(_OwnGradient.apply(field) for field in layer)) for layer in carried]
+    return _joined([one, fresh])
+
+
+class _OwnGradient(torch.autograd.Function):
+    """The identity; its gradient is a copy.
+
+    That of a joined tensor's part is a view, and while it waits for the chunk before it would keep
+    the gradients of all texts' states alive.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clone()
 
 
 def _joined(states: list[State]) -> State:

@@ -115,11 +115,23 @@ def kept_result(compute: Callable[[], Tensor], kept: Kept = Kept.PRODUCTS) -> Te
 
 
 def keeping(function: Callable[P, Results]) -> Callable[P, Results]:
-    """A wkv operator whose results are kept as by `kept_results`."""
+    """A wkv operator, giving y, S_T and more, whose results are kept as by `kept_results`.
+
+    Of S_T only the shape is kept: in the second run something of that shape stands in its place,
+    for nothing reads it there.
+    """
 
     @functools.wraps(function)
     def run(*args: P.args, **options: P.kwargs) -> Results:
-        return kept_results(lambda: function(*args, **options), Kept.ALL)
+        computed: list[Results] = []
+
+        def compute() -> Results:
+            computed.append(function(*args, **options))
+            y, final, *own = computed[0]
+            return y, final.new_empty(()).expand_as(final), *own
+
+        taken = kept_results(compute, Kept.ALL)
+        return computed[0] if computed else taken
 
     return run
 

@@ -142,7 +142,12 @@ class RWKV(nn.Module):
         return self.ln_out.weight.device
 
     def forward(
-        self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        final_states: int | None = None,
     ) -> tuple[Tensor, State]:
         """Read T tokens of each sequence.
 
@@ -150,15 +155,21 @@ class RWKV(nn.Module):
             tokens: ids, [B, T]; for packed texts B = 1.
             state: one LayerState a layer, of Q sequences; None for new texts.
             cu_seqlens: where packed texts start, and T, [Q + 1], int64; None for plain rows.
+            final_states: of how many sequences, the last ones, the state is wanted; None for all.
 
         Returns:
             hidden: what the head reads, [B, T, C].
-            state: each sequence's state after its tokens.
+            state: each wanted sequence's state after its tokens; of none, [].
         """
-        return self.run_blocks(self.emb(tokens), state, cu_seqlens)
+        return self.run_blocks(self.emb(tokens), state, cu_seqlens, final_states=final_states)
 
     def run_blocks(
-        self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        final_states: int | None = None,
     ) -> tuple[Tensor, State]:
         """As `forward`, from embedded tokens [B, T, C]."""
         if state is None:
@@ -189,7 +200,11 @@ class RWKV(nn.Module):
                     kept=kept,
                     place=place,
                 )
-            after.append(new)
+            if final_states is None:
+                after.append(new)
+            elif final_states:
+                after.append(new.last(final_states))
+            del new  # what is not handed on is free before the next block runs
         return self.ln_out(x), after
 
     def _kept_by_blocks(self, x: Tensor, texts: int) -> list[Kept]:

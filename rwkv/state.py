@@ -23,6 +23,10 @@ class LayerState(NamedTuple):
         """The same values without history: cuts truncated backpropagation between chunks."""
         return LayerState(*(field.detach() for field in self))
 
+    def last(self, count: int) -> "LayerState":
+        """The state of the last sequences alone, in memory of its own."""
+        return LayerState(*(field[-count:].clone() for field in self))
+
     def select(self, index: Tensor) -> "LayerState":
         """The state of the sequences `index`, [K] int64: to repeat, reorder or drop rows."""
         return LayerState(*(field.index_select(0, index) for field in self))

@@ -63,9 +63,11 @@ class Setting(NamedTuple):
     kernel: str = "cuda"
     version: int = 7
     ends: bool = False  # the head and the embedding are stored too
+    texts: int = 1  # in a row
 
     def __str__(self) -> str:
         words = [self.shape, self.mode, self.quant, f"{self.rows} x {self.ctx_len}"]
+        words += [f"of {self.texts} texts"] if self.texts > 1 else []
         words += [f"in {self.chunk}"] if self.chunk else []
         words += {True: [], False: ["kept"]}.get(self.grad_cp, [self.grad_cp])
         words += [f"{self.accumulate} batches"] if self.accumulate > 1 else []
@@ -109,6 +111,9 @@ SETTINGS = (
     Setting("1.5B", "full", version=6),
     Setting("2.9B", quant="nf4", ctx_len=1024, ends=True),
     Setting("1.5B", quant="int8", rows=2, ends=True),
+    Setting("1.5B", texts=128),
+    Setting("1.5B", texts=128, chunk=1024),
+    Setting("1.5B", texts=128, grad_cp="selective"),
 )
 
 
@@ -146,6 +151,7 @@ def step_of(setting: Setting) -> Step:
         setting.rows,
         setting.ctx_len,
         chunk=setting.chunk,
+        texts=setting.texts,
         grad_cp=setting.grad_cp,
         host_blocks=setting.offload,
         accumulate=setting.accumulate,
@@ -161,10 +167,10 @@ def planned(setting: Setting, config: RWKVConfig) -> tuple[Plan, Prediction]:
     return plan, predict(config, plan, step_of(setting))
 
 
-def full_batch(rows: int, ctx_len: int, count: int) -> TokenBatch:
-    """Random texts of which every token is scored, packed into one row."""
+def full_batch(rows: int, ctx_len: int, count: int, *, texts: int = 1) -> TokenBatch:
+    """Random texts of which every token is scored, packed into one row; so many in each row."""
     tokens = torch.randint(VOCABULARY, (1, rows * ctx_len + 1), device="cuda")
-    borders = torch.arange(0, rows * ctx_len + 1, ctx_len, device="cuda")
+    borders = torch.linspace(0, rows * ctx_len, rows * texts + 1, device="cuda").long()
     mask = torch.ones(1, rows * ctx_len, dtype=torch.bool, device="cuda")
     total = torch.tensor(count, device="cuda")
     return TokenBatch(tokens[:, :-1], tokens[:, 1:], mask, borders, total)
@@ -195,7 +201,10 @@ def measured(setting: Setting, config: RWKVConfig, *, steps: int = 2) -> Measure
 
     objective = SFT(chunks=ChunkPlan(setting.chunk) if setting.chunk else None)
     count = setting.rows * setting.ctx_len * setting.accumulate
-    batches = [full_batch(setting.rows, setting.ctx_len, count) for _ in range(setting.accumulate)]
+    batches = [
+        full_batch(setting.rows, setting.ctx_len, count, texts=setting.texts)
+        for _ in range(setting.accumulate)
+    ]
     return measure(make, optimize, objective, batches, steps=steps)
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import rwkv.chunks
 import train
 from losses.distill import Distillation, Divergence
 from losses.sft import SFT
@@ -21,11 +23,12 @@ from peft.flags import QUANT_MODES, PeftFlags
 from peft.tuned_state import add_tuned_state
 from rwkv.batch import TeacherBatch, TokenBatch
 from rwkv.checkpoint import write_tensors
-from rwkv.chunks import ChunkPlan, walk
+from rwkv.chunks import ChunkPlan, read, walk
 from rwkv.config import RWKVConfig, default_ranks
 from rwkv.init import initialize
 from rwkv.keeper import Keeper
 from rwkv.model import RWKV
+from rwkv.state import LayerState
 from rwkv.training.step_log import read_log
 
 ROOT = Path(__file__).parent.parent
@@ -330,6 +333,120 @@ def test_work_is_linear(version, grad_cp):
         found.append((work.operations, work.numbers))
     (_, a, b, c) = found  # the first step makes what later ones find
     assert (c[0] - b[0], c[1] - b[1]) == (b[0] - a[0], b[1] - a[1])
+
+
+def kept_states(run) -> list[torch.Tensor]:
+    """What is kept of states for the backward pass of `run`, which makes a number."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        assert run().requires_grad
+    return [x for x in kept if x.is_floating_point() and x.ndim in (2, 4)]
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_pieces_keep_no_more_than_the_states_that_are_handed_on(truncated):
+    """12 texts of 4 tokens: of three in a piece of 10 the last one's state goes on.
+
+    For each of 4 borders two layers' states of two heads of 16 x 16 and twice 32 channels.
+    """
+    model, batch = small_model(7), packed(texts([4] * 12), 48)
+    plan = ChunkPlan(10, truncated=truncated)
+    kept = kept_states(lambda: walk(model, batch, lambda hidden, piece: hidden.sum(), plan))
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
+    assert sum(storages.values()) == sum(x.nbytes for x in kept)
+    assert sum(storages.values()) == 4 * 2 * (2 * 16 * 16 + 2 * 32) * 4
+
+
+def test_reading_in_pieces_keeps_no_more_than_the_states_that_are_handed_on(monkeypatch):
+    """Nor do the states of the texts that end in a piece keep that of the one that goes on."""
+    model, batch, real = small_model(7), packed(texts([4, 20, 4]), 28), rwkv.chunks._joined
+    joined: list[torch.Tensor] = []
+    monkeypatch.setattr(rwkv.chunks, "_joined", lambda x: joined.extend(tree_leaves(x)) or real(x))
+    kept = kept_states(
+        lambda: read(model, batch.inputs, batch.cu_seqlens, None, ChunkPlan(10))[0].sum()
+    )
+    assert sum(x.shape == (1, 2, 16, 16) for x in kept) == 2 * (2 + 1)  # and one of a new text
+    for x in (*kept, *joined):
+        assert x.untyped_storage().nbytes() == x.nbytes
+
+
+@pytest.mark.parametrize("read_on", [False, True], ids=["walk", "read"])
+def test_the_gradient_of_a_state_that_is_handed_on_keeps_no_other(read_on, monkeypatch):
+    """It waits for the piece before; the gradient of a joined tensor's part is a view."""
+    model, batch, kept = small_model(7), packed(texts([4, 9, 3, 4]), 20), []
+    real = LayerState.last
+
+    def note(layer: LayerState, count: int) -> LayerState:
+        rows = real(layer, count)
+        for field in rows:
+            field.register_hook(lambda grad: kept.append(grad))
+        return rows
+
+    monkeypatch.setattr(LayerState, "last", note)
+    if read_on:
+        read(model, batch.inputs, batch.cu_seqlens, None, ChunkPlan(10))[0].sum().backward()
+    else:
+        walk(model, batch, lambda hidden, piece: hidden.sum(), ChunkPlan(10)).backward()
+    assert len(kept) == 2 * 3
+    for grad in kept:
+        assert len(grad) == 1 and grad.untyped_storage().nbytes() == grad.nbytes
+
+
+def living_states(model, found: list[int] | None = None) -> Callable[[], int]:
+    """How many wkv states that a time mix ended with are alive, asked at any time.
+
+    found: gets their number whenever there is one more.
+    """
+    states: list[StorageWeakRef] = []
+
+    def note(module, arguments, output):
+        states.append(StorageWeakRef(output[3].untyped_storage()))
+        if found is not None:
+            found.append(living())
+
+    for block in model.blocks:
+        block.att.register_forward_hook(note)
+
+    def living() -> int:
+        assert states
+        return sum(not one.expired() for one in states)
+
+    return living
+
+
+@pytest.mark.parametrize(
+    ("how", "plan", "alive"),
+    [
+        ("padded", None, [0]),
+        ("packed", None, [0]),
+        ("packed", ChunkPlan(16), [0, 0, 0]),
+        ("padded", ChunkPlan(16), [2, 2]),
+    ],
+    ids=["rows", "packed", "packed in chunks", "rows in chunks"],
+)
+@pytest.mark.parametrize("grad_cp", [False, True, "selective"])
+def test_states_that_nobody_reads_are_free_before_the_head_runs(grad_cp, how, plan, alive):
+    """Packed chunks hand on copies of one text's; of rows those before the last chunk go on."""
+    model, found = small_model(7), []
+    model.grad_cp = grad_cp
+    living = living_states(model)
+
+    def sums(hidden, piece):
+        found.append(living())
+        return hidden.sum()
+
+    walk(model, BATCHES[how], sums, plan)
+    assert found == alive
+
+
+@pytest.mark.parametrize("plan", [None, ChunkPlan(16)], ids=["whole", "chunks"])
+@pytest.mark.parametrize("grad_cp", [False, True, "selective"])
+def test_states_of_one_layer_at_a_time(grad_cp, plan):
+    model, found = small_model(7), []
+    model.grad_cp = grad_cp
+    living_states(model, found)
+    walk(model, BATCHES["packed"], lambda hidden, piece: hidden.sum(), plan)
+    assert found == [1] * 2 * (1 if plan is None else 3)
 
 
 def test_walk_without_gradient_keeps_no_graph():

@@ -33,12 +33,14 @@ from peft.quantized import quantize_tensors, quantized_metadata
 from peft.stores import STORES, make_store
 from rwkv.batch import TokenBatch
 from rwkv.checkpoint import write_tensors
+from rwkv.chunks import ChunkPlan
 from rwkv.config import LowRanks, RWKVConfig
 from rwkv.errors import InputError, RunError
 from rwkv.keeper import keeping
 from rwkv.linear import SLICE
 from rwkv.model import RWKV
 from rwkv.ops import chunk_layout, wkv6, wkv7
+from rwkv.ops.kept import gradients_of_states
 from rwkv.run.memory import compared, teacher_bytes
 from rwkv.training.measure import Measured
 from rwkv.training.strategy import grow_segments
@@ -440,28 +442,116 @@ def test_plain_torch_keeps_what_is_counted(op, dtype):
     assert sum(x.nbytes for x in kept.values()) == counted
 
 
-@pytest.mark.parametrize("grad_cp", [True, False])
-@pytest.mark.parametrize("version", [6, 7])
-def test_a_cpus_step_takes_what_is_predicted(tmp_path, version, grad_cp):
-    """Every allocation of a pass in float32, over a model that has run once.
+@pytest.mark.parametrize("op", ["wkv7", "wkv6"])
+def test_going_back_plain_torch_holds_one_state_where_nobody_reads_any(op):
+    """Beside it that of S_0, where that is wanted; 64 texts of 4 tokens."""
+    run = importlib.import_module(f"rwkv.ops.{op}_torch").run
+    inputs = {"wkv7": wkv7_inputs, "wkv6": wkv6_inputs}[op](B=64, T=4, H=2, N=64)
+    leaves = {n: x.requires_grad_() for n, x in inputs.items()}
+    state, most = torch.zeros(64, 2, 64, 64), {}
+    for wanted in (False, False, True):  # the first one makes what the others find
+        y, final = run(**leaves, state=state.clone().requires_grad_(wanted), cu_seqlens=None)
+        del final
+        room = chunk_layout.room_like(torch.empty(0))
+        with LivingBytes(torch.nn.Module()) as living:
+            living.sizes |= {x.untyped_storage()._cdata: 0 for x in room._tensors}
+            torch.autograd.grad(y.sum(), leaves.values())
+        most[wanted] = living.most
+    assert most[False] < most[True] - 0.8 * state.nbytes < 4 * state.nbytes
 
-    But for the 11 MiB that wkv works in, whatever the model.
+
+def test_going_back_kernels_hold_one_state_where_nobody_reads_any():
+    """Of a gradient that comes the operator writes no byte."""
+    r, borders = torch.empty(1, 8, 2, 16, dtype=torch.bfloat16), torch.tensor([0, 2, 7, 8])
+    last, first = gradients_of_states(None, r, borders)
+    assert last is first and last.shape == (3, 2, 16, 16) and not last.any()
+    assert last.dtype == torch.float32
+    given, first = gradients_of_states(last, r, borders)
+    assert given is last and first.data_ptr() != last.data_ptr()
+
+
+def most_living(model: RWKV, objective, batch) -> int:
+    """Bytes at the peak of a forward and backward pass, over a model that has run once.
+
+    But for what wkv works in, whatever the model.
     """
-    config, flags, tokens = config_of(version, 4), flags_of(tmp_path), 4096
-    model, plan = random_with_profile(config, flags)
-    model.grad_cp = grad_cp
-    text, borders = torch.randint(V, (1, tokens + 1)), torch.tensor([0, 2000, tokens])
-    mask = torch.ones(1, tokens, dtype=torch.bool)
-    batch = TokenBatch(text[:, :-1], text[:, 1:], mask, borders, torch.tensor(tokens))
     for _ in range(2):
         room = chunk_layout.room_like(torch.empty(0))
         with LivingBytes(model) as living:
             living.sizes |= {x.untyped_storage()._cdata: 0 for x in room._tensors}
-            SFT()(model, batch)[0].backward()
+            objective(model, batch)[0].backward()
         model.zero_grad()
+    return living.most
+
+
+def texts_of(lengths: list[int]) -> TokenBatch:
+    """Packed texts of which every token is scored."""
+    tokens = sum(lengths)
+    text, borders = torch.randint(V, (1, tokens + 1)), torch.tensor([0, *lengths]).cumsum(0)
+    mask = torch.ones(1, tokens, dtype=torch.bool)
+    return TokenBatch(text[:, :-1], text[:, 1:], mask, borders, torch.tensor(tokens))
+
+
+@pytest.mark.parametrize("grad_cp", [True, False])
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_cpus_step_takes_what_is_predicted(tmp_path, version, grad_cp):
+    """Every allocation of a pass in float32."""
+    config, flags, tokens = config_of(version, 4), flags_of(tmp_path), 4096
+    model, plan = random_with_profile(config, flags)
+    model.grad_cp = grad_cp
+    most = most_living(model, SFT(), texts_of([2000, 2096]))
     step = Step(1, tokens, torch.float32, texts=2, grad_cp=grad_cp, on_gpu=False, fused=False)
     found = predict(config, plan, replace(step, kernel="torch"))
-    assert sum(found.moments["backward pass"].values()) == pytest.approx(living.most, rel=0.1)
+    assert sum(found.moments["backward pass"].values()) == pytest.approx(most, rel=0.1)
+
+
+@pytest.mark.parametrize("chunk", [0, 512])
+@pytest.mark.parametrize(
+    ("version", "grad_cp"),
+    [(7, True), (7, False), (7, "selective"), (6, False)],
+    ids=["7 recomputed", "7", "7 selective", "6"],
+)
+def test_many_texts_take_what_is_predicted(tmp_path, version, grad_cp, chunk):
+    """62 texts with a state of 32 KiB in each layer; in 4 chunks 17 at once, of 5 layers each."""
+    config, flags = config_of(version, 5 if chunk else 3), flags_of(tmp_path)
+    model, plan = random_with_profile(config, flags)
+    model.grad_cp = grad_cp
+    lengths = [33] * 61 + [35]
+    most = most_living(model, SFT(chunks=ChunkPlan(chunk) if chunk else None), texts_of(lengths))
+    step = Step(1, 2048, torch.float32, chunk=chunk, texts=62, grad_cp=grad_cp, on_gpu=False)
+    found = predict(config, plan, replace(step, fused=False, kernel="torch"))
+    assert sum(found.moments["backward pass"].values()) == pytest.approx(most, rel=0.1)
+
+
+def test_states_of_texts_by_hand(tmp_path):
+    """A state: 2 heads of 64 x 64 in float32, 2 shifts of 128 in bfloat16, 2 layers.
+
+    8 texts of 512 tokens at once share zeros, and a block's gradient lies over them; a chunk of
+    1,024 tokens cuts 3, which in each layer follow the one that goes on.
+    """
+    config, state = config_of(), 4 * 2 * 64**2 + 2 * 2 * C
+    whole = Step(1, 4096, texts=8)
+    counts = memory.first_states, memory.gradients_of_states
+    assert [count(config, whole) for count in counts] == [8 * state, (8 * state, 0)]
+    chunks = replace(whole, chunk=1024)
+    assert chunks.texts_at_once == 3
+    assert [count(config, chunks) for count in counts] == [6 * state, (6 * state, 6 * state)]
+    tuned = replace(whole, tuned_state=True)
+    assert memory.first_states(config, tuned) == 8 * state
+    assert memory.first_states(config, replace(tuned, grad_cp=False)) == 16 * state
+    given = replace(whole, given_states=True)
+    assert [count(config, given) for count in counts] == [16 * state, (16 * state, 16 * state)]
+    rows = Step(8, 512, packed=False, chunk=128)
+    assert rows.texts_at_once == 8 and memory.first_states(config, rows) == 8 * state
+
+
+def test_many_texts_need_more_memory(tmp_path):
+    """By their states alone 2 MiB more: 63 texts, shared and as a block's gradient."""
+    config, plan = config_of(), plan_of(tmp_path)
+    one, many = (predict(config, plan, Step(1, 4096, texts=n)) for n in (1, 64))
+    parts = one.moments["backward pass"], many.moments["backward pass"]
+    for name in ("states of texts", "a block's gradients of states"):
+        assert parts[1][name] == 64 * parts[0][name] > 2**21
 
 
 @pytest.mark.parametrize("quant", ["int8", "fp8"])
@@ -758,7 +848,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("number", [1, 4, 6, 8, 11, 12, 22, 23, 24, 27, 29])
+@pytest.mark.parametrize("number", [1, 4, 6, 8, 11, 12, 22, 23, 24, 27, 29, 31, 32])
 def test_predictions_are_within_a_tenth(number):
     setting = bench_memory.SETTINGS[number]
     config = bench_memory.config_of_shape(setting.shape, version=setting.version)

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from test_infctx import living_states
 
 from data.pair_pieces import Pair, make_batch
-from losses import logprobs
+from losses import logprobs, preference
 from losses.dpo import DPO
 from losses.kto import KTO, mismatched
 from losses.logprobs import score_logits
@@ -199,6 +200,22 @@ def test_a_frozen_head_runs_once_forward_and_once_backward(monkeypatch):
     loss.backward()
     first, rest = batch.first.numel(), batch.targets.numel()
     assert runs == [(w, n) for n in (first, rest) for w in ("product", "gradient")]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("grad_cp", [False, True, "selective"])
+def test_states_that_nobody_reads_are_free_before_the_answers_are_scored(
+    grad_cp, plan, monkeypatch
+):
+    """The prompts' own, once the answers have their copies, and those that answers end with."""
+    model, found, real = small_model(), [], preference.token_log_probs
+    model.grad_cp = grad_cp
+    living = living_states(model)
+    monkeypatch.setattr(
+        preference, "token_log_probs", lambda *some: found.append(living()) or real(*some)
+    )
+    answer_log_probs(model, make_batch(make_pairs()), PLANS[plan])
+    assert found[1] == 0 and (plan != "whole" or found[0] == 2)
 
 
 def test_nll_is_the_chosen_answers_alone():

@@ -106,6 +106,12 @@ class ChunkLayout:
         """States [Q, H, N, N] in the order of the walk, a new [Q H, N, N]."""
         return state[self._order].flatten(0, 1)
 
+    def sorted_gradient(self, grad: Tensor | None, like: Tensor) -> Tensor:
+        """As `sorted`, of states like `like` [P, N, N]; zeros where nothing read them."""
+        if grad is None:
+            return like.new_zeros(self._sequences * self.H, *like.shape[1:])
+        return self.sorted(grad)
+
     def unsorted(self, state: Tensor) -> Tensor:
         """[Q H, N, N] in the order of the walk as [Q, H, N, N]."""
         return state.unflatten(0, (-1, self.H))[self._rank]

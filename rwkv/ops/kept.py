@@ -16,15 +16,22 @@ class WkvBytes(NamedTuple):
     at_work: while its backward pass runs, with what this makes again and the gradients of states;
         over the 2 of those that the CUDA kernels make.
     chunk: tokens of a chunk.
+    gradients: its inputs whose gradients lie in whole chunks before they lie in texts; in the
+        model's dtype, and not in `at_work`.
     """
 
     kept: float
     at_work: float
     chunk: int
+    gradients: int = 0
+
+    def rounding(self, texts: int, tokens: int) -> float:
+        """The tokens of whole chunks for each of `tokens` that are cut into `texts`."""
+        return 1 + self.chunk * texts / tokens
 
     def in_texts(self, texts: int, tokens: int) -> "WkvBytes":
         """The same where `tokens` are cut into `texts`."""
-        more = 1 + self.chunk * texts / tokens
+        more = self.rounding(texts, tokens)
         return self._replace(kept=self.kept * more, at_work=self.at_work * more)
 
 
@@ -33,9 +40,25 @@ WKV_BYTES = {  # by the model's version and the backend; heads of 64 channels
     (7, "triton"): WkvBytes(0.0, 13.0, 32),
     (6, "cuda"): WkvBytes(2.0, 2.0, 64),
     (6, "triton"): WkvBytes(4.3, 6.3, 32),
-    (7, "torch"): WkvBytes(14.0, 14.0, 32),  # float32 in a model of any dtype
-    (6, "torch"): WkvBytes(8.0, 8.0, 32),
+    (7, "torch"): WkvBytes(14.0, 14.0, 32, 6),  # float32 in a model of any dtype
+    (6, "torch"): WkvBytes(8.0, 8.0, 32, 4),
 }
+
+
+def gradients_of_states(
+    grad_final: Tensor | None, r: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradient of S_T [Q, H, N, N], and room for that of S_0.
+
+    Where nothing read S_T the two are one tensor of zeros: of its own part every block of a scan
+    back reads all before it writes any.
+    """
+    if grad_final is not None:
+        return grad_final, torch.empty_like(grad_final)
+    B, _, H, N = r.shape
+    Q = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    zeros = r.new_zeros(Q, H, N, N, dtype=torch.float32)
+    return zeros, zeros
 
 
 def register_gradient(forward: Any, backward: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -46,7 +69,8 @@ def register_gradient(forward: Any, backward: Callable[..., tuple[Tensor, ...]])
             returns y, S_T and, if `keep` says so, what `backward` wants; empty tensors otherwise.
             Where nothing was kept, it runs again in the backward pass.
         backward: (r, w, k, v, ..., cu_seqlens, gradient of y, gradient of S_T, *kept) -> the
-            gradients of r, w, k, v, ... and of the state.
+            gradients of r, w, k, v, ... and of the state; that of S_T is None where nothing read
+            S_T.
     """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -66,7 +90,7 @@ def register_gradient(forward: Any, backward: Callable[..., tuple[Tensor, ...]])
         if not ctx.keep:
             _, _, *kept = forward(*tensors, state, cu_seqlens, True)
         grad_y = torch.zeros_like(tensors[0]) if grad_y is None else grad_y.contiguous()
-        grad_final = torch.zeros_like(state) if grad_final is None else grad_final.contiguous()
+        grad_final = None if grad_final is None else grad_final.contiguous()
         return *backward(*tensors, cu_seqlens, grad_y, grad_final, *kept), None, None
 
     forward.register_autograd(differentiate, setup_context=save)

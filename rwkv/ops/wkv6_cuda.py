@@ -20,7 +20,7 @@ from torch import Tensor
 from rwkv.keeper import keeping
 from rwkv.ops import cuda_build, cuda_chunks
 from rwkv.ops.cuda_chunks import STAGES, TILE, C, N, slot_owners
-from rwkv.ops.kept import register_gradient
+from rwkv.ops.kept import gradients_of_states, register_gradient
 from rwkv.ops.packing import count_slots
 
 PARTS = 4  # of 16 key columns, each with an exponent: cuda/wkv6.cu
@@ -88,20 +88,24 @@ def _scan(
     kernels: dict[int, cuda_build.Kernel],
     inputs: tuple[Tensor, Tensor, Tensor],
     initial: Tensor,
+    final: Tensor,
     cu_seqlens: Tensor | None,
     slots: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The states on the side of each chunk where the scan comes from, their exponents, the last."""
+) -> tuple[Tensor, Tensor]:
+    """The states on the side of each chunk where the scan comes from, and their exponents.
+
+    The last ones are written to `final`.
+    """
     T, H = inputs[0].shape[1:3]
     states = initial.new_empty(slots, H, N, N, dtype=torch.float16)
     exponents = initial.new_empty(slots, H, PARTS)
-    final, heads = torch.empty_like(initial), len(initial) * H
+    heads = len(initial) * H
     parts = 1 if heads < cuda_chunks.FEW_HEADS else PARTS
     kernels[parts](
         *(heads * PARTS // parts, 128 * parts),
         *(*inputs, initial, states, exponents, final, cu_seqlens, T, H),
     )
-    return states, exponents, final
+    return states, exponents
 
 
 @torch.library.custom_op("rwkv::wkv6_cuda", mutates_args=())
@@ -121,7 +125,8 @@ def _forward(
     B, T, H, _ = r.shape
     slots = count_slots(B, T, cu_seqlens, C)
     kernels, owners = load_kernels(r.device), slot_owners(cu_seqlens, slots)
-    states, exponents, final = _scan(kernels.scan, (k, w, v), state, cu_seqlens, slots)
+    final = torch.empty_like(state)
+    states, exponents = _scan(kernels.scan, (k, w, v), state, final, cu_seqlens, slots)
     y, steep = torch.empty_like(r), r.new_empty(slots, H, dtype=torch.int32)
     given = (r, w, k, v, u, states, exponents, y, steep, owners, cu_seqlens)
     kernels.output(slots * H, 128, *given, T, H)
@@ -158,7 +163,7 @@ def _backward(
     u: Tensor,
     cu_seqlens: Tensor | None,
     grad_y: Tensor,
-    grad_final: Tensor,
+    grad_final: Tensor | None,
     states: Tensor,
     exponents: Tensor,
     steep: Tensor,
@@ -167,8 +172,9 @@ def _backward(
     T, H = r.shape[1:3]
     slots = len(states)
     kernels, owners = load_kernels(r.device), slot_owners(cu_seqlens, slots)
-    grad_states, grad_exponents, grad_initial = _scan(
-        kernels.reverse, (r, w, grad_y), grad_final, cu_seqlens, slots
+    grad_final, grad_initial = gradients_of_states(grad_final, r, cu_seqlens)
+    grad_states, grad_exponents = _scan(
+        kernels.reverse, (r, w, grad_y), grad_final, grad_initial, cu_seqlens, slots
     )
     dr, dw, dk, dv = (torch.empty_like(r) for _ in range(4))
     du = r.new_empty(slots, H, N, dtype=torch.float32)
@@ -183,7 +189,10 @@ def _backward(
 
 @_backward.register_fake
 def _(r, w, k, v, u, cu_seqlens, grad_y, grad_final, *kept):
-    return *(torch.empty_like(x) for x in (r, w, k, v, u)), torch.empty_like(grad_final)
+    return (
+        *(torch.empty_like(x) for x in (r, w, k, v, u)),
+        gradients_of_states(grad_final, r, cu_seqlens)[1],
+    )
 
 
 register_gradient(_forward, _backward)

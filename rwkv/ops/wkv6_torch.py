@@ -56,15 +56,17 @@ class _WKV6(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         y, final, starts = _forward(layout, state, u, *inputs)
         ctx.save_for_backward(u, *inputs, starts)
+        ctx.set_materialize_grads(False)
         ctx.layout = layout
         return y, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
         u, *inputs, starts = ctx.saved_tensors
         layout: ChunkLayout = ctx.layout
-        dS = layout.sorted(d_state)
+        dy = torch.zeros_like(inputs[0]) if dy is None else dy
+        dS = layout.sorted_gradient(d_state, starts)
         room, du = room_like(dS), dS.new_zeros(layout.H, dS.shape[-1])
         grads = [layout.tokens(x) for x in inputs]
         for part in reversed(layout.parts):
@@ -89,7 +91,8 @@ class _WKV6(torch.autograd.Function):
             d_w = d_rate.mul_(local.decayed.rate)
             for grad, value in zip(grads, (d_r, d_w, d_k, d_v), strict=True):
                 grad.add(part, value)
-        return None, layout.unsorted(dS), du.to(u.dtype), *(grad.all() for grad in grads)
+        d_initial = layout.unsorted(dS) if ctx.needs_input_grad[1] else None
+        return None, d_initial, du.to(u.dtype), *(grad.all() for grad in grads)
 
 
 @keeping

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rwkv.keeper import keeping
 from rwkv.ops import triton_chunks
+from rwkv.ops.kept import gradients_of_states
 from rwkv.ops.packing import count_slots
 from rwkv.ops.triton_chunks import slot_owners
 from rwkv.ops.wkv6_triton_kernels import (
@@ -154,23 +155,24 @@ def _scan(
     w: Tensor,
     z: Tensor,
     initial: Tensor,
+    final: Tensor,
     decay: Tensor,
     facts: Tensor,
     owners: Tensor | None,
     cu_seqlens: Tensor | None,
     *,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan k, w and v into the last state, the states before the chunks, and their powers of two.
+) -> tuple[Tensor, Tensor]:
+    """Scan k, w and v into the states before the chunks, their powers of two, and `final`.
 
-    In reverse r, w and dy into the gradients of the first state and of those after the chunks. The
+    In reverse r, w and dy into the gradients of the states after the chunks and of the first. The
     facts are filled in, and but for reverse `decay` with L.
     """
     T, H, N = x.shape[1:]
     launch, slots, fine = _launch(x), len(decay), _fine(x)
     C, V = launch["C"], launch["V"]
     drive = x.new_empty(slots, H, N, N, dtype=fine)
-    states, final = torch.empty_like(drive), torch.empty_like(initial)
+    states = torch.empty_like(drive)
     powers = x.new_empty(slots, H, N // V, dtype=FLOAT32)
     with torch.cuda.device_of(x):
         drive_kernel[(slots * H,)](
@@ -191,7 +193,7 @@ def _scan(
             REVERSE=reverse,
             **launch["scan"],
         )
-    return final, states, powers
+    return states, powers
 
 
 @torch.library.custom_op("rwkv::wkv6_triton", mutates_args=())
@@ -211,7 +213,8 @@ def _forward(
     Without `keep` the last four are empty.
     """
     owners, decay, facts = _chunks(r, cu_seqlens)
-    final, states, powers = _scan(k, w, v, state, decay, facts, owners, cu_seqlens, reverse=False)
+    final = torch.empty_like(state)
+    states, powers = _scan(k, w, v, state, final, decay, facts, owners, cu_seqlens, reverse=False)
     T, H, N = r.shape[1:]
     y, launch = torch.empty_like(r), _launch(r)
     with torch.cuda.device_of(r):
@@ -253,7 +256,7 @@ def _backward(
     state: Tensor,
     cu_seqlens: Tensor | None,
     grad_y: Tensor,
-    grad_final: Tensor,
+    grad_final: Tensor | None,
     decay: Tensor | None,
     facts: Tensor | None,
     states: Tensor | None,
@@ -261,11 +264,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of r, w, k, v, u and of the initial state."""
     owners, L, grad_facts = _chunks(r, cu_seqlens)
+    grad_final, grad_initial = gradients_of_states(grad_final, r, cu_seqlens)
     if decay is None or facts is None:
         decay, facts = L, torch.empty_like(grad_facts)
-        _, states, powers = _scan(k, w, v, state, decay, facts, owners, cu_seqlens, reverse=False)
-    grad_initial, grad_states, grad_powers = _scan(
-        r, w, grad_y, grad_final, decay, grad_facts, owners, cu_seqlens, reverse=True
+        final = torch.empty_like(state)
+        states, powers = _scan(
+            k, w, v, state, final, decay, facts, owners, cu_seqlens, reverse=False
+        )
+    grad_states, grad_powers = _scan(
+        r, w, grad_y, grad_final, grad_initial, decay, grad_facts, owners, cu_seqlens, reverse=True
     )
     T, H, N = r.shape[1:]
     dr, dw, dk, dv = (torch.empty_like(r) for _ in range(4))
@@ -300,9 +307,8 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, grad_y, grad_final, *_):
     saved = ctx.saved_tensors  # asked for once: checkpointing recomputes them at each asking
-    r, state = saved[0], saved[5]
-    grad_y = torch.zeros_like(r) if grad_y is None else grad_y.contiguous()
-    grad_final = torch.zeros_like(state) if grad_final is None else grad_final.contiguous()
+    grad_y = torch.zeros_like(saved[0]) if grad_y is None else grad_y.contiguous()
+    grad_final = None if grad_final is None else grad_final.contiguous()
     return *_backward(*saved[:7], grad_y, grad_final, *saved[7:]), None, None
 
 

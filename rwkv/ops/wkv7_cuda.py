@@ -21,7 +21,7 @@ from torch import Tensor
 from rwkv.keeper import keeping
 from rwkv.ops import cuda_build, cuda_chunks
 from rwkv.ops.cuda_chunks import STAGES, TILE, C, N, slot_owners
-from rwkv.ops.kept import register_gradient
+from rwkv.ops.kept import gradients_of_states, register_gradient
 from rwkv.ops.packing import count_slots
 
 SOURCE = "wkv7.cu"
@@ -156,7 +156,7 @@ def _backward(
     b: Tensor,
     cu_seqlens: Tensor | None,
     grad_y: Tensor,
-    grad_final: Tensor,
+    grad_final: Tensor | None,
     states: Tensor,
     exponents: Tensor,
     transition: Tensor,
@@ -166,10 +166,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of r, w, k, v, a, b and of the initial state."""
     T, H = r.shape[1:3]
+    grad_final, grad_initial = gradients_of_states(grad_final, r, cu_seqlens)
     slots, sequences = len(states), len(grad_final)
     kernels, owners = load_kernels(r.device), slot_owners(cu_seqlens, slots)
     grad_states, grad_exponents = torch.empty_like(states), torch.empty_like(exponents)
-    grad_initial = torch.empty_like(grad_final)
     dr, dw, dk, dv, da, db = (torch.empty_like(r) for _ in range(6))
     warps = _warps(sequences, H)
     kernels.reverse[warps](
@@ -187,7 +187,10 @@ def _backward(
 
 @_backward.register_fake
 def _(r, w, k, v, a, b, cu_seqlens, grad_y, grad_final, *kept):
-    return *(torch.empty_like(r) for _ in range(6)), torch.empty_like(grad_final)
+    return (
+        *(torch.empty_like(r) for _ in range(6)),
+        gradients_of_states(grad_final, r, cu_seqlens)[1],
+    )
 
 
 register_gradient(_forward, _backward)

@@ -58,15 +58,17 @@ class _WKV7(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         y, final, *kept = _forward(layout, state, *inputs)
         ctx.save_for_backward(*inputs, *kept)
+        ctx.set_materialize_grads(False)
         ctx.layout = layout
         return y, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, starts, us, inverses = ctx.saved_tensors
         layout: ChunkLayout = ctx.layout
-        dS, C = layout.sorted(d_state), layout.C
+        dy = torch.zeros_like(inputs[0]) if dy is None else dy
+        dS, C = layout.sorted_gradient(d_state, starts), layout.C
         room = room_like(dS)
         grads = [layout.tokens(x) for x in inputs]
         for part in reversed(layout.parts):
@@ -95,7 +97,8 @@ class _WKV7(torch.autograd.Function):
             d_w = d_rate.mul_(local.decayed.rate)
             for grad, value in zip(grads, (d_r, d_w, d_k, d_v, d_a, d_b), strict=True):
                 grad.add(part, value)
-        return None, layout.unsorted(dS), *(grad.all() for grad in grads)
+        d_initial = layout.unsorted(dS) if ctx.needs_input_grad[1] else None
+        return None, d_initial, *(grad.all() for grad in grads)
 
 
 @keeping

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rwkv.keeper import keeping
 from rwkv.ops import triton_chunks
-from rwkv.ops.kept import register_gradient
+from rwkv.ops.kept import gradients_of_states, register_gradient
 from rwkv.ops.packing import count_slots
 from rwkv.ops.triton_chunks import slot_owners
 from rwkv.ops.wkv7_triton_kernels import (
@@ -198,7 +198,7 @@ def _backward(
     b: Tensor,
     cu_seqlens: Tensor | None,
     grad_y: Tensor,
-    grad_final: Tensor,
+    grad_final: Tensor | None,
     states: Tensor,
     transition: Tensor,
     readout: Tensor,
@@ -208,7 +208,8 @@ def _backward(
     """Return the gradients of r, w, k, v, a, b and of the initial state."""
     T, H, N = r.shape[1:]
     slots, _, C, _ = readout.shape
-    grad_states, grad_initial = torch.empty_like(states), torch.empty_like(grad_final)
+    grad_final, grad_initial = gradients_of_states(grad_final, r, cu_seqlens)
+    grad_states = torch.empty_like(states)
     dr, dw, dk, dv, da, db = (torch.empty_like(r) for _ in range(6))
     launch = _launch(r)
     scan, reverse = launch["scan"], launch["reverse"]
@@ -240,7 +241,10 @@ def _backward(
 def _(
     r, w, k, v, a, b, cu_seqlens, grad_y, grad_final, states, transition, readout, inverse, decay
 ):
-    return *(torch.empty_like(r) for _ in range(6)), torch.empty_like(grad_final)
+    return (
+        *(torch.empty_like(r) for _ in range(6)),
+        gradients_of_states(grad_final, r, cu_seqlens)[1],
+    )
 
 
 register_gradient(_forward, _backward)

@@ -85,6 +85,7 @@ def step_of(settings: Settings, dtype: "torch.dtype", *, on_gpu: bool) -> "Step"
         host_blocks=trainer.grad_cp_offload,
         accumulate=trainer.accumulate_grad_batches,
         tuned_state=settings[StateFlags].state,
+        given_states=settings[StateFlags].prefix_tuning,
         beside=distillation.kd_loss if taught else "",
         teacher=teacher_bytes(distillation.teacher_model, dtype) if taught else 0,
         optim=settings[OptimizerFlags].optim,
