@@ -50,6 +50,16 @@ class PairPieces:
     room: int
     report: dict[str, int]
 
+    @property
+    def prompt_share(self) -> float:
+        """The share of all tokens that are prompts'."""
+        return self.report["prompt tokens"] / int(self.sizes.sum())
+
+    @property
+    def most_answers(self) -> int:
+        """The answers of the record that has most of them."""
+        return int(self.scored[:, :2].sum(axis=1).max())
+
     def batch(
         self, rows: Sequence[np.ndarray], count: Sequence[int], *, packed: bool
     ) -> PreferenceBatch:

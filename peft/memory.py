@@ -71,13 +71,16 @@ KEEPS_INPUT = ("full", "lora", "dora", "dora_column", "bone", "pissa")
 class Step:
     """What a step runs on, beside the model and its plan.
 
-    rows, ctx_len: of a micro-batch on one device.
+    rows, ctx_len: of a micro-batch on one device; ctx_len is the room of a row.
     dtype: of the model.
     chunk: tokens of a row that are walked at once; 0 for all.
     packed: the rows of a micro-batch lie end to end in one, which chunks cut.
     texts: the most that a row holds.
     given_states: texts begin with copies of states, into which gradients flow, in every layer: of
         what a prefix left, say.
+    answers: the most that a prompt has, all read after all prompts; 0 where nothing is a prompt.
+        With them `texts` counts prompts.
+    prompts: the share of the tokens that are prompts'.
     host_states: the states between chunks lie in host memory.
     grad_cp: blocks are recomputed; "selective": but for their large products and wkv.
     kept_limit: bytes that "selective" may keep; 0 for no limit.
@@ -99,6 +102,8 @@ class Step:
     packed: bool = True
     texts: int = 1
     given_states: bool = False
+    answers: int = 0
+    prompts: float = 0.5
     host_states: bool = False
     grad_cp: bool | str = True
     kept_limit: int = 0
@@ -119,6 +124,17 @@ class Step:
         """Read at once."""
         rows, length = self._walked
         return rows * min(length, self.chunk or length)
+
+    @property
+    def reads(self) -> tuple["Step", "Step"]:
+        """The reading of the prompts, and that of the answers from the states they left."""
+        tokens, texts = self.rows * self.ctx_len, self.rows * self.texts
+        ahead = max(1, min(round(self.prompts * tokens), tokens - 1))
+        prompts = replace(self, rows=1, ctx_len=ahead, packed=True, texts=texts, answers=0)
+        answers = replace(
+            prompts, ctx_len=tokens - ahead, texts=texts * self.answers, given_states=True
+        )
+        return prompts, answers
 
     @property
     def texts_at_once(self) -> int:
@@ -216,26 +232,42 @@ def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
         buckets = 2 if step.world > 1 else 1  # one is filled while the other is reduced
         size = bucket_size(trained_count(plan)) * step.dtype.itemsize
         rest[BUCKETS] = buckets * size
-    gradient = gradients(plan, step)
-    states = states_between_chunks(config, step)
+    states = states_handed_on(config, step)
     if step.host_states:
         host["states between chunks"], states = states, 0
     if step.host_blocks:
-        host["between blocks"] = kept_on_host(config, plan, step)
+        reads = step.reads if step.answers else (step,)
+        host["between blocks"] = sum(kept_on_host(config, plan, read) for read in reads)
     carried = {"states between chunks": states} if states else {}
+    workspaces = {"workspaces of cuBLAS": WORKSPACES} if step.on_gpu and step.fused else {}
+    walked = of_answers(config, plan, step) if step.answers else of_reading(config, plan, step)
+    optimizing = {"gradients": gradients(plan, step), "gradients in float32": widened(plan, step)}
+    moments = {name: carried | parts | workspaces for name, parts in walked.items()}
+    moments["optimizer step"] = optimizing | workspaces
+    moments[LOADING] = {"a layer being stored": storing(plan, step)}
+    return Prediction(rest, moments, host, step.on_gpu)
+
+
+def of_reading(
+    config: RWKVConfig, plan: Plan, step: Step, *, found_gradients: bool = False
+) -> dict[str, dict[str, int]]:
+    """What reading texts, and going back through them, takes at its peaks, by part.
+
+    found_gradients: the parameters' gradients are there before.
+    """
+    gradient = gradients(plan, step)
     stream = {"between blocks": between_blocks(config, plan, step)}
-    begun = {"states of texts": first_states(config, step)}
+    inputs = stream | {"states of texts": first_states(config, step)}
     in_block, of_all = gradients_of_states(config, step)
     # The last block's backward pass finds all inputs and states and no gradient, the first block's
     # the reverse; parameters' gradients of earlier micro-batches and of later chunks, and DDP's
     # buckets, are there all along.
     all_along = step.accumulate > 1 or step.borders or uses_ddp(step.strategy, step.world)
-    earlier = {"gradients": gradient} if all_along else {}
-    inputs = stream | begun
-    found = {"gradients": gradient} | ({"gradients of states": of_all} if of_all else {}) | earlier
+    earlier = {"gradients": gradient} if all_along or found_gradients else {}
+    found = {"gradients": gradient} | ({"gradients of states": of_all} if of_all else {})
     if step.host_blocks:
         found |= stream
-    walked = carried | max(inputs | earlier, found, key=lambda parts: sum(parts.values()))
+    walked = max(inputs | earlier, found, key=lambda parts: sum(parts.values()))
     vector = step.tokens * config.n_embd * step.dtype.itemsize
     block = {"first layer's values": FIRST_VALUES[config.version] * vector}
     block["blocks at work"] = blocks_at_work(config, plan, step)
@@ -246,15 +278,37 @@ def predict(config: RWKVConfig, plan: Plan, step: Step) -> Prediction:
         size = torch.Size(plan.layers["head"].shape).numel()
         end["the head's gradient"] = size * (4 + step.dtype.itemsize)  # the sum, and a piece's
     end["a weight unpacked"] = unpacked_weight(plan, step, of_head=True)
-    step_of_optimizer = {"gradients": gradient, "gradients in float32": widened(plan, step)}
-    workspaces = {"workspaces of cuBLAS": WORKSPACES} if step.on_gpu and step.fused else {}
-    moments = {
-        "backward pass": walked | block | workspaces,
-        "head": carried | inputs | earlier | end | workspaces,
-        "optimizer step": step_of_optimizer | workspaces,
-        LOADING: {"a layer being stored": storing(plan, step)},
+    return {"backward pass": walked | block, "head": inputs | earlier | end}
+
+
+def of_answers(config: RWKVConfig, plan: Plan, step: Step) -> dict[str, dict[str, int]]:
+    """As `of_reading`, of prompts and then their answers.
+
+    What is kept of the prompts waits until the answers' backward pass is done. Each answer has a
+    copy of the states that its prompt left; in chunks their gradients add up from chunk to chunk.
+    The reference model's log-probabilities are a number an answer, and its pass takes less.
+    """
+    prompts, answers = step.reads
+    left, copied = (
+        read.texts * config.n_layer * state_of_text(config, step) for read in step.reads
+    )
+    vector = prompts.tokens * config.n_embd * step.dtype.itemsize
+    kept, copies, beside = {}, {"states of texts": copied}, {}
+    if not prompts.borders:
+        ends = 2 if FIRST_VALUES[config.version] else 1  # first values, the last stream
+        of_prompts = between_blocks(config, plan, prompts) + ends * vector
+        kept = {"between blocks of prompts": of_prompts}
+    if answers.borders:  # `states_handed_on` has the copies
+        copies, beside = {}, {"gradients of answers' states": copied}
+    beside |= kept
+    last = {name: beside | parts for name, parts in of_reading(config, plan, answers).items()}
+    first = of_reading(config, plan, prompts, found_gradients=True)["backward pass"]
+    first = first | {"gradients of prompts' states": left}
+    return {
+        "backward pass": max(first, last["backward pass"], key=lambda parts: sum(parts.values())),
+        "head": last["head"],
+        "answers begin": kept | {"states of prompts": left} | copies,
     }
-    return Prediction(rest, moments, host, step.on_gpu)
 
 
 def weights(plan: Plan, step: Step) -> dict[str, int]:
@@ -503,6 +557,15 @@ def state_of_text(config: RWKVConfig, step: Step) -> int:
 def states_between_chunks(config: RWKVConfig, step: Step) -> int:
     """The states at the borders of chunks."""
     return step.borders * config.n_layer * state_of_text(config, step)
+
+
+def states_handed_on(config: RWKVConfig, step: Step) -> int:
+    """The states that chunks begin with: those at their borders, and of answers their own."""
+    if not step.answers:
+        return states_between_chunks(config, step)
+    _, answers = step.reads
+    own = answers.texts * config.n_layer * state_of_text(config, step) if answers.borders else 0
+    return own + sum(states_between_chunks(config, read) for read in step.reads)
 
 
 def first_states(config: RWKVConfig, step: Step) -> int:

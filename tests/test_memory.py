@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import bench_memory
+import numpy as np
 import pytest
 import torch
 from helpers import LivingBytes, wkv6_inputs, wkv7_inputs
@@ -19,10 +20,15 @@ from test_sft import small_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
+from data.pair_pieces import Pair, make_batch
 from losses import distill, logprobs
 from losses.distill import Distillation, Divergence
+from losses.dpo import DPO
+from losses.orpo import ORPO
+from losses.preference import Preference
 from losses.sft import SFT
 from peft import memory, pissa
+from peft.adapter import adapters_off
 from peft.apply import random_with_profile
 from peft.flags import PeftFlags
 from peft.layer_profile import LayerPlan
@@ -521,6 +527,85 @@ def test_many_texts_take_what_is_predicted(tmp_path, version, grad_cp, chunk):
     step = Step(1, 2048, torch.float32, chunk=chunk, texts=62, grad_cp=grad_cp, on_gpu=False)
     found = predict(config, plan, replace(step, fused=False, kernel="torch"))
     assert sum(found.moments["backward pass"].values()) == pytest.approx(most, rel=0.1)
+
+
+PAIRS = {
+    "dpo": Preference(DPO(), reference=adapters_off),
+    "orpo": Preference(ORPO(), nll_weight=1.0),
+}
+
+
+@pytest.mark.parametrize("chunk", [0, 512])
+@pytest.mark.parametrize(
+    ("loss", "lengths", "pairs"),
+    [
+        ("dpo", (65, 66, 34), 16),
+        ("orpo", (65, 66, 34), 16),
+        ("dpo", (257, 34, 36), 6),
+        ("orpo", (33, 34, 34), 24),
+    ],
+    ids=["dpo", "orpo", "long prompts", "many pairs"],
+)
+def test_pairs_take_what_is_predicted(tmp_path, loss, lengths, pairs, chunk):
+    """Prompts, and answers from copies of their states; the reference's pass takes less."""
+    config, flags = config_of(7, 4), flags_of(tmp_path, limited=True)
+    model, plan = random_with_profile(config, flags)
+    model.grad_cp = True
+    draw = np.random.default_rng(0)
+    records = [
+        Pair(*(draw.integers(0, V, n).astype(np.uint16) for n in lengths)) for _ in range(pairs)
+    ]
+    objective = replace(PAIRS[loss], chunks=ChunkPlan(chunk) if chunk else None)
+    most = most_living(model, objective, make_batch(records))
+    read = sum(lengths) - 2
+    step = Step(
+        1, pairs * read, torch.float32, texts=pairs, answers=2, prompts=lengths[0] / read,
+        chunk=chunk, on_gpu=False, fused=False, kernel="torch",
+    )  # fmt: skip
+    moments = predict(config, plan, step).moments
+    walked = max(sum(moments[name].values()) for name in ("backward pass", "head", "answers begin"))
+    assert walked == pytest.approx(most, rel=0.1)
+
+
+def test_reading_pairs_by_hand(tmp_path):
+    """2 rows of 100 tokens, 2 prompts in each: 40 tokens of 4 prompts, 160 of 8 answers.
+
+    A state: 2 heads of 64 x 64 in float32, 2 shifts of 128 in bfloat16, 2 layers.
+    """
+    config, plan, state = config_of(), plan_of(tmp_path), 2 * (4 * 2 * 64**2 + 2 * 2 * C)
+    step = Step(2, 100, texts=2, answers=2, prompts=0.2, packed=False)
+    prompts, answers = step.reads
+    assert (prompts.tokens, prompts.texts_at_once) == (40, 4)
+    assert (answers.tokens, answers.texts_at_once) == (160, 8)
+    begin = predict(config, plan, step).moments["answers begin"]
+    assert (begin["states of prompts"], begin["states of texts"]) == (4 * state, 8 * state)
+    assert begin["between blocks of prompts"] == (
+        memory.between_blocks(config, plan, prompts) + 2 * 40 * C * 2
+    )
+    chunks = replace(step, chunk=50)
+    assert memory.states_handed_on(config, chunks) == (0 + 3 + 8) * state
+    moved = predict(config, plan, replace(chunks, host_states=True))
+    assert moved.host == {"states between chunks": 11 * state}
+
+
+@pytest.mark.parametrize(
+    ("objective", "file", "answers", "share"),
+    [("dpo", "pairs.jsonl", 2, 72 / (72 + 68 - 8)), ("orpo", "pairs.jsonl", 2, 72 / 132),
+     ("kto", "labelled.jsonl", 1, None)],
+    ids=["dpo", "orpo", "kto"],
+)  # fmt: skip
+def test_a_row_of_pairs_has_twice_the_room(tmp_path, monkeypatch, objective, file, answers, share):
+    found: list[Step] = []
+    monkeypatch.setattr(
+        "rwkv.run.memory.describe_memory", lambda *given: found.append(given[-1]) or []
+    )
+    profile = "layerprofile/lora-adapters-only.json"
+    more = {"sft": 0, objective: 1, "ctx_len": 512, "micro_bsz": 2, "layer_profile": profile}
+    data = {"train_data_file": f"example/Preference/{file}", "accelerator": "cpu"}
+    assert train.main(dry(tmp_path, dry_run=1, **more, **data)) == 0
+    (step,) = found
+    assert (step.rows, step.ctx_len, step.answers) == (2, 1024, answers)
+    assert share is None or step.prompts == pytest.approx(share)
 
 
 def test_states_of_texts_by_hand(tmp_path):

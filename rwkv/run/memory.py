@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from data.flags import DataFlags
 from losses.flags import ChunkFlags, DistillationFlags
 from losses.objectives import chosen_objective
-from losses.preference_flags import REFERENCED
+from losses.preference_flags import PREFERENCES, REFERENCED
 from peft.flags import PeftFlags, StateFlags
 from rwkv.cli import say
 from rwkv.errors import InputError, RunError
@@ -33,8 +33,8 @@ def preview(run: "Run") -> int:
 
     settings, config, layers = run.settings, run.config, run.layers
     on_gpu = is_for_gpu(settings, run.device)
-    step = step_of(settings, run.device.dtype, on_gpu=on_gpu)
-    step = replace(step, kernel=kernel_of(run), texts=run.batches.training.most_texts)
+    step = step_of(settings, run.device.dtype, run.batches.training, on_gpu=on_gpu)
+    step = replace(step, kernel=kernel_of(run))
     for line in describe_memory(settings, config, layers, step):
         say(line)
     if settings[TrainerFlags].dry_run == "verify":
@@ -58,27 +58,35 @@ def kernel_of(run: "Run") -> str:
         return asked
 
 
-def step_of(settings: Settings, dtype: "torch.dtype", *, on_gpu: bool) -> "Step":
-    """What the flags say of a step's memory.
+def step_of(
+    settings: Settings, dtype: "torch.dtype", batches: "BatchPlan", *, on_gpu: bool
+) -> "Step":
+    """What the flags and the data say of a step's memory.
 
     Args:
         settings: of the run.
         dtype: of the model.
+        batches: of the training data.
         on_gpu: whether the run, or the one that a dry run plans for, has a GPU.
     """
     from peft.memory import Step
 
     trainer, chunks = settings[TrainerFlags], settings[ChunkFlags]
     distillation = settings[DistillationFlags]
+    pieces, pairs = batches.pieces, {}
+    if chosen_objective(settings) in PREFERENCES:
+        pairs = {"answers": pieces.most_answers, "prompts": pieces.prompt_share}
     taught = distillation.distillation and distillation.teacher_model
     return Step(
         rows=trainer.micro_bsz,
-        ctx_len=settings[DataFlags].ctx_len,
+        ctx_len=pieces.room,
+        texts=batches.most_texts,
         dtype=dtype,
         on_gpu=on_gpu,
         fused=on_gpu,
         chunk=chunks.chunk_ctx if chunks.infctx else 0,
         packed=settings[DataFlags].packing,
+        **pairs,
         host_states=chunks.infctx and chunks.chunk_offload,
         grad_cp=trainer.grad_cp,
         kept_limit=int(trainer.grad_cp_memory * 2**30),
@@ -216,6 +224,9 @@ def _parts(more: dict[str, int]) -> str:
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in more.items())
 
 
+AFTER = ("optimizer step", "loading")  # the moments outside of forward and backward passes
+
+
 def pairs(prediction: "Prediction", found: "Measured") -> Iterator[tuple[str, int, int]]:
     """(name, predicted, measured) of what can be measured by itself."""
     held = prediction.rest.get("optimizer", 0)
@@ -226,7 +237,7 @@ def pairs(prediction: "Prediction", found: "Measured") -> Iterator[tuple[str, in
     yield "at most while loading", model + moments["loading"], found.loading
     yield "optimizer", held, found.optimizer
     yield "gradients", gradients, found.gradients
-    walking = max(moments["backward pass"], moments["head"])
+    walking = max(size for name, size in moments.items() if name not in AFTER)
     yield "forward and backward", walking, found.walking
     yield "optimizer step", moments["optimizer step"], found.stepping
     yield "peak", prediction.peak, found.peak
