@@ -288,5 +288,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
         parts = [squares([x.contiguous() for x in some]) for some in gradients.values()]
         return torch.cat(parts).sum().sqrt()
-    every = [x for some in gradients.values() for x in some]
-    return torch.stack(torch._foreach_norm(every, 2, dtype=torch.float32)).square().sum().sqrt()
+    return sum_of_squares([x for some in gradients.values() for x in some]).sqrt()
+
+
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """Of all numbers of some tensors, on one device, a float32 scalar."""
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).square().sum()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rwkv.errors import InputError, RunError
 from rwkv.model import Block
 from rwkv.training.flags import TrainerFlags
+from rwkv.training.optimizer import sum_of_squares
 
 BUCKET = 200_000_000  # elements that ZeRO reduces or gathers at once, at most
 LEAST_BUCKET = 2**24  # and at least: the size of a 14B model's states
@@ -244,10 +245,7 @@ def _gradient_norm(zero: Any, gradients: Any, params: Any, norm_type: float = 2)
     """The norm of a group of gradients over all ranks, a float32 scalar."""
     assert norm_type == 2
     some = [g for g in gradients if not getattr(g, "_zero_padding", False)]
-    total = torch.zeros((), device=zero.device)
-    if some:
-        norms = torch._foreach_norm(some, 2, dtype=torch.float32)
-        total = torch.stack(norms).square().sum()
+    total = sum_of_squares(some) if some else torch.zeros((), device=zero.device)
     torch.distributed.all_reduce(total, group=zero.dp_process_group)
     return total.sqrt()
 
