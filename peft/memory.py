@@ -16,6 +16,7 @@ from peft.registry import ADAPTERS
 from peft.stores import STORES, store_class, stored_size
 from rwkv.config import RWKVConfig
 from rwkv.linear import SLICE as AT_ONCE
+from rwkv.model import keeps_end
 from rwkv.ops.kept import WKV_BYTES, WkvBytes
 from rwkv.training.optimizer import SLICE
 from rwkv.training.strategy import bucket_size, uses_ddp
@@ -274,6 +275,8 @@ def of_reading(
     block["a block's gradients of states"] = in_block
     block["a weight unpacked"] = unpacked_weight(plan, step, of_head=False)
     end = {"hidden states": HIDDEN * vector, "logits": head(config, step)}
+    if not found_gradients:
+        end["the last block"] = kept_by_last_block(config, plan, step)
     if plan.trains("head"):
         size = torch.Size(plan.layers["head"].shape).numel()
         end["the head's gradient"] = size * (4 + step.dtype.itemsize)  # the sum, and a piece's
@@ -517,6 +520,17 @@ def low_rank_numbers(config: RWKVConfig) -> int:
     if config.version == 6:
         return ranks.decay + 5 * ranks.mix
     return ranks.decay + ranks.iclr + ranks.value + ranks.gate
+
+
+def kept_by_last_block(config: RWKVConfig, plan: Plan, step: Step) -> int:
+    """What the last recomputed block keeps over `between_blocks`, see `keeps_end`."""
+    if not step.grad_cp or step.stage == 3 or not keeps_end(config, step.tokens):
+        return 0
+    every = replace(step, grad_cp="selective", kept_limit=0)
+    of_time_mix, mine = (kept_for_second_run(config, plan, one, "att") for one in (every, step))
+    vector = step.tokens * config.n_embd * step.dtype.itemsize
+    of_channel_mix = kept_by_channel_mix(config, plan, step) - vector
+    return of_time_mix - mine + of_channel_mix - kept_for_second_run(config, plan, step, "ffn")
 
 
 def kept_on_host(config: RWKVConfig, plan: Plan, step: Step) -> int:

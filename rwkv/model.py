@@ -50,6 +50,7 @@ class Block(nn.Module):
         *,
         in_halves: bool = False,
         kept: Kept = Kept.SMALL,
+        ends: bool = False,
         place: HostPlace | None = None,
     ) -> tuple[Tensor, Tensor | None, LayerState]:
         """x [B, T, C] and this layer's state in; x, v_first and the state after T tokens out.
@@ -57,6 +58,7 @@ class Block(nn.Module):
         in_halves: recompute time mix and channel mix in the backward pass, each by itself, so that
             the activations of only one of them exist at a time.
         kept: and keep these results.
+        ends: but run the channel mix once all the same: the backward pass begins with it.
         place: for what the halves start from; None to keep it on the device.
         """
         run: Callable[..., Any] = _call
@@ -66,6 +68,7 @@ class Block(nn.Module):
         x, v_first, att_shift, wkv = run(
             self._mix_time, x, v_first, state.att_shift, state.wkv, cu_seqlens
         )
+        run = _call if ends else run
         x, ffn_shift = run(self.ffn, x, self.ln2, state.ffn_shift, cu_seqlens)
         return x, v_first, LayerState(att_shift, wkv, ffn_shift)
 
@@ -99,6 +102,17 @@ def kept_bytes(
     return tokens * itemsize * sum(m.out_features for m in linear), int(wkv)
 
 
+def keeps_end(config: RWKVConfig, tokens: int) -> bool:
+    """Whether the last block keeps what its channel mix makes, and of its time mix all results.
+
+    The backward pass begins with it, so that this takes no memory at the peak, where a time mix is
+    at work: RWKV-7's then holds some 28 vectors of a token. Before that there are these, 13, beside
+    the head's 5, a piece of 2^28 logits and the gradient of a head that trains: less, if there are
+    enough tokens. RWKV-6's time mix holds too little.
+    """
+    return config.version == 7 and tokens * config.n_embd >= 3 * 2**24
+
+
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
@@ -114,7 +128,7 @@ class RWKV(nn.Module):
         grad_cp: recompute each half of a block in the backward pass instead of keeping its
             activations; only the stream before and within each block is kept, and products of low
             rank. "selective" keeps the results of its large products and of wkv too, and computes
-            the rest again.
+            the rest again. The last block may keep more, see `keeps_end`.
         grad_cp_memory: bytes that "selective" may keep; 0 for no limit.
         grad_cp_offload: and the stream is kept in host memory; on the device as little as can be,
             but for what "selective" keeps.
@@ -185,6 +199,9 @@ class RWKV(nn.Module):
             place = HostPlace(x.device)
         after = []
         levels = self._kept_by_blocks(x, x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        last = None
+        if final_states == 0 and keeps_end(self.config, x.shape[0] * x.shape[1]):
+            last, levels[-1] = self.blocks[-1], Kept.ALL
         for block, before, kept in zip(self.blocks, state, levels, strict=True):
             if self.grad_cp and scattered:  # DeepSpeed's hooks want the whole block
                 x, v_first, new = recomputed(
@@ -198,6 +215,7 @@ class RWKV(nn.Module):
                     cu_seqlens,
                     in_halves=bool(self.grad_cp),
                     kept=kept,
+                    ends=block is last,
                     place=place,
                 )
             if final_states is None:

@@ -114,6 +114,7 @@ SETTINGS = (
     Setting("1.5B", texts=128),
     Setting("1.5B", texts=128, chunk=1024),
     Setting("1.5B", texts=128, grad_cp="selective"),
+    Setting("1.5B", rows=8),
 )
 
 

@@ -19,6 +19,7 @@ from helpers import LivingBytes, wkv6_inputs, wkv7_inputs
 from test_sft import small_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import rwkv.model
 import train
 from data.pair_pieces import Pair, make_batch
 from losses import distill, logprobs
@@ -157,7 +158,7 @@ def kept(
     model.grad_cp = grad_cp
     text = torch.randint(V, (1, tokens))
     with LivingBytes(model) as living:
-        hidden = model(text, None, torch.tensor([0, tokens]))[0]
+        hidden = model(text, None, torch.tensor([0, tokens]), final_states=0)[0]
         assert hidden.requires_grad
         return living.now
 
@@ -198,6 +199,23 @@ def test_a_recomputed_block_keeps_what_is_counted(tmp_path, operator, version, m
     ]
     state = 4 * 2 * 64**2
     assert counted[0] - counted[1] == pytest.approx(three - two, abs=2 * state)
+
+
+@pytest.mark.parametrize("grad_cp", [True, "selective"])
+@pytest.mark.parametrize("mode", ["lora", "bone", "full"])
+def test_the_last_of_recomputed_blocks_keeps_what_is_counted(
+    tmp_path, operator, mode, grad_cp, monkeypatch
+):
+    flags, config = flags_of(tmp_path, mode), config_of()
+    step = Step(1, TOKENS, grad_cp=grad_cp, fused=False)
+    monkeypatch.setattr(rwkv.model, "keeps_end", lambda *_: False)
+    without = kept(config, flags, operator, TOKENS, grad_cp)
+    assert not memory.kept_by_last_block(config, plan_of(tmp_path, config, mode), step)
+    for module in (rwkv.model, memory):
+        monkeypatch.setattr(module, "keeps_end", lambda *_: True)
+    more = kept(config, flags, operator, TOKENS, grad_cp) - without
+    counted = memory.kept_by_last_block(config, plan_of(tmp_path, config, mode), step)
+    assert counted == pytest.approx(more, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -933,7 +951,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("number", [1, 4, 6, 8, 11, 12, 22, 23, 24, 27, 29, 31, 32])
+@pytest.mark.parametrize("number", [1, 4, 6, 8, 11, 12, 22, 23, 24, 27, 29, 31, 32, 34])
 def test_predictions_are_within_a_tenth(number):
     setting = bench_memory.SETTINGS[number]
     config = bench_memory.config_of_shape(setting.shape, version=setting.version)

@@ -14,6 +14,7 @@ from test_sft import small_model
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import rwkv.model
 from peft import lora
 from peft.apply import random_with_profile
 from peft.flags import PeftFlags
@@ -185,8 +186,11 @@ def test_what_waits_in_host_memory_leaves_the_gpu():
 @pytest.mark.parametrize(
     ("mode", "quant"), [("full", ""), ("lora", "none"), ("lora", "nf4"), ("bone", "fp8")]
 )
-def test_a_gpu_gives_the_same_bits(version, kernel, mode, quant, tmp_path):
-    """And holds between the passes more with `selective` than with 1, and less than with 0."""
+def test_a_gpu_gives_the_same_bits(version, kernel, mode, quant, tmp_path, monkeypatch):
+    """And holds between the passes more with `selective` than with 1, and less than with 0.
+
+    Last with 1 and with what the last block keeps of many tokens.
+    """
     rule = {"match": "blocks.*", "mode": mode, "rank": 16, "quant": quant}
     if mode == "full":
         rule = {"match": "*", "mode": mode}
@@ -203,15 +207,17 @@ def test_a_gpu_gives_the_same_bits(version, kernel, mode, quant, tmp_path):
     tokens = torch.randint(64, (1, 2048), device="cuda")
     borders = torch.tensor([0, 700, 701, 2048], device="cuda")
     kept, gradients = [], []
-    for model.grad_cp in (False, False, "selective", True):  # the first pass compiles
+    for number, grad_cp in enumerate((False, False, "selective", True, True)):  # the first compiles
+        model.grad_cp = grad_cp
+        monkeypatch.setattr(rwkv.model, "keeps_end", lambda *_, ends=number == 4: ends)
         model.zero_grad()
         before = torch.cuda.memory_allocated()
-        hidden = model(tokens, None, borders)[0]
+        hidden = model(tokens, None, borders, final_states=0)[0]
         kept.append(torch.cuda.memory_allocated() - before)
         hidden.float().square().sum().backward()
         del hidden
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert kept[1] > kept[2] > kept[3]
+    assert kept[1] > kept[2] > kept[4] > kept[3]
     for again in gradients[1:]:
         assert again.keys() == gradients[0].keys()
         for name, gradient in gradients[0].items():
@@ -237,6 +243,55 @@ def test_the_last_product_of_a_half_runs_once(version, mode, grad_cp, monkeypatc
     for name, layer in model.blocks.named_modules():
         if isinstance(layer, Linear):
             assert runs[layer] == (1 if name[2:] in once or grad_cp == "selective" else 2), name
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "bone", "miss"])
+@pytest.mark.parametrize(
+    ("grad_cp", "offload", "limit"),
+    [(True, False, 0), (True, True, 0), ("selective", False, 1)],
+    ids=["all", "offload", "limited"],
+)
+def test_where_the_backward_pass_begins_all_runs_once(mode, grad_cp, offload, limit, monkeypatch):
+    """Of many tokens, where nothing reads the states after them."""
+    monkeypatch.setattr(rwkv.model, "keeps_end", lambda config, tokens: tokens == 14)
+    model, plain = (adapted_model(7, mode) for _ in range(2))
+    model.grad_cp, model.grad_cp_offload, model.grad_cp_memory = grad_cp, offload, limit
+    runs, real = Counter(), Linear.product
+
+    def counted(layer, *args):
+        runs[layer] += 1
+        return real(layer, *args)
+
+    monkeypatch.setattr(Linear, "product", counted)
+    tokens, gradients = torch.arange(14).view(2, 7), []
+    for some in (plain, model):
+        hidden, _ = some(tokens, final_states=0)
+        hidden.square().sum().backward()
+        gradients.append({n: p.grad for n, p in some.named_parameters() if p.grad is not None})
+    once, counts = (
+        [[runs[x] for x in block.modules() if isinstance(x, Linear)] for block in some.blocks]
+        for some in (plain, model)
+    )
+    assert counts[-1] == once[-1] and counts[0] > once[0]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradients[1][name], gradient), name
+
+
+@pytest.mark.parametrize("states", [None, 1])
+def test_where_states_are_read_the_last_block_runs_again(states, monkeypatch):
+    monkeypatch.setattr(rwkv.model, "keeps_end", lambda *_: True)
+    model, real, runs = adapted_model(7, "lora"), Linear.product, Counter()
+    model.grad_cp = True
+
+    def counted(layer, *args):
+        runs[layer] += 1
+        return real(layer, *args)
+
+    monkeypatch.setattr(Linear, "product", counted)
+    hidden, _ = model(torch.arange(14).view(2, 7), final_states=states)
+    hidden.sum().backward()
+    assert runs[model.blocks[-1].ffn.key] == 2
 
 
 @pytest.mark.parametrize("version", [6, 7])
