@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up whatever is missing and pass the tests: style, types, then pytest. Arguments go to pytest.
+# Set up whatever is missing and pass the tests: style, types, then pytest in two processes.
+# Arguments go to pytest: -n 8 for more processes, -n 0 for none beside.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source example/environment.sh requirements.txt requirements-dev.txt
@@ -11,4 +12,4 @@ fi
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
-"$PYTHON" -m pytest -m "not gpu and not slow" "$@"
+"$PYTHON" -m pytest -n 2 --dist worksteal -m "not gpu and not slow" "$@"

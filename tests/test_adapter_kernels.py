@@ -31,7 +31,13 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"]
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="runs the others where there is no GPU")
 @pytest.mark.parametrize(
-    "part", ["recomputation", "trained_state", "not recomputation and not trained_state"]
+    "part",
+    [
+        "recomputation and lora",
+        "recomputation and bone",
+        "trained_state",
+        "not recomputation and not trained_state",
+    ],
 )
 def test_in_the_interpreter(part):
     pass_in_the_interpreter(__file__, "-k", part)

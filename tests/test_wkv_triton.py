@@ -51,8 +51,9 @@ as_operators = pytest.mark.parametrize(
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="runs the others where there is no GPU")
-def test_in_the_interpreter():
-    pass_in_the_interpreter(__file__)
+@pytest.mark.parametrize("part", ["wkv7", "not wkv7"])
+def test_in_the_interpreter(part):
+    pass_in_the_interpreter(__file__, "-k", part)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles for a GPU")
