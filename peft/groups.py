@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from peft.plan import PREFIX, STATE, Plan
+from peft.plan import PREFIX, STATE, Plan, trained_sizes
 from peft.registry import ADAPTERS
 from rwkv.errors import InputError
 from rwkv.init import is_decayed, learning_rate_factor
@@ -61,6 +61,29 @@ def parameter_groups(model: nn.Module, plan: Plan, flags: OptimizerFlags) -> lis
         label = "+".join(dict.fromkeys(kinds))
         groups.append(ParameterGroup(label, names, params, lr_init, lr_final, decay))
     return groups
+
+
+def unheard_rates(plan: Plan, flags: OptimizerFlags, *, tuned_state: bool) -> list[str]:
+    """A line for each rate of the flags that the profile overrules for all that trains.
+
+    tuned_state: states train too, or a prefix, which are of no weight decay.
+    """
+    if not flags.lr_advanced:
+        return []
+    trained = [plan.plans[name] for name in plan.layers if trained_sizes(plan, name)]
+    states = [plan.plans[name] for name in plan.layers if plan.layers[name].kind == "state"]
+    lines = []
+    for rate in ("lr_init", "lr_final", "weight_decay"):
+        value = getattr(flags, rate)
+        own = [getattr(mine, rate) for mine in trained]
+        if tuned_state and rate != "weight_decay":
+            own += [getattr(mine, f"state_{rate}") for mine in states]
+        if value != getattr(OptimizerFlags, rate) and None not in own:
+            lines.append(
+                f"--{rate} {value:g}: has no effect, for {plan.flags.layer_profile} has this rate "
+                "for all that trains; change it there, or add --lr_advanced 0"
+            )
+    return lines
 
 
 def _rates(

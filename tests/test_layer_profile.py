@@ -8,7 +8,7 @@ import torch
 
 from peft.apply import install, mark_trained
 from peft.flags import PeftFlags
-from peft.groups import parameter_groups
+from peft.groups import parameter_groups, unheard_rates
 from peft.layer_profile import LayerPlan, read_profile
 from peft.plan import describe, make_plan, model_layers, stored_bytes, trained_count
 from rwkv.config import LowRanks, RWKVConfig
@@ -238,6 +238,32 @@ def test_lr_advanced_0_takes_the_flags(tmp_path):
     )
     assert groups["blocks.0.att.key.weight"] == (3e-5, 3e-6, 0.01)
     assert groups["blocks.0.att.w0"] == (6e-5, 6e-6, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rules", "flags", "state", "unheard"),
+    [
+        ([RATES], {"lr_init": 1e-3, "weight_decay": 0.01}, False, ["lr_init", "weight_decay"]),
+        ([RATES], {"lr_init": 1e-4}, False, []),  # as it is where it is not given
+        ([RATES], {"lr_init": 1e-3, "lr_advanced": False}, False, []),
+        ([{"lr_init": 2e-4}], {"lr_init": 1e-3, "lr_final": 1e-6}, False, ["lr_init"]),
+        ([RATES, {"lr_final": 1e-5}], {"lr_init": 1e-3, "lr_final": 1e-6}, False, ["lr_final"]),
+        ([RATES], {"lr_init": 1e-3, "weight_decay": 0.01}, True, ["weight_decay"]),
+        ([RATES | {"state_lr_init": 0.1}], {"lr_init": 1e-3, "lr_final": 1}, True, ["lr_init"]),
+    ],
+)
+def test_a_rate_that_the_profile_overrules_is_told(tmp_path, rules, flags, state, unheard):
+    matches = ["blocks.*"] if len(rules) == 1 else ["blocks.0.*", "blocks.1.*"]
+    plan = plan_of(
+        tmp_path,
+        *(
+            {"match": match, "mode": "lora", "rank": 8, **rule}
+            for match, rule in zip(matches, rules, strict=True)
+        ),
+    )
+    lines = unheard_rates(plan, OptimizerFlags(**flags), tuned_state=state)
+    assert [line.split()[0] for line in lines] == [f"--{name}" for name in unheard]
+    assert all("p.json has this rate for all that trains" in line for line in lines)
 
 
 def test_lora_plus_speeds_up_b(tmp_path):

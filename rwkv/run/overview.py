@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from data.batch_plan import BatchPlan
 from peft.flags import StateFlags
+from peft.groups import unheard_rates
 from peft.plan import Plan
 from peft.plan import describe as describe_layers
 from peft.tuned_state import describe_prefix, describe_state
@@ -17,7 +18,7 @@ from rwkv.run.graphs import uses_graphs
 from rwkv.run.kernel import wkv_choice
 from rwkv.run.models import Device
 from rwkv.tokenizer import Tokenizer
-from rwkv.training.flags import TrainerFlags
+from rwkv.training.flags import OptimizerFlags, TrainerFlags
 
 
 class Steps(NamedTuple):
@@ -83,6 +84,8 @@ def describe(run: Run) -> Iterable[str]:
         yield str(error)
     yield from describe_layers(layers, device.dtype)
     start = settings[StateFlags]
+    tuned = start.state or bool(start.prefix_tuning)
+    yield from unheard_rates(layers, settings[OptimizerFlags], tuned_state=tuned)
     if start.state:
         yield describe_state(config)
     if start.prefix_tuning:
