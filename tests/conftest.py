@@ -55,7 +55,9 @@ def one_configuration(monkeypatch) -> None:
     monkeypatch.setattr(autotuner, "prune_configs", first)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # one of several processes: none ends with a long one
+        items.sort(key=lambda item: "in_the_interpreter" not in item.name)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
