@@ -1,5 +1,6 @@
 """Training from the command line: files written, resuming, stopping, several processes."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,11 @@ from rwkv.errors import InputError, RunError
 from rwkv.init import initialize
 from rwkv.model import RWKV
 from rwkv.tokenizer import load_tokenizer
+from rwkv.training import stopping
+from rwkv.training.evaluation import Evaluation
+from rwkv.training.lit import LitModel
 from rwkv.training.step_log import read_log
+from rwkv.training.stopping import SIGNALS
 
 ROOT = Path(__file__).parent.parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: the same order of sums
@@ -215,6 +221,78 @@ def test_asked_to_stop_it_saves_and_leaves(folder, whole, tmp_path, number):
     assert all(torch.equal(want[name], got[name]) for name in want)
 
 
+@pytest.fixture
+def terms():
+    """The SIGTERMs that take what is this test's usual course."""
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    yield seen
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_run_leaves_signals_as_they_were_and_nothing_behind(folder, tmp_path, monkeypatch, terms):
+    made, init = [], LitModel.__init__
+
+    def remember(lit, *args, **options):
+        init(lit, *args, **options)
+        made.append(weakref.ref(lit))
+
+    monkeypatch.setattr(LitModel, "__init__", remember)
+    before = [signal.getsignal(number) for number in SIGNALS]
+    assert train.main(flags(folder, tmp_path / "out", epoch_steps=2, epoch_count=1)) == 0
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    gc.collect()
+    assert [one() for one in made] == [None]
+
+
+def test_asked_while_it_evaluates_step_0_it_saves_the_first_step(
+    folder, tmp_path, monkeypatch, terms, capsys
+):
+    evaluate = Evaluation.evaluate
+
+    def interrupted(evaluation, trainer, lit):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(evaluation, trainer, lit)
+
+    monkeypatch.setattr(Evaluation, "evaluate", interrupted)
+    words = flags(folder, tmp_path / "out", val_data_file=folder / "val.jsonl")
+    assert train.main(words) == 128 + signal.SIGTERM
+    assert f"stopped at step 1 of {STEPS}" in capsys.readouterr().err
+    assert (tmp_path / "out" / "resume" / "step-1").is_dir() and not terms
+
+
+def test_a_second_signal_takes_its_usual_course(folder, tmp_path, monkeypatch, terms):
+    """SIGTERM goes to the handler of before, Ctrl-C ends the run at once."""
+    training_step, number = LitModel.training_step, signal.SIGTERM
+
+    def interrupted(lit, batch, index):
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        return training_step(lit, batch, index)
+
+    monkeypatch.setattr(LitModel, "training_step", interrupted)
+    monkeypatch.setattr(stopping, "ECHO", 0.0)
+    assert train.main(flags(folder, tmp_path / "one")) == 128 + number
+    assert terms[0] == number and (tmp_path / "one" / "resume" / "step-1").is_dir()
+    number = signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags(folder, tmp_path / "two"))
+
+
+def test_a_signal_within_the_last_step_finds_the_run_done(folder, tmp_path, monkeypatch, capsys):
+    training_step = LitModel.training_step
+
+    def interrupted(lit, batch, index):
+        if index == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return training_step(lit, batch, index)
+
+    monkeypatch.setattr(LitModel, "training_step", interrupted)
+    words = flags(folder, tmp_path / "out", epoch_steps=2, epoch_count=1)
+    assert train.main(words) == 0
+    assert "done: 1 steps" in capsys.readouterr().err
+
+
 # four rows a step, on one process and on two; all weights train
 ONE = {"devices": 1, "accumulate_grad_batches": 4, "epoch_steps": 4 * STEPS, "epoch_count": 1}
 TWO = ONE | {"devices": 2, "accumulate_grad_batches": 2, "epoch_steps": 2 * STEPS}
@@ -362,6 +440,18 @@ def test_a_rank_that_dies_ends_the_run_and_the_run_goes_on_on_one_process(folder
     assert len(losses_of(output)) < STEPS
     assert train.main(full(folder, output, **ONE, resume=1)) == 0
     assert_same_run(output, alone)
+
+
+def test_a_rank_asked_to_stop_stops_the_run_as_one_process_does(folder, tmp_path):
+    output = tmp_path / "asked"
+    process = start(full(folder, output, **TWO | {"epoch_steps": 800}))
+    until_step(process, output, 2)
+    child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+    os.kill(child, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert " of 400; go on with the same flags and --resume 1" in errors
+    assert list((output / "resume").glob("step-*"))
 
 
 def test_ranks_leave_when_the_first_is_killed(folder, tmp_path):

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 
 from data.batch_plan import BatchPlan
 from data.datasets import make_loader
-from data.flags import DataFlags
+from data.flags import DataFlags, IterateFlags
 from losses.flags import DistillationFlags, SFTFlags
 from losses.objectives import chosen_objective, make_objective
 from losses.preference_flags import PREFERENCE_FLAGS, REFERENCED
@@ -37,17 +37,21 @@ from rwkv.training import resume
 from rwkv.training.evaluation import Evaluation
 from rwkv.training.flags import EvaluationFlags, OptimizerFlags, TrainerFlags
 from rwkv.training.graphed import GraphedSteps
-from rwkv.training.launch import all_ranks, starts_itself
+from rwkv.training.launch import all_ranks, is_child, starts_itself
 from rwkv.training.lit import LitModel, quiet_lightning
 from rwkv.training.run_folder import newest
 from rwkv.training.saving import Saving
 from rwkv.training.schedule import Schedule
 from rwkv.training.step_log import RunLog, StepLog, draw_loss
+from rwkv.training.stopping import Stopping
 from rwkv.training.strategy import make_strategy, take_device
 
 
 def fit(run: Run) -> int:
-    """Train; returns 0, or 128 plus the number of the signal that stopped the run."""
+    """Train; returns 0, or 128 plus the number of the signal that stopped the run.
+
+    A signal within the last step stops only what would follow: the next of --iterate's rounds.
+    """
     quiet_lightning()
     flags, device = run.settings[TrainerFlags], run.device
     folder = Path(flags.proj_dir)
@@ -122,14 +126,15 @@ def fit_ranks(run: Run, strategy: Any, point: Path | None) -> int:
         run=same,
         step_log=log,
     )
-    callbacks: list[Any] = [log]
+    stopping = Stopping(log)
+    callbacks: list[Any] = [stopping, log]
     if batches.held_out is not None:
         callbacks.append(
             make_evaluation(settings, objective, batches.held_out, steps, log, tokenizer)
         )
     callbacks.append(saving)
     if point is not None:
-        callbacks.insert(0, resume.Resume(point))
+        callbacks.insert(1, resume.Resume(point))
     trainer = pl.Trainer(
         accelerator="cuda" if device.kind == "cuda" else "cpu",
         devices=flags.devices,
@@ -152,7 +157,8 @@ def fit_ranks(run: Run, strategy: Any, point: Path | None) -> int:
         resume.clear_leftovers(folder)
     pl.seed_everything(flags.random_seed + trainer.global_rank, workers=True, verbose=False)
     try:
-        trainer.fit(lit)
+        with stopping:
+            trainer.fit(lit)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -160,16 +166,18 @@ def fit_ranks(run: Run, strategy: Any, point: Path | None) -> int:
             "a process that prepares batches was killed, as a host short of memory does; go on "
             "with the same flags, --resume 1 and --num_workers 0"
         ) from error
+    done, number = lit.steps_done, log.stopped_by or log.stop_requested
+    stopped = bool(number) and (done < steps.total or bool(settings[IterateFlags].iterate))
+    status = 128 + number if stopped else 0
     if not trainer.is_global_zero:
-        return 0
+        return 0 if is_child() else status  # the process that started it speaks for all
     picture = folder / "loss.png"
     written = saving.written + [picture] * draw_loss(folder / "train_log.jsonl", picture)
-    done = lit.steps_done
-    if saving.stopped_by is not None:
+    if done < steps.total:
         say(f"stopped at step {done} of {steps.total}; go on with the same flags and --resume 1")
-        return 128 + saving.stopped_by
-    say(f"done: {done} steps; written: {', '.join(map(str, written))}")
-    return 0
+    else:
+        say(f"done: {done} steps; written: {', '.join(map(str, written))}")
+    return status
 
 
 def computed_by(settings: Settings) -> dict[str, Any]:

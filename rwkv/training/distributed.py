@@ -2,10 +2,13 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+
+Value = TypeVar("Value")
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -15,11 +18,11 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def gather_over_ranks(value: object) -> list[object]:
+def gather_over_ranks(value: Value) -> list[Value]:
     """Every rank's value, in the order of ranks."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
-    values: list[object] = [None] * torch.distributed.get_world_size()
+    values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 

@@ -1,6 +1,5 @@
 """Save models and resume points on time, and when the run is told to stop."""
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from rwkv.training.distributed import whole_parameters
 from rwkv.training.lit import LitModel
 from rwkv.training.step_log import StepLog
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 
 class Saving(pl.Callback):
     """Writes `rwkv-EPOCH.pth` at the end of epochs, resume points, and both when stopped.
@@ -29,7 +26,7 @@ class Saving(pl.Callback):
         tensors: what a saved model holds; called on every rank.
         metadata: what the file is; goes beside it.
         run: settings that a resumed run must share.
-        step_log: is told when a signal asks to stop; catches up before anything is saved.
+        step_log: catches up before anything is saved.
     """
 
     def __init__(
@@ -45,20 +42,8 @@ class Saving(pl.Callback):
     ):
         self.folder, self.epochs, self.every = folder, epochs, every
         self.tensors, self.metadata, self.run, self.step_log = tensors, metadata, run, step_log
-        self.stopped_by: int | None = None
         self.written: list[Path] = []
-        self._before: dict[int, Any] = {}
         self._saved_step = -1
-
-    def on_train_start(self, trainer: pl.Trainer, lit: LitModel) -> None:  # type: ignore[override]
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._ask_to_stop)
-
-    def _ask_to_stop(self, number: int, frame: Any) -> None:
-        """Finish the step and save; a second signal takes its usual course."""
-        self.stopped_by = number
-        self.step_log.stop_requested = True
-        signal.signal(number, self._before[number])
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: pl.Trainer, lit: LitModel, outputs: Any, batch: Any, index: int
@@ -97,11 +82,6 @@ class Saving(pl.Callback):
                     write_tensors(beside, states, metadata | {"kind": "state"})
                     self.written.append(beside)
         trainer.strategy.barrier()
-
-    def teardown(self, trainer: pl.Trainer, lit: Any, stage: str) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rwkv.errors import RunError
 from rwkv.files import replacing
-from rwkv.training.distributed import sum_over_ranks
+from rwkv.training.distributed import gather_over_ranks, sum_over_ranks
 from rwkv.training.lit import LitModel
 from rwkv.training.optimizer import gradient_norm
 from rwkv.training.schedule import Schedule
@@ -115,7 +115,9 @@ class StepLog(pl.Callback):
         behind: steps that the report stays behind the work.
 
     Attributes:
-        stop_requested: read once a step; true on any rank stops all of them after it.
+        stop_requested: the signal that this process was asked to stop by, 0 for none; read once a
+            step, and one of any rank stops all of them after it.
+        stopped_by: the signal that stops them, the same on all; 0 for none.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class StepLog(pl.Callback):
     ):
         self.run_log, self.schedule, self.every = run_log, schedule, every
         self.step_tokens, self.loggers = step_tokens, loggers
-        self.behind, self.stop_requested = behind, False
+        self.behind, self.stop_requested, self.stopped_by = behind, 0, 0
         self._tokens = 0
         self._ends_step = False
         self._device: torch.device | None = None
@@ -189,7 +191,7 @@ class StepLog(pl.Callback):
         """Begin to bring the step's numbers to the host."""
         names = sorted(lit.step_sums)
         values = [lit.step_sums[name].double() for name in names]
-        for name, number in (("tokens", self._tokens), ("stop", self.stop_requested)):
+        for name, number in (("tokens", self._tokens), ("stop", bool(self.stop_requested))):
             names.append(name)
             values.append(torch.full_like(values[0], number))
         lit.step_sums, self._tokens = {}, 0
@@ -228,6 +230,7 @@ class StepLog(pl.Callback):
             )
         seconds, self._since = self._since.seconds_until(arrived), arrived
         if summed.pop("stop"):
+            self.stopped_by = max(gather_over_ranks(self.stop_requested))
             trainer.should_stop = True
         tokens = int(summed.pop("tokens"))
         line = {"step": step, **summed, "lr": max(rates)}
