@@ -158,6 +158,24 @@ def test_a_loss_that_is_not_finite_is_named_by_its_step(tmp_path, behind):
     assert steps == 2 + behind
 
 
+def test_gradients_that_are_not_finite_are_named_and_nothing_is_saved(tmp_path, monkeypatch):
+    """A finite loss whose gradient is nan, at the last step: the resume point of before stays."""
+    training_step = LitModel.training_step
+
+    def breaks(lit, batch, index):
+        some = next(p for p in lit.model.parameters() if p.requires_grad)
+        loss = training_step(lit, batch, index)
+        return loss + (some * 0).sum().sqrt() if index == 3 else loss
+
+    monkeypatch.setattr(LitModel, "training_step", breaks)
+    words = [*write_run(tmp_path), "--proj_dir", str(tmp_path / "run"), "--epoch_steps", "4"]
+    words += ["--ctx_len", "64", "--micro_bsz", "1", "--resume_every", "1", "--num_workers", "0"]
+    with pytest.raises(RunError, match="step 4: the norm of the gradients is nan; lower --lr_init"):
+        command.main([*words, "--accelerator", "cpu"])
+    assert [p.name for p in (tmp_path / "run" / "resume").iterdir()] == ["step-3"]
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
 class NothingRead(TorchDispatchMode):
     """Stops at operators that would wait for a GPU."""
 

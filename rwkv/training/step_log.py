@@ -212,22 +212,23 @@ class StepLog(pl.Callback):
         """Report all steps that are done.
 
         Raises:
-            RunError: the loss of one of them is not finite.
+            RunError: the loss of one of them, or the norm of its gradients, is not finite.
         """
         while self._unread:
             self._report(trainer)
 
     def _report(self, trainer: pl.Trainer) -> None:
-        """Log the oldest step that was not, and stop at a loss that is not finite."""
+        """Log the oldest step that was not, and stop at a loss or gradients that are not finite."""
         step, rates, names, numbers, arrived = self._unread.pop(0)
         if arrived.device is not None:
             arrived.device.synchronize()
         summed = dict(zip(names, numbers.tolist(), strict=True))
-        if not math.isfinite(summed["loss"]):
-            raise RunError(
-                f"step {step}: the loss is {summed['loss']}; lower --lr_init, "
-                f"or look at the data; models saved so far are in {self.run_log.path.parent}"
-            )
+        for name, words in (("loss", "loss"), ("grad_norm", "norm of the gradients")):
+            if not math.isfinite(summed.get(name, 0.0)):
+                raise RunError(
+                    f"step {step}: the {words} is {summed[name]}; lower --lr_init, "
+                    f"or look at the data; models saved so far are in {self.run_log.path.parent}"
+                )
         seconds, self._since = self._since.seconds_until(arrived), arrived
         if summed.pop("stop"):
             self.stopped_by = max(gather_over_ranks(self.stop_requested))
