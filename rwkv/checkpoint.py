@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rwkv.config import LowRanks, RWKVConfig
 from rwkv.errors import InputError
-from rwkv.files import replacing
+from rwkv.files import replacing, sync
 from rwkv.model import RWKV
 
 PREFIX = "_forward_module."  # DeepSpeed's, in front of every key of some files
@@ -410,6 +410,9 @@ def write_tensors(
 ) -> None:
     """Write tensors to a `.pth` or `.safetensors` file, whole or not at all.
 
+    At any moment, and after a kill, tensors have no other's `.json` beside them: when all is on
+    the disk the old tensors go, then come the `.json` and the new tensors.
+
     Args:
         path: its ending chooses the format.
         tensors: on any device; written from the CPU, without history, each with its own storage.
@@ -429,9 +432,12 @@ def write_tensors(
         else:
             with part.open("wb") as handle:
                 torch.save(plain, handle)
-    if metadata is not None:
-        with replacing(path.with_suffix(".json")) as part:
-            part.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+        if metadata is not None:
+            sync(part)
+            with replacing(path.with_suffix(".json")) as beside:
+                beside.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+                sync(beside)
+                path.unlink(missing_ok=True)
 
 
 def check_output(path: Path, kind: str | None) -> None:

@@ -1,6 +1,7 @@
 """Files are written whole or not at all: errors, full disks, kills, folders."""
 
 import errno
+import itertools
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv.checkpoint import read_tensors, write_tensors
+from rwkv.checkpoint import read_metadata, read_tensors, write_tensors
 from rwkv.errors import InputError
 from rwkv.files import claimed, replacing
 
@@ -160,6 +161,41 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == -signal.SIGKILL
     assert torch.equal(read_tensors(path)["a"], torch.ones(3))
+
+
+def write_until(call: int, path: Path, step: int) -> int:
+    """Write in a process that ends before a rename or removal, counted from 0; its exit status."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    calls = itertools.count()
+
+    def ending(real):
+        return lambda *args, **more: os._exit(9) if next(calls) == call else real(*args, **more)
+
+    try:
+        Path.replace, Path.unlink = ending(Path.replace), ending(Path.unlink)
+        write_tensors(path, {"a": torch.tensor([step])}, {"kind": "adapter", "step": step})
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["new", "written over"])
+def test_tensors_never_have_the_json_of_others(tmp_path, before):
+    """Killed between any two changes of names; the next write of that file goes well."""
+    for call in itertools.count():
+        path = tmp_path / str(call) / "a.pth"
+        if before:
+            write_tensors(path, {"a": torch.tensor([1])}, {"kind": "adapter", "step": 1})
+        status = write_until(call, path, 2)
+        if path.exists():
+            assert read_metadata(path)["step"] == read_tensors(path)["a"].item()
+        assert write_until(-1, path, 3) == 0 and read_metadata(path)["step"] == 3
+        if status == 0:
+            break
+        assert status == 9
+    assert call > 3
 
 
 def test_a_folder_is_claimed_by_one_process(tmp_path):
