@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from rwkv.errors import InputError, RunError
 from rwkv.init import initialize
 from rwkv.model import RWKV
 from rwkv.tokenizer import load_tokenizer
-from rwkv.training import stopping
+from rwkv.training import resume, stopping
 from rwkv.training.evaluation import Evaluation
 from rwkv.training.lit import LitModel
 from rwkv.training.step_log import read_log
@@ -196,6 +197,21 @@ def test_a_run_goes_on_only_as_it_began(folder, whole, more, named):
     words = flags(folder, whole, resume=1, **more)
     with pytest.raises(InputError, match=rf"--resume: .*step-\d+ was made with {named}"):
         train.main(words)
+
+
+def test_a_run_without_its_first_resume_point_begins_anew(folder, tmp_path, monkeypatch):
+    """Ended between the first model and the resume point, as by a kill or a full disk."""
+    words = flags(folder, tmp_path / "out", epoch_steps=4, resume=1)
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(resume, "save", Mock(side_effect=InterruptedError))
+        train.main(words)
+    model = tensors(tmp_path / "out" / "rwkv-0.pth")
+    with pytest.raises(InputError, match="holds rwkv-0.pth, .*; add --resume 1 to begin that run"):
+        train.main(words[:-2])
+    assert train.main(words) == 0
+    again = tensors(tmp_path / "out" / "rwkv-0.pth")
+    assert all(torch.equal(model[name], again[name]) for name in model)
+    assert (tmp_path / "out" / "resume" / "step-4").is_dir()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -154,7 +154,7 @@ def fit_ranks(run: Run, strategy: Any, point: Path | None) -> int:
         num_sanity_val_steps=0,
     )
     if trainer.is_global_zero:
-        resume.clear_leftovers(folder)
+        resume.prepare_folder(folder)
     pl.seed_everything(flags.random_seed + trainer.global_rank, workers=True, verbose=False)
     try:
         with stopping:

@@ -40,8 +40,9 @@ def check_same_run(point: Path, run: dict[str, Any]) -> int:
     return int(point.name[5:])
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove what a killed process had not finished writing."""
+def prepare_folder(folder: Path) -> None:
+    """Mark the folder as a run's, and remove what a killed process had not finished writing."""
+    (folder / POINTS).mkdir(parents=True, exist_ok=True)
     for left in [*folder.glob(".*.part"), *(folder / POINTS).glob(".*.part")]:
         remove(left)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rwkv.errors import InputError
 
-POINTS = "resume"  # within the folder
+POINTS = "resume"  # within the folder, from before the first step of a run
 
 
 def newest(folder: Path) -> Path | None:
@@ -17,13 +17,15 @@ def newest(folder: Path) -> Path | None:
 def check_folder(folder: Path, resume: bool) -> None:
     """Stop where a run would be written over another.
 
+    A run that was killed between its first model and its first resume point begins anew.
+
     Args:
         folder: --proj_dir.
         resume: --resume.
 
     Raises:
         InputError: there is a run that is not to be resumed, or there are models and no resume
-            point.
+            point, unless they are of such a run and it is to be resumed.
     """
     point = newest(folder)
     if point is not None and not resume:
@@ -32,7 +34,10 @@ def check_folder(folder: Path, resume: bool) -> None:
             "add --resume 1 to go on with it, or choose another folder"
         )
     if point is None and (models := sorted(folder.glob("rwkv-*.pth"))):
-        raise InputError(
-            f"--proj_dir {folder}: already holds {models[0].name}, and nothing to go on from; "
-            "choose another folder"
-        )
+        begun = (folder / POINTS).is_dir()
+        if not begun or not resume:
+            raise InputError(
+                f"--proj_dir {folder}: already holds {models[0].name}, and nothing to go on from; "
+                + ("add --resume 1 to begin that run anew, or " if begun else "")
+                + "choose another folder"
+            )
