@@ -188,6 +188,11 @@ def test_killed_at_any_moment_it_resumes_bit_for_bit(folder, whole, tmp_path):
         ({"optim": "lion"}, "optim = "),
         ({"lr_init": 5e-3}, "lr_init = 0.01, this run has 0.005"),
         ({"rslora": 1}, "rslora = False"),
+        ({"random_mode": 0}, "random_mode = 1, this run has 0"),
+        (
+            {"infctx": 1, "chunk_grad": "truncated", "chunk_ctx": 48},
+            "gradient = of the whole text, this run has cut after 48 tokens",
+        ),
         ({"precision": "bf16"}, "precision = float32"),
         ({"quant": 1, "quant_mode": "int8"}, r"blocks.0.att.\w+ = .*quant none.*quant int8"),
     ],
@@ -212,6 +217,15 @@ def test_a_run_without_its_first_resume_point_begins_anew(folder, tmp_path, monk
     again = tensors(tmp_path / "out" / "rwkv-0.pth")
     assert all(torch.equal(model[name], again[name]) for name in model)
     assert (tmp_path / "out" / "resume" / "step-4").is_dir()
+
+
+def test_a_run_goes_on_with_the_pieces_it_had(folder, tmp_path):
+    """--overlong counts where it changes something: these are dialogues, which auto cuts."""
+    words = flags(folder, tmp_path / "out", ctx_len=36, epoch_steps=2, epoch_count=1, resume=1)
+    assert train.main(words) == 0
+    assert train.main([*words, "--overlong", "cut"]) == 0
+    with pytest.raises(InputError, match="pieces = records 50, cut .*, this run has records 50, d"):
+        train.main([*words, "--overlong", "drop"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from data.batch_plan import BatchPlan
 from data.datasets import make_loader
 from data.flags import DataFlags, IterateFlags
-from losses.flags import DistillationFlags, SFTFlags
+from losses.flags import ChunkFlags, DistillationFlags, SFTFlags
 from losses.objectives import chosen_objective, make_objective
 from losses.preference_flags import PREFERENCE_FLAGS, REFERENCED
 from peft.adapter import adapters_off
@@ -29,7 +29,7 @@ from rwkv.model import RWKV
 from rwkv.plain_text import read_text
 from rwkv.run.graphs import uses_graphs
 from rwkv.run.models import build, building_place, load_teacher
-from rwkv.run.overview import Run, Steps
+from rwkv.run.overview import Run, Steps, counts_in_words
 from rwkv.sampling_flags import Sampling
 from rwkv.templates import prompt_tokens
 from rwkv.tokenizer import Tokenizer
@@ -80,6 +80,7 @@ def fit_ranks(run: Run, strategy: Any, point: Path | None) -> int:
         "rows of a step": plan.rows_per_step,
         "ctx_len": data.ctx_len,
         "packing": data.packing,
+        "pieces": counts_in_words(plan.pieces.report),
         "random_seed": flags.random_seed,
         "steps": steps.total,
         "trained parameters": trained_count(layers),
@@ -181,12 +182,16 @@ def fit_ranks(run: Run, strategy: Any, point: Path | None) -> int:
 
 
 def computed_by(settings: Settings) -> dict[str, Any]:
-    """The flags of the objective, the optimizer and the adapters that a resumed run must share."""
+    """The flags of objective, optimizer, adapters and order that a resumed run must share."""
     kinds = (SFTFlags, DistillationFlags, *PREFERENCE_FLAGS, OptimizerFlags)
     names = [field.name for kind in kinds for field in fields(kind)]
-    names += ["rslora", "lora_plus_ratio", "layerwise_lr", "load_adapter"]
-    values = settings.as_flags()
-    return {name: values[name] for name in names if name != "teacher_model"}
+    names += ["rslora", "lora_plus_ratio", "layerwise_lr", "load_adapter", "svd_niter"]
+    names += ["random_mode"]
+    values, chunks = settings.as_flags(), settings[ChunkFlags]
+    truncated = chunks.infctx and chunks.chunk_grad == "truncated"
+    return {name: values[name] for name in names if name != "teacher_model"} | {
+        "gradient": f"cut after {chunks.chunk_ctx} tokens" if truncated else "of the whole text"
+    }
 
 
 def make_evaluation(

@@ -1,6 +1,6 @@
 """What a run is going to do: its steps, and the lines printed before it begins."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from data.batch_plan import BatchPlan
@@ -90,8 +90,7 @@ def describe(run: Run) -> Iterable[str]:
         yield describe_state(config)
     if start.prefix_tuning:
         yield describe_prefix(config, start.prefix_token_len)
-    report = ", ".join(f"{name} {count:,}" for name, count in plan.pieces.report.items() if count)
-    yield f"data: {report}"
+    yield f"data: {counts_in_words(plan.pieces.report)}"
     yield (
         f"rows: {plan.rows_per_pass:,} of {plan.pieces.room:,} tokens, {plan.fill:.0%} full; "
         f"{plan.rows_per_step} a step"
@@ -102,3 +101,8 @@ def describe(run: Run) -> Iterable[str]:
         f"run: {steps.total:,} steps, {steps.total / plan.steps_per_pass:.2f} passes over the "
         f"data, strategy {trainer.strategy}, into {trainer.proj_dir}"
     )
+
+
+def counts_in_words(report: Mapping[str, int]) -> str:
+    """What was split, cut or left out, as `records 50, split 3`."""
+    return ", ".join(f"{name} {count:,}" for name, count in report.items() if count)
