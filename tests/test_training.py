@@ -291,6 +291,24 @@ def test_asked_while_it_evaluates_step_0_it_saves_the_first_step(
     assert (tmp_path / "out" / "resume" / "step-1").is_dir() and not terms
 
 
+def test_a_resumed_run_measures_each_step_once(folder, tmp_path, monkeypatch):
+    """Stopped in the middle of a run whose steps are two micro-batches each."""
+    training_step = LitModel.training_step
+
+    def interrupted(lit, batch, index):
+        if lit.steps_done == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return training_step(lit, batch, index)
+
+    monkeypatch.setattr(LitModel, "training_step", interrupted)
+    more = {"val_data_file": folder / "val.jsonl", "val_every": 1, "epoch_steps": 6, "resume": 1}
+    words = flags(folder, tmp_path / "out", epoch_count=1, **more)
+    assert train.main(words) == 128 + signal.SIGTERM
+    assert train.main(words) == 0
+    lines = read_log(tmp_path / "out" / "train_log.jsonl")
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 1, 2, 3]
+
+
 def test_a_second_signal_takes_its_usual_course(folder, tmp_path, monkeypatch, terms):
     """SIGTERM goes to the handler of before, Ctrl-C ends the run at once."""
     training_step, number = LitModel.training_step, signal.SIGTERM

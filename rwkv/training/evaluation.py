@@ -37,7 +37,8 @@ class Evaluation(pl.Callback):
         self._done = -1
 
     def on_train_start(self, trainer: pl.Trainer, lit: LitModel) -> None:  # type: ignore[override]
-        if lit.steps_done == 0:
+        self._done = lit.first_step  # a resumed run has measured it before
+        if lit.first_step == 0:
             self.evaluate(trainer, lit)
 
     def on_train_batch_end(  # type: ignore[override]
