@@ -532,6 +532,13 @@ def test_missing_bitsandbytes_is_told_before_data_is_read(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("start", ["state", "prefix_tuning"])
+def test_a_state_rate_that_ends_at_0_is_named(fails, tmp_path, start):
+    profile = write_profile(tmp_path / "p.json", mode="freeze", state_lr_init=1.0, state_lr_final=0)
+    text = fails(layer_profile=profile, **{start: 1})
+    assert "p.json: rule 1: blocks.0.att.time_state: an exponential schedule cannot go" in text
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_an_error(fails):
     text = fails(accelerator="gpu", status=1)

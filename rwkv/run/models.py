@@ -66,10 +66,14 @@ def plan_layers(settings: Settings, config: RWKVConfig) -> Plan:
     if not (trained_count(plan) or start.state or start.prefix_tuning):
         raise nothing_trains(plan)
     check_rates(optimizer.lr_schedule, optimizer.lr_init, optimizer.lr_final, "--lr_final")
+    tuned = {name for name in plan.layers if plan.layers[name].kind == "state" and start.state}
+    tuned |= {f"blocks.0.att.{STATE}"} if start.prefix_tuning else set()  # a prefix has its rates
     for name, layer in plan.plans.items():
-        if layer.mode != "freeze" and optimizer.lr_advanced:
-            first = optimizer.lr_init if layer.lr_init is None else layer.lr_init
-            last = optimizer.lr_final if layer.lr_final is None else layer.lr_final
+        rates = [(layer.lr_init, layer.lr_final)] * (layer.mode != "freeze")
+        rates += [(layer.state_lr_init, layer.state_lr_final)] * (name in tuned)
+        for first, last in rates if optimizer.lr_advanced else []:
+            first = optimizer.lr_init if first is None else first
+            last = optimizer.lr_final if last is None else last
             check_rates(optimizer.lr_schedule, first, last, f"{layer.rule}: {name}")
     return plan
 
