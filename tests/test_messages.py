@@ -792,11 +792,20 @@ def test_flags_without_effect_are_named():
         "--orpo_alpha 2.0: has no effect without --orpo 1",
         "--rslora 1: has no effect without --layer_profile",
     ]
+    words = "--sft 1 --val_every 5 --val_prompts p.txt"
+    settings = parse(words.split(), FLAGS, program="train.py", description="")
+    assert without_effect(settings) == [
+        "--val_every 5: has no effect without --val_data_file or --val_fraction",
+        "--val_prompts p.txt: has no effect without --val_data_file or --val_fraction",
+    ]
+    held_out = parse([*words.split(), "--val_fraction", "0.1"], FLAGS, program="", description="")
+    assert not without_effect(held_out)
 
 
 def test_flags_without_effect_are_named_at_their_usual_values():
     """If they are written, and say more than that something is off."""
     line = "--sft 1 --quant 0 --quant_head 0 --quant_mode=nf4 --infctx 1 --chunk_ctx 512"
+    line += " --val_every 0"
     words = line.split()
     settings = parse(words, FLAGS, program="train.py", description="")
     wanted = "--quant_mode nf4: has no effect without --quant 1"

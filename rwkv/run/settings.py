@@ -40,6 +40,8 @@ NEEDED_BY = {  # what switches them on, and the flags that say nothing without i
     "orpo 1": ("orpo_alpha",),
     "simpo 1": ("simpo_beta", "simpo_gamma", "simpo_alpha"),
     "kto 1": ("kto_beta", "kto_desirable", "kto_undesirable", "kto_alpha"),
+    "val_data_file or val_fraction": ("val_every", "val_prompts"),
+    "val_prompts": ("val_tokens",),
     "layer_profile": ("quant", "limited_lora", "rslora", "lora_plus_ratio", "svd_niter"),
 }
 
@@ -56,11 +58,11 @@ def without_effect(settings: Settings, words: Sequence[str] = ()) -> list[str]:
     given = {word.removeprefix("--").partition("=")[0] for word in words if word[:2] == "--"}
     values, usual = settings.as_flags(), _usual()
     return [
-        f"--{name} {_written(values[name])}: has no effect without --{switch}"
-        for switch, names in NEEDED_BY.items()
+        f"--{name} {_written(values[name])}: has no effect without --{' or --'.join(switches)}"
+        for switches, names in ((words.split(" or "), NEEDED_BY[words]) for words in NEEDED_BY)
         for name in names
-        if not values[switch.split()[0]]
-        and (values[name] != usual[name] or (name in given and values[name] is not False))
+        if not any(values[switch.split()[0]] for switch in switches)
+        and (values[name] != usual[name] or (name in given and values[name]))
     ]
 
 
