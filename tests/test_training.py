@@ -228,6 +228,16 @@ def test_a_run_goes_on_with_the_pieces_it_had(folder, tmp_path):
         train.main([*words, "--overlong", "drop"])
 
 
+def test_the_settings_of_a_resume_point_are_read_without_its_tensors(tmp_path):
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    torch.save({"run": {"rows": 3}, "trained": torch.zeros(10**6)}, tmp_path / resume.FILE)
+    before = bytes_read()
+    assert resume.read_run(tmp_path) == {"rows": 3}
+    assert bytes_read() - before < 10**6
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_leaves(folder, whole, tmp_path, number):
     output = tmp_path / "stopped"

@@ -25,8 +25,9 @@ def read_state(trainer: pl.Trainer, parameters: Named) -> dict[str, dict[str, An
         parameters: what trains, by name.
 
     Returns:
-        name -> {"weight": float32 or the parameter's own dtype, on the CPU; "step": steps done;
-        and what the optimizer keeps, such as "exp_avg"}; None on other ranks than the first.
+        name -> {"weight": float32 or the parameter's own dtype; "step": steps done; and what the
+        optimizer keeps, such as "exp_avg"}; None on other ranks than the first. The tensors are
+        the optimizer's own, on its device; under DeepSpeed copies, on the CPU.
     """
     optimizer = trainer.optimizers[0]
     if isinstance(optimizer, MasterWeights):

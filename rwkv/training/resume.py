@@ -20,8 +20,8 @@ FILE = "state.pt"  # within a resume point
 
 
 def read_run(point: Path) -> dict[str, Any]:
-    """What the run of a resume point was: its step count and settings."""
-    return _load(point)["run"]
+    """The settings of a resume point's run; the tensors beside them are not read."""
+    return _load(point, mmap=True)["run"]
 
 
 def check_same_run(point: Path, run: dict[str, Any]) -> int:
@@ -69,7 +69,7 @@ class Resume(pl.Callback):
         self.point = point
 
     def on_train_start(self, trainer: pl.Trainer, lit: LitModel) -> None:  # type: ignore[override]
-        state = _load(self.point)
+        state = _load(self.point, mmap=False)
         write_state(trainer, _trained(lit), state["trained"])
         generators = state["generators"]
         if trainer.global_rank < len(generators):
@@ -80,9 +80,9 @@ def _trained(lit: LitModel) -> dict[str, torch.nn.Parameter]:
     return {n: p for n, p in lit.model.named_parameters() if p.requires_grad}
 
 
-def _load(point: Path) -> dict[str, Any]:
+def _load(point: Path, *, mmap: bool) -> dict[str, Any]:
     try:
-        return torch.load(point / FILE, map_location="cpu", weights_only=True)
+        return torch.load(point / FILE, map_location="cpu", weights_only=True, mmap=mmap)
     except UNREADABLE as error:
         why = str(error).split(". ")[0].split("\n")[0]
         raise InputError(
