@@ -782,6 +782,18 @@ def test_flags_of_a_gpu_are_named_on_a_cpu(good, tmp_path, capsys):
     assert "--grad_cp_offload 1: has no effect on a CPU" in lines
 
 
+@pytest.mark.parametrize(("epoch_steps", "told"), [(1, True), (3, True), (4, False)])
+def test_epochs_that_end_within_a_step_are_told(good, tmp_path, capsys, epoch_steps, told):
+    """Four micro-batches a step: epochs of 1 end at steps 1, 1, 1, 1, 2; of 3 at 1, 2, 3, 3, 4."""
+    words = {"load_model": good / "base.pth", "train_data_file": good / "train.jsonl", "sft": 1}
+    words |= {"epoch_steps": epoch_steps, "epoch_count": 5, "accumulate_grad_batches": 4}
+    words |= {"dry_run": 1, "cache_dir": tmp_path, "accelerator": "cpu"}
+    assert train.main([w for k, v in words.items() for w in (f"--{k}", str(v))]) == 0
+    line = f"--epoch_steps {epoch_steps}: epochs end within steps of --accumulate_grad_batches 4; "
+    line += f"of 5 models {2 if epoch_steps == 1 else 4} will be written, the last of each step"
+    assert (line in capsys.readouterr().err.splitlines()) == told
+
+
 def test_flags_without_effect_are_named():
     """Those of a switch that is off, and those of profiles where there is none."""
     words = "--sft 1 --quant_head 1 --quant_mode fp8 --rslora 1 --orpo_alpha 2"

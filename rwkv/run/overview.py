@@ -36,7 +36,7 @@ def count_steps(flags: TrainerFlags, plan: BatchPlan) -> Steps:
     """The optimizer steps of a run and where its epochs end.
 
     An epoch is --epoch_steps micro-batches of a device, rounded up to whole optimizer steps, or
-    one pass over the data.
+    one pass over the data. Of epochs that end with the same step the last is saved.
     """
     if flags.epoch_steps:
         ends = [
@@ -95,6 +95,13 @@ def describe(run: Run) -> Iterable[str]:
         f"rows: {plan.rows_per_pass:,} of {plan.pieces.room:,} tokens, {plan.fill:.0%} full; "
         f"{plan.rows_per_step} a step"
     )
+    saved = -(-trainer.epoch_count // max(trainer.epoch_save, 1))
+    if saved > len(steps.epochs):
+        yield (
+            f"--epoch_steps {trainer.epoch_steps}: epochs end within steps of "
+            f"--accumulate_grad_batches {plan.accumulate}; of {saved} models {len(steps.epochs)} "
+            "will be written, the last of each step"
+        )
     if uses_graphs(run):
         yield "launches: a micro-batch is one CUDA graph (--cuda_graphs 0 for kernel by kernel)"
     yield (
