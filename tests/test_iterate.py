@@ -1,6 +1,7 @@
 """Rounds of sampling, scoring and training: each from the model that the last one left."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from data.pair_records import TextPair
 from data.rounds import make_reward
 from rwkv.errors import InputError
 from rwkv.templates import Message
+from rwkv.training.lit import LitModel
 from rwkv.training.step_log import read_log
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +56,20 @@ def test_rounds_follow_each_other(tmp_path, objective):
     before = [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*.pth"))]
     assert train.main(flags(tmp_path, objective)) == 0  # all done: nothing is made again
     assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*.pth"))] == before
+
+
+def test_a_signal_within_the_last_step_of_a_round_ends_the_rounds(tmp_path, monkeypatch):
+    training_step = LitModel.training_step
+
+    def interrupted(lit, batch, index):
+        if lit.steps_done + 1 == lit.trainer.max_steps:
+            signal.raise_signal(signal.SIGTERM)
+        return training_step(lit, batch, index)
+
+    monkeypatch.setattr(LitModel, "training_step", interrupted)
+    assert train.main(flags(tmp_path, "orpo")) == 128 + signal.SIGTERM
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["round-0"]
+    assert (tmp_path / "out" / "round-0" / "run" / "rwkv-0.pth").exists()
 
 
 def asked(text: str) -> list[TextPair]:
