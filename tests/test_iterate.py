@@ -1,7 +1,9 @@
 """Rounds of sampling, scoring and training: each from the model that the last one left."""
 
+import gc
 import json
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import train
 from data.pair_records import TextPair
 from data.rounds import make_reward
 from rwkv.errors import InputError
+from rwkv.run import rounds
 from rwkv.templates import Message
 from rwkv.training.lit import LitModel
 from rwkv.training.step_log import read_log
@@ -56,6 +59,28 @@ def test_rounds_follow_each_other(tmp_path, objective):
     before = [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*.pth"))]
     assert train.main(flags(tmp_path, objective)) == 0  # all done: nothing is made again
     assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*.pth"))] == before
+
+
+def test_a_round_begins_without_the_model_of_the_last(tmp_path, monkeypatch):
+    made, alive, init, build = [], [], LitModel.__init__, rounds.build
+
+    def remember(lit, *args, **options):
+        init(lit, *args, **options)
+        made.append(weakref.ref(lit))
+
+    def count(*args):
+        alive.append(sum(one() is not None for one in made))
+        return build(*args)
+
+    monkeypatch.setattr(LitModel, "__init__", remember)
+    monkeypatch.setattr(rounds, "build", count)
+    gc.collect()
+    gc.disable()
+    try:
+        assert train.main(flags(tmp_path, "orpo")) == 0
+    finally:
+        gc.enable()
+    assert alive == [0, 0] and len(made) == 2
 
 
 def test_a_signal_within_the_last_step_of_a_round_ends_the_rounds(tmp_path, monkeypatch):

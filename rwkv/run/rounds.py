@@ -1,5 +1,6 @@
 """Rounds of sampling, scoring and training: --iterate."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,7 @@ def iterate(settings: Settings, train: Callable[[Settings], int]) -> int:
         now[TrainerFlags] = replace(trainer, proj_dir=str(folder / "run"), resume=True)
         done = folder / "run" / f"rwkv-{trainer.epoch_begin + trainer.epoch_count - 1}.pth"
         if not done.exists():
+            gc.collect()  # the last round's trainer and model hold each other
             make_round(settings, now, number)
             status = train(now)
             if status or trainer.dry_run or is_child():
