@@ -1,5 +1,6 @@
 """A plan's batches as a torch DataLoader."""
 
+import signal
 from typing import Any
 
 import torch
@@ -37,6 +38,14 @@ def make_loader(plan: BatchPlan, rank: int, first: int, last: int, workers: int 
         MicroBatches(plan, rank, first, last),
         batch_size=None,
         num_workers=workers,
+        worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # a loader draws a seed; the model's dropout must not notice
     )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A terminal and `timeout` signal the whole group; a run that then finishes its step needs
+    batches, and ends this process by itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

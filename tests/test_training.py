@@ -240,18 +240,20 @@ def test_the_settings_of_a_resume_point_are_read_without_its_tensors(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_leaves(folder, whole, tmp_path, number):
+    """All processes of its group are, as by a terminal or `timeout`: those of batches too."""
     output = tmp_path / "stopped"
-    words = flags(folder, output, resume=1)
+    words = flags(folder, output, resume=1, num_workers=1)
     process = subprocess.Popen(
         [sys.executable, "train.py", *words],
         cwd=ROOT,
         env=ONE_THREAD,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     while process.poll() is None and not read_log(output / "train_log.jsonl"):
         time.sleep(0.01)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 128 + number, errors
     assert "go on with the same flags and --resume 1" in errors
