@@ -187,7 +187,6 @@ def encode_pair(
     Raises:
         InputError: the template lacks a role, or the prompt gives no token.
     """
-    recipe = replace(recipe, mask_prompt=True)  # the mask tells where the answer begins
     prompt: list[int] = []
     sides = []
     for side in (pair.chosen, pair.rejected):
@@ -265,4 +264,4 @@ def _encoded(
     )
 
 
-PAIRS = StoreKind((SAVE_SUFFIX, *H5_SUFFIXES), encode_pairs, write_pairs, PairStore)
+PAIRS = StoreKind((SAVE_SUFFIX, *H5_SUFFIXES), False, encode_pairs, write_pairs, PairStore)

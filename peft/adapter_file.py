@@ -355,6 +355,12 @@ def planned_scales(plan: Plan) -> dict[str, float]:
     }
 
 
+def unstated_scales(path: Path | str, scales: Mapping[str, float]) -> list[float]:
+    """Those of `planned_scales` that an adapter's file does not state, as RWKV-LM-RLHF's do not."""
+    stated = stated_layers(path, read_metadata(path))
+    return [scale for layer, scale in scales.items() if "alpha" not in stated.get(layer, {})]
+
+
 def _check_names(path: Path | str, tensors: TensorFile, wanted: Mapping[str, Any]) -> None:
     missing, unexpected = (
         sorted(wanted.keys() - tensors.keys()),

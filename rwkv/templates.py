@@ -279,6 +279,18 @@ def _read_marks(path: Path, key: str, value: object) -> Marks:
     )
 
 
+def encode_dialogue(
+    messages: Sequence[Message], template: Template, tokenizer: Tokenizer
+) -> tuple[list[int], list[bool]]:
+    """Tokens of a dialogue, closed by an end of text, and whether each is scored."""
+    segments = template.segments(messages)
+    tokens, mask = encode_segments(segments, tokenizer)
+    if tokenizer.end_of_text is not None and not segments[-1].end:
+        tokens.append(tokenizer.end_of_text)
+        mask.append(messages[-1].scored)
+    return tokens, mask
+
+
 def encode_segments(
     segments: Iterable[Segment], tokenizer: Tokenizer
 ) -> tuple[list[int], list[bool]]:

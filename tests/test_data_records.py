@@ -22,7 +22,7 @@ def conversations(record):
 
 def write(path, text):
     data = text if isinstance(text, bytes) else text.encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(gzip.compress(data) if path.suffix.lower() == ".gz" else data)
     return path
 
 
@@ -32,6 +32,7 @@ def write(path, text):
         ("a.jsonl", '{"text": "x"}\n\n{"text": "y"}'),
         ("a.jsonl", '\ufeff{"text": "x"}\r\n \r\n{"text": "y"}\r\n'),
         ("a.jsonl.gz", '{"text": "x"}\n\n{"text": "y"}\n'),
+        ("a.JSONL.GZ", '{"text": "x"}\n\n{"text": "y"}\n'),
         ("a.json", '[{"text": "x"},\n\n{"text":\n "y"}\n]\n'),
         ("a.json", '{"text": "x"}\n\n{"text": "y"}\n'),
         ("a.json.gz", '\ufeff[{"text": "x"},\n\n {"text": "y"}]'),
@@ -70,6 +71,9 @@ def test_csv_records_and_their_lines(tmp_path):
         ("a.json", '[{"text": "x"}\n{"text": "y"}]', r"a\.json:2: not JSON \(expected ','"),
         ("a.json", '[\n{"text": "x"},', r"a\.json: not JSON \(the list has no end\)"),
         ("a.json", '[{"text": "x"},\n\n{"text": }]', r"a\.json:3: not JSON"),
+        ("a.json", '[{"text": "x"}]\n[{"text": "y"}]', r"a\.json:2: .* \(something follows the"),
+        ("a.json", "[" * 100_000, r"a\.json:1: not JSON that can be read"),
+        ("a.json", '["x",\n' + "1" * 5000 + "]", r"a\.json:2: not JSON that can be read"),
         ("a.json", b'["x",\n"\xff"]', r"a\.json:2: not UTF-8"),
         ("a.csv", "text,n\nx\n", r"a\.csv:2: has 1 fields, the first line names 2 columns"),
         ("a.csv", "text,text\nx,y\n", r"a\.csv:1: the first line must name every column, each"),

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -459,6 +460,40 @@ def test_a_further_run_over_bfloat16_weights_starts_at_log_two(folder, tmp_path)
     first = run(words, tmp_path / "run")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rewards/margins"] == 0
+
+
+def test_scores_are_of_one_alpha(folder, tmp_path):
+    """Where the adapter's file does not state it, as RWKV-LM-RLHF's."""
+    data = write(tmp_path / "alpha.jsonl", RECORDS)
+    run(flags(folder, tmp_path / "sft", "dpo", rlhf_train_file=data), tmp_path / "sft")
+    adapter = tmp_path / "plain.pth"
+    shutil.copy(tmp_path / "sft" / "rwkv-0.pth", adapter)
+    (rule,) = json.loads((folder / "adapters.json").read_text())["rules"]
+    words = flags(
+        folder, tmp_path / "run", "dpo", rlhf_train_file=data, load_adapter=adapter, dry_run=1
+    )
+    for alpha, message in ((2 * rule["alpha"], "are of model .* x "), (rule["alpha"], "")):
+        make_reference.main(reference_words(folder, data, adapter=adapter, alpha=alpha))
+        if message:
+            with pytest.raises(DataError, match=message):
+                train.main(words)
+        else:
+            assert train.main(words) == 0
+
+
+def test_scores_from_a_state_apart_are_refused(folder):
+    words = reference_words(folder, folder / "train.jsonl", state="s.pth")
+    with pytest.raises(InputError, match=r"--state s\.pth: no run begins with a state that lies"):
+        make_reference.main(words)
+
+
+def test_a_mask_for_prompts_leaves_pairs_as_they_are(folder, tmp_path):
+    """`--mask_prompt 0` is about SFT: the scores of the same records are found."""
+    data = write(tmp_path / "masked.jsonl", RECORDS)
+    make_reference.main(reference_words(folder, data))
+    words = flags(folder, tmp_path / "run", "dpo", rlhf_train_file=data, mask_prompt=0, dry_run=1)
+    del words[words.index("--layer_profile") : words.index("--layer_profile") + 2]
+    assert train.main(words) == 0
 
 
 def test_stale_scores_are_refused(folder, tmp_path):

@@ -112,8 +112,10 @@ def test_what_hf_peft_lacks_is_named(tmp_path, tensors, message):
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
-    path, folder = tmp_path / "a.pth", tmp_path / "folder"
+    path, folder = tmp_path / "a.pth", tmp_path / "rwkv7-0.1b-folder"
     write_tensors(path, {"head.miss": torch.zeros(2, 4)})
+    with pytest.raises(InputError, match=r"b\.pth: HF peft wants a folder; drop the ending"):
+        main(["--adapter", str(path), "--output", str(tmp_path / "b.pth")])
     words = ["--adapter", str(path), "--output", str(folder)]
     main(words)
     main(words)

@@ -6,7 +6,7 @@ from data.batch_plan import BatchPlan
 from data.flags import DataFlags, PairFlags
 from data.open_pairs import open_pairs
 from data.pair_store import PairStore
-from data.reference_scores import Scorer, file_fingerprint, storage_words
+from data.reference_scores import Scorer, adapter_words, storage_words
 from data.store_cache import open_store
 from data.teacher_store import TeacherStore, Wanted, open_teacher
 from data.token_store import split
@@ -14,6 +14,7 @@ from losses.distill import RENORMALIZED
 from losses.flags import DistillationFlags
 from losses.objectives import chosen_objective
 from losses.preference_flags import PREFERENCES, REFERENCED
+from peft.adapter_file import planned_scales, unstated_scales
 from peft.flags import PeftFlags, StateFlags
 from peft.plan import Plan
 from rwkv.checkpoint import fingerprint, read_tensors
@@ -73,7 +74,8 @@ def open_preferences(
     if objective in REFERENCED:
         base = fingerprint(read_tensors(path)) if path else "new"
         stored = {n: p.quant for n, p in layers.plans.items() if p.quant not in (None, "none")}
-        scorer = Scorer(base, file_fingerprint(adapter) if adapter else "", storage_words(stored))
+        scales = unstated_scales(adapter, planned_scales(layers)) if adapter else ()
+        scorer = Scorer(base, adapter_words(adapter, scales), storage_words(stored))
     return open_pairs(
         paths,
         settings[DataFlags],

@@ -7,11 +7,12 @@ from pathlib import Path
 from data.flags import DataFlags, IterateFlags, PairFlags
 from data.make_reference import score_folder
 from data.pair_records import PAIRS
-from data.reference_scores import Scorer, file_fingerprint, storage_words
+from data.reference_scores import Scorer, adapter_words, storage_words
 from data.rounds import make_judge, make_reward, write_round
 from data.store_cache import open_store
 from losses.objectives import chosen_objective
 from losses.preference_flags import REFERENCED
+from peft.adapter_file import planned_scales, unstated_scales
 from peft.apply import load_frozen
 from peft.flags import PeftFlags
 from rwkv.cli import say
@@ -69,7 +70,7 @@ def make_round(settings: Settings, now: Settings, number: int) -> None:
     config = read_config(settings[ModelFlags])
     tokenizer = load_tokenizer(data.tokenizer or None, config.vocab_size)
     template = load_template(data.template, tokenizer, data.turn_end or None)
-    model, _, base = build(now, config, device)  # as the round trains it, stores and adapters
+    model, plan, base = build(now, config, device)  # as the round trains it, stores and adapters
     model.requires_grad_(False).eval()
     pairs = Path(now[PairFlags].rlhf_train_file)
     if not pairs.exists():
@@ -91,10 +92,7 @@ def make_round(settings: Settings, now: Settings, number: int) -> None:
             f"mean score {made.mean_score:.4f}"
         )
     if chosen_objective(settings) in REFERENCED:
-        scorer = Scorer(
-            base,
-            file_fingerprint(adapter) if adapter else "",
-            storage_words(storage_of(model)),
-        )
+        scales = unstated_scales(adapter, planned_scales(plan)) if adapter else ()
+        scorer = Scorer(base, adapter_words(adapter, scales), storage_words(storage_of(model)))
         for folder in open_store(str(pairs), data, tokenizer, PAIRS).folders:
             score_folder(model, folder, scorer, 16384)
