@@ -153,6 +153,11 @@ def read_scores(folder: Path, scorer: Scorer) -> np.ndarray:
     )
 
 
+def has_scores(store: PairStore, scorer: Scorer) -> bool:
+    """Whether all folders of a store have scores by that model."""
+    return all(score_paths(folder, scorer)[0].exists() for folder in store.folders)
+
+
 def attach(store: PairStore, scorer: Scorer, *, required: bool) -> bool:
     """Give a store the scores of its folders by that model, if all have them.
 
@@ -167,7 +172,7 @@ def attach(store: PairStore, scorer: Scorer, *, required: bool) -> bool:
     Raises:
         DataError: they are required and a folder has none, another model's, or unfinished ones.
     """
-    if not required and not all(score_paths(f, scorer)[0].exists() for f in store.folders):
+    if not required and not has_scores(store, scorer):
         return False
     store.reference = np.concatenate([read_scores(f, scorer) for f in store.folders])[store.numbers]
     return True

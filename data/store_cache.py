@@ -211,24 +211,27 @@ def _alive(process: int) -> bool:
 
 
 @contextlib.contextmanager
-def one_at_a_time(cache: Path) -> Iterator[None]:
-    """Hold the cache's lock, so that the ranks of one machine make a store once."""
+def one_at_a_time(folder: Path, flag: str = "--cache_dir") -> Iterator[None]:
+    """Hold a folder's lock, so that the ranks of one machine make what is in it once.
+
+    flag: that names the folder, for the error of one that cannot be written.
+    """
     try:
         import fcntl
     except ImportError:  # not on Windows; there each process makes its own copy and the last stays
         yield
         return
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = (cache / "lock").open("w")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
     except OSError as error:
         raise InputError(
-            f"--cache_dir {cache}: cannot be written ({error.strerror}); choose another folder"
+            f"{flag} {folder}: cannot be written ({error.strerror}); choose another folder"
         ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.stderr.write(f"{cache}: waiting for another process that tokenizes\n")
+            sys.stderr.write(f"{folder}: waiting for another process that writes there\n")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,6 +1,9 @@
 """Rounds of sampling, scoring and training: each from the model that the last one left."""
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,9 @@ import train
 from data.pair_records import TextPair
 from data.rounds import make_reward
 from rwkv.errors import InputError
+from rwkv.flags import Settings, parse
+from rwkv.run import rounds
+from rwkv.run.settings import FLAGS
 from rwkv.templates import Message
 from rwkv.training.step_log import read_log
 
@@ -54,6 +60,34 @@ def test_rounds_follow_each_other(tmp_path, objective):
     before = [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*.pth"))]
     assert train.main(flags(tmp_path, objective)) == 0  # all done: nothing is made again
     assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*.pth"))] == before
+
+
+def settings_of(folder: Path, **more: object) -> Settings:
+    return parse(flags(folder, "dpo", **more), FLAGS, program="train.py", description="")
+
+
+def test_a_round_is_made_once(tmp_path, monkeypatch):
+    """By the first of two processes that come at once, and not again after a kill in training."""
+    real, made = rounds.write_round, []
+
+    def slow(*args):
+        made.append(threading.get_ident())
+        time.sleep(0.2)
+        return real(*args)
+
+    monkeypatch.setattr(rounds, "write_round", slow)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(rounds.iterate, settings_of(tmp_path), lambda _: 3) for _ in range(2)]
+        assert [one.result() for one in both] == [3, 3]
+    assert len(made) == 1
+    monkeypatch.setattr(rounds, "build", lambda *_: pytest.fail("a model is built"))
+    assert rounds.iterate(settings_of(tmp_path), lambda _: 4) == 4
+
+
+def test_a_dry_run_samples_nothing(tmp_path, capsys):
+    assert train.main([*flags(tmp_path, "dpo"), "--dry_run", "1"]) == 0
+    assert "round 0: 3 answers to each of 6 prompts; a dry run writes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def asked(text: str) -> list[TextPair]:
