@@ -196,7 +196,7 @@ def _is_model(tensors: TensorFile, metadata: Mapping[str, Any]) -> bool:
 
 
 def _whole_model(path: Path | str) -> InputError:
-    return InputError(f"{path}: is a whole model, no adapter; name it at --load_model")
+    return InputError(f"{path}: is a whole model, no adapter; it is a base, as at --load_model")
 
 
 def stated_layers(path: Path | str, metadata: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -270,7 +270,9 @@ def test_a_size_that_disagrees_with_the_file_shows_both(fails, flag, value):
 
 
 def test_a_new_model_without_sizes_asks_for_them(fails):
-    assert "--n_layer: a new model needs it" in fails(load_model=None, tokenizer="bytes")
+    assert fails(load_model=None).startswith("--load_model: name the model to train; or give --n_l")
+    told = fails(load_model=None, n_layer=2, tokenizer="bytes")
+    assert "--n_embd: a new model needs it" in told
 
 
 def test_a_vocabulary_that_tells_no_tokenizer_asks_for_one(fails):
@@ -825,7 +827,7 @@ def trial(good, tmp_path) -> Path:
 def test_a_whole_model_is_no_adapter(fails, says, good, tmp_path, described):
     base, model = good / "base.pth", tmp_path / "merged.pth"
     write_tensors(model, dict(read_tensors(base)), {"kind": "model"} if described else None)
-    wanted = f"{model}: is a whole model, no adapter; name it at --load_model"
+    wanted = f"{model}: is a whole model, no adapter; it is a base, as at --load_model"
     both = ["--load_model", base, "--adapter", model]
     assert says(chat.main, *both) == wanted
     assert says(generate.main, *both, "--prompt", "a") == wanted
@@ -837,7 +839,10 @@ def test_a_whole_model_is_no_adapter(fails, says, good, tmp_path, described):
 
 def test_a_quantized_file_is_no_adapter(says, good, trial):
     text = says(chat.main, "--load_model", good / "base.pth", "--adapter", trial / "int8.pth")
-    assert text == f"{trial / 'int8.pth'}: is a whole model, no adapter; name it at --load_model"
+    assert (
+        text
+        == f"{trial / 'int8.pth'}: is a whole model, no adapter; it is a base, as at --load_model"
+    )
 
 
 def test_only_merge_offers_its_flag_for_another_base(says, good, trial):
