@@ -385,6 +385,7 @@ def test_a_profile_that_is_no_profile(fails, tmp_path):
         (["--grad_cp_memory", "6"], "--grad_cp_memory 6: is for --grad_cp selective; add it, or"),
         (["--grad_cp", "some"], "--grad_cp some: is not 1 or 0 or selective; write one"),
         (["--cuda_graphs", "1"], "--cuda_graphs 1: records a GPU's work, and the model is on cpu"),
+        (["--cuda_graphs", "1", "--dry_run", "1"], "--cuda_graphs 1: records a GPU's work"),
         (["--cuda_graphs", "yess"], "--cuda_graphs yess: is not 1 or 0 or auto; write one"),
         (["--infctx", "1", "--grad_cp_offload", "1"], "--infctx 1 recomputes blocks of one chunk"),
         (["--lr_final", "0"], "an exponential schedule cannot go from 0.0001 to 0"),
