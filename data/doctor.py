@@ -70,9 +70,16 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", type=Path, help="a preference file")
-    parser.add_argument("--fix", type=Path, metavar="OUT", help="write a good file here")
+    parser.add_argument(
+        "--fix", type=Path, metavar="OUT", help="write a good file here; must not exist"
+    )
     parser.add_argument("--tokenizer", default="world", help="of .save and .h5 files (world)")
     options = parser.parse_args(argv)
+
+    if options.fix is not None and options.fix.resolve() == options.file.resolve():
+        raise InputError(f"--fix {options.fix}: is the file itself; choose another name")
+    if options.fix is not None and options.fix.exists():
+        raise InputError(f"--fix {options.fix}: exists; remove it or choose another")
 
     findings = examine(options.file, options.tokenizer)
     print(f"{options.file}: {findings.kind}, {len(findings.records):,} records")  # noqa: T201
@@ -84,8 +91,6 @@ def main(argv: list[str] | None = None) -> int:
         print("  no problem found")  # noqa: T201
     if options.fix is None:
         return 1 if findings.problems else 0
-    if options.fix.resolve() == options.file.resolve():
-        raise InputError(f"--fix {options.fix}: is the file itself; choose another name")
     kept = write_fixed(findings, options.fix)
     print(  # noqa: T201
         f"{options.fix}: {kept:,} records written, "

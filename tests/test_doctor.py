@@ -130,6 +130,16 @@ def test_a_file_is_not_mended_in_place(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_mending_writes_over_no_file(tmp_path, capsys):
+    """Said before the file is looked at."""
+    path, other = write(tmp_path / "a.jsonl", [good(1), good(1)]), tmp_path / "other.jsonl"
+    other.write_text("mine")
+    with pytest.raises(InputError, match=r"--fix .*other\.jsonl: exists; remove it or choose"):
+        doctor.main([str(path), "--fix", str(other)])
+    assert other.read_text() == "mine"
+    assert capsys.readouterr().out == ""
+
+
 def test_what_is_no_preference_file_is_said(tmp_path):
     (tmp_path / "a.save").write_bytes(b"nothing")
     with pytest.raises(DataError, match="holds pickled code or is damaged"):
