@@ -42,11 +42,19 @@ RECORDS_A_CHUNK = 512
 
 @dataclass(frozen=True)
 class TextPair:
-    """A dialogue up to the answer, and its answers as messages; an answer may be missing."""
+    """A dialogue up to the answer, and its answers as messages; an answer may be missing.
+
+    weight: the record's own `weight`, which nothing here reads: for files made of the record.
+    """
 
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
+    weight: Any = None
+
+    def context(self) -> list[Message]:
+        """The prompt as pairs are trained on: none of it is scored."""
+        return [replace(message, scored=False) for message in self.prompt]
 
 
 class Located(NamedTuple):
@@ -102,7 +110,7 @@ def parse_pair(record: Any, where: str) -> TextPair:
         pair = TextPair(join_turns(system, chosen[:-1], where), chosen[-1:], rejected[-1:])
     else:
         pair = _labelled(record, system, where)
-    return replace(pair, prompt=[replace(message, scored=False) for message in pair.prompt])
+    return replace(pair, weight=record.get("weight"))
 
 
 def parse_prompt(record: Any, where: str) -> TextPair:
@@ -201,7 +209,7 @@ def encode_pair(
     prompt: list[int] = []
     sides = []
     for side in (pair.chosen, pair.rejected):
-        tokens, mask = encode_record(pair.prompt + side, recipe, tokenizer) if side else ([], [])
+        tokens, mask = encode_record(pair.context() + side, recipe, tokenizer) if side else ([], [])
         begin = mask.index(True) if any(mask) else len(tokens)
         prompt = tokens[:begin] or prompt
         sides.append(tokens[begin:])

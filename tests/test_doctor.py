@@ -47,6 +47,30 @@ def test_one_bad_record_is_found_and_left_out(tmp_path, capsys, record, problem)
     assert doctor.main([str(fixed)]) == 0
 
 
+def test_answers_that_differ_in_their_thought_are_two(tmp_path):
+    rows = [good(n) for n in range(12)]
+    sides = {
+        name: [{"role": "assistant", "content": "Yes, it is.", "reasoning_content": thought}]
+        for name, thought in (("chosen", "It ends in 1."), ("rejected", "It is small."))
+    }
+    path = write(tmp_path / "a.jsonl", [*rows, good(50) | sides])
+    assert doctor.examine(path).drop == {}
+    path = write(tmp_path / "b.jsonl", [*rows, good(50) | sides | {"rejected": sides["chosen"]}])
+    assert doctor.examine(path).drop == {12: "whose answers are equal"}
+
+
+def test_whole_dialogues_are_kept(tmp_path):
+    rows = []
+    for n in range(12):
+        question = {"role": "user", "content": good(n)["prompt"]}
+        sides = {
+            name: [question, {"role": "assistant", "content": good(n)[name]}]
+            for name in ("chosen", "rejected")
+        }
+        rows.append({"prompt": good(n)["prompt"]} | sides)
+    assert doctor.main([str(write(tmp_path / "a.jsonl", rows))]) == 0
+
+
 def test_length_that_tells_chosen_from_rejected(tmp_path):
     rows = [good(n, "Yes, it is odd, as you can see.", "No.") for n in range(12)]
     findings = doctor.examine(write(tmp_path / "a.jsonl", rows))

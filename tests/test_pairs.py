@@ -244,7 +244,8 @@ def test_equal_answers_alone_are_no_data(tmp_path, settings):
 
 def test_thoughts_and_roles_are_parsed():
     pair = parse_pair({**PAIR, "system": "s"}, "x:1")
-    assert pair.prompt[0] == Message("system", "s", scored=False)
+    assert pair.prompt[0] == Message("system", "s")
+    assert pair.context()[0] == Message("system", "s", scored=False)
 
 
 def test_save_files(tmp_path, settings):
