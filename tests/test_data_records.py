@@ -9,6 +9,7 @@ from data.conversations import read_conversations
 from data.records import DataError, RecordFile, parse_json
 from rwkv.templates import Message
 
+DIALOGUE = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 USER, ANSWER = Message("user", "q"), Message("assistant", "a")
 
 
@@ -121,6 +122,10 @@ def test_missing_files_are_named(tmp_path, name, message):
             "completion": [{"role": "assistant", "content": "a"}],
         },
         {"instruction": "q", "instances": [{"input": "", "output": "a"}]},
+        {"prompt": "q", "chosen": DIALOGUE, "rejected": DIALOGUE},
+        {"prompt": DIALOGUE[:1], "chosen": DIALOGUE},
+        {"messages": DIALOGUE[:1], "chosen": DIALOGUE},
+        {"chosen": DIALOGUE, "rejected": DIALOGUE},
         {
             "messages": [
                 {"role": "user", "content": [{"type": "text", "text": "q"}]},
@@ -133,6 +138,13 @@ def test_missing_files_are_named(tmp_path, name, message):
 )
 def test_one_question_in_every_spelling(record):
     assert conversations(record) == [[USER, ANSWER]]
+
+
+@pytest.mark.parametrize("more", [{}, {"prompt": "q"}], ids=["alone", "prompt"])
+def test_a_repeated_system_message_comes_once(more):
+    system = {"role": "system", "content": "s"}
+    record = {"system": "s", "chosen": [system, *DIALOGUE], **more}
+    assert conversations(record) == [[Message("system", "s"), USER, ANSWER]]
 
 
 @pytest.mark.parametrize("record", ["t", {"text": "t"}, {"text": "t", "prompt": "q"}])
@@ -211,6 +223,11 @@ def test_weight_0_is_not_scored():
         ({"text": 5}, r"f:1: 'text' is a number \(5\), not a string"),
         ({"text": " \n"}, r"f:1: 'text' is empty; remove the record"),
         ({"prompt": "q"}, r"f:1: has 'prompt'; needs"),
+        ({"chosen": "a"}, r"f:1: has 'chosen'; needs"),
+        (
+            {"prompt": "p", "chosen": DIALOGUE},
+            r"f:1: 'chosen': does not begin with the prompt; leave the prompt out, or mend the",
+        ),
         ({"prompt": "q", "completion": ""}, r"f:1: 'completion' is empty"),
         ({"prompt": "q", "input": 3, "output": "a"}, r"f:1: 'input' is a number \(3\), not a"),
         (
