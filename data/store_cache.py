@@ -26,6 +26,7 @@ from rwkv.templates import load_template
 from rwkv.tokenizer import Tokenizer
 
 H5_SUFFIXES = (".h5", ".hdf5")
+READING = 2  # raised where records come to give other tokens: what the cache has is made again
 SETTLED_SECONDS = 2.0  # a file changed later than this before its hash was taken may change unseen
 
 
@@ -173,7 +174,7 @@ def _key(path: Path, content: str, recipe: Recipe, tokenizer: Tokenizer, kind: S
     suffix = record_suffix(path) or path.suffix.lower()
     settings = [recipe.template.fingerprint, tokenizer.fingerprint, recipe.mask_prompt]
     text = json.dumps(
-        [FORMAT, kind.open.kind, content, suffix, path.suffix.lower() == ".gz", *settings]
+        [FORMAT, READING, kind.open.kind, content, suffix, path.suffix.lower() == ".gz", *settings]
     )
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
