@@ -1,7 +1,8 @@
 """The spellings of training records, brought to two forms: a plain text, or a list of messages.
 
 A record is a string or has `text`; or a prompt and its answer under any of the usual names; or
-`messages` (OpenAI) or `conversations` (ShareGPT), in as many turns as there are.
+`messages` (OpenAI) or `conversations` (ShareGPT), in as many turns as there are. An answer may be
+the whole dialogue, as `chosen` often is: it may repeat the prompt, or stand without one.
 """
 
 import json
@@ -33,7 +34,8 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 MEND = "mend the record, or remove it"
 SHAPES = (
     "needs 'text'; a prompt ('prompt', 'instruction' or 'question') with its answer ('completion', "
-    "'response', 'output', 'answer' or 'chosen'); 'messages'; or 'conversations'"
+    "'response', 'output', 'answer' or 'chosen'); an answer that is a whole dialogue; 'messages'; "
+    "or 'conversations'"
 )
 
 
@@ -81,29 +83,69 @@ def parse_messages(turns: Any, where: str) -> list[Message]:
     return [_message(turn, f"{where}: message {n}") for n, turn in enumerate(turns, start=1)]
 
 
+def join_turns(before: list[Message], turns: list[Message], where: str) -> list[Message]:
+    """A prompt and what follows it, as one dialogue.
+
+    What follows may be the whole dialogue, prompt included, with or without the system message;
+    the prompt then comes once.
+
+    Args:
+        before: the prompt; [] for none.
+        turns: the messages that follow it, at least one.
+        where: names `turns`, for messages.
+
+    Raises:
+        DataError: both are dialogues of their own: `turns` asks another question.
+    """
+    system, asked = _split_system(before)
+    own_system, rest = _split_system(turns)
+    if same_turns(rest[: len(asked)], asked):
+        return (system if same_turns(system, own_system) else system + own_system) + rest
+    if before[-1].role == "user" and turns[0].role in ("system", "user"):
+        _stop(where, "does not begin with the prompt", "leave the prompt out, or mend the record")
+    return before + turns
+
+
+def same_turns(some: list[Message], others: list[Message]) -> bool:
+    """Whether two dialogues say the same, space at the ends of messages aside."""
+    said, said_too = (
+        [(m.role, m.text.strip(), m.thought.strip()) for m in messages]
+        for messages in (some, others)
+    )
+    return said == said_too
+
+
+def _split_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    count = next((n for n, m in enumerate(messages) if m.role != "system"), len(messages))
+    return messages[:count], messages[count:]
+
+
 def _dialogue(record: dict[str, Any], where: str) -> list[Message]:
-    messages = _system(record, where)
     turns_key, prompt_key = _turns_key(record), _first(record, PROMPTS)
     answer_key, context_key = _answer_key(record), _first(record, CONTEXTS)
     if prompt_key is None:
         prompt_key, context_key = context_key, None
     if turns_key:
-        messages += parse_messages(record[turns_key], where)
+        messages = parse_messages(record[turns_key], where)
         if messages[-1].role != "assistant" and "chosen" in record:
-            messages += _side(record, "chosen", "assistant", where)
-    elif prompt_key is None or answer_key is None:
+            chosen = _side(record, "chosen", "assistant", where)
+            messages = join_turns(messages, chosen, f"{where}: 'chosen'")
+    elif answer_key is None or not (prompt_key or isinstance(record[answer_key], list)):
         found = ", ".join(repr(key) for key in record) or "nothing"
         _stop(where, f"has {found}", SHAPES)
     else:
-        messages += _history(record, where)
-        messages += _side(record, prompt_key, "user", where)
+        messages = _history(record, where)
+        if prompt_key:
+            messages += _side(record, prompt_key, "user", where)
         context = record.get(context_key, "") if context_key else ""
         if not isinstance(context, str):
             _stop(where, f"{context_key!r} is {_kind(context)}, not a string")
         if context.strip():
             prompt = messages.pop()
             messages.append(Message(prompt.role, f"{prompt.text}\n{context}"))
-        messages += _side(record, answer_key, "assistant", where)
+        answer = _side(record, answer_key, "assistant", where)
+        messages = join_turns(messages, answer, f"{where}: {answer_key!r}")
+    messages = join_turns(_system(record, where), messages, where)
     while messages and messages[-1].role != "assistant":
         messages.pop()  # nothing follows that could be scored
     if not messages:

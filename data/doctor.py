@@ -16,10 +16,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rwkv.cli import Parser, run
 from rwkv.errors import InputError
+
+if TYPE_CHECKING:
+    from rwkv.templates import Message
 
 LONGER_SHARE = 0.7  # of pairs with the longer chosen answer, from which length is what is learned
 CUT_SHARE = 0.05  # of answers without an end, from which a limit of length is likely
@@ -70,9 +73,16 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", type=Path, help="a preference file")
-    parser.add_argument("--fix", type=Path, metavar="OUT", help="write a good file here")
+    parser.add_argument(
+        "--fix", type=Path, metavar="OUT", help="write a good file here; must not exist"
+    )
     parser.add_argument("--tokenizer", default="world", help="of .save and .h5 files (world)")
     options = parser.parse_args(argv)
+
+    if options.fix is not None and options.fix.resolve() == options.file.resolve():
+        raise InputError(f"--fix {options.fix}: is the file itself; choose another name")
+    if options.fix is not None and options.fix.exists():
+        raise InputError(f"--fix {options.fix}: exists; remove it or choose another")
 
     findings = examine(options.file, options.tokenizer)
     print(f"{options.file}: {findings.kind}, {len(findings.records):,} records")  # noqa: T201
@@ -84,8 +94,6 @@ def main(argv: list[str] | None = None) -> int:
         print("  no problem found")  # noqa: T201
     if options.fix is None:
         return 1 if findings.problems else 0
-    if options.fix.resolve() == options.file.resolve():
-        raise InputError(f"--fix {options.fix}: is the file itself; choose another name")
     kept = write_fixed(findings, options.fix)
     print(  # noqa: T201
         f"{options.fix}: {kept:,} records written, "
@@ -147,10 +155,15 @@ def _read_texts(path: Path) -> Findings:
         except DataError as error:
             findings.unread.append(str(error).removeprefix(f"{path}:"))
             continue
-        prompt = "\n".join(f"{message.role}: {message.text}" for message in pair.prompt)
-        chosen, rejected = (side[0].text if side else "" for side in (pair.chosen, pair.rejected))
+        prompt = "\n".join(f"{message.role}: {_said(message)}" for message in pair.prompt)
+        chosen, rejected = (_said(side[0]) if side else "" for side in (pair.chosen, pair.rejected))
         findings.records.append(Record(raw.line, prompt, chosen, rejected, None, value))
     return findings
+
+
+def _said(message: "Message") -> str:
+    """A message's text, behind its thought if it has one."""
+    return f"{message.thought}\n{message.text}" if message.thought else message.text
 
 
 def _find_unusable(findings: Findings) -> None:

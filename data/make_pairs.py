@@ -3,10 +3,10 @@
     python -m data.make_pairs --input pairs.csv more.jsonl --output pairs.tok
 
 A record has a prompt and two answers (`prompt`, `chosen`, `rejected` or `reject`, perhaps `system`;
-each a string or a list of messages), two dialogues with a common beginning (`chosen`, `rejected`),
-or one answer (`prompt`, `completion`, `label`) for --kto. Files are .jsonl, .json, .csv (each also
-.gz), or RWKV-LM-RLHF's .save and .h5. A record that is not as it should be stops the command and is
-named; python -m data.doctor mends files.
+each a string or a list of messages), two dialogues that differ in their last message (`chosen`,
+`rejected`, also with `prompt`), or one answer (`prompt`, `completion`, `label`) for --kto. Files
+are .jsonl, .json, .csv (each also .gz), or RWKV-LM-RLHF's .save and .h5. A record that is not as it
+should be stops the command and is named; python -m data.doctor mends files.
 """
 
 import argparse

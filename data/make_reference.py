@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.make_pairs import add_template_arguments
 from rwkv.cli import Parser, run
+from rwkv.errors import InputError
 
 if TYPE_CHECKING:
     from data.pair_store import PairStore
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from rwkv.runner import add_model_arguments, add_storage_arguments, open_model, storage_of
+    from rwkv.runner import (
+        add_model_arguments,
+        add_storage_arguments,
+        given_scales,
+        open_model,
+        storage_of,
+    )
 
     parser = Parser(
         prog="python -m data.make_reference",
@@ -40,10 +47,15 @@ def main(argv: list[str] | None = None) -> int:
     add_template_arguments(parser)
     parser.add_argument("--cache_dir", default="~/.cache/rwkv-lm-rlhf", help="see train.py")
     options = parser.parse_args(argv)
+    if options.state:
+        raise InputError(
+            f"--state {options.state}: no run begins with a state that lies apart; name the "
+            "adapter's file that holds it at --adapter"
+        )
 
     from data.pair_records import PAIRS
     from data.pair_store import PairStore
-    from data.reference_scores import Scorer, file_fingerprint, storage_words
+    from data.reference_scores import Scorer, adapter_words, storage_words
     from data.store_cache import StoreSettings, open_store
     from rwkv.checkpoint import fingerprint, read_tensors
 
@@ -53,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     assert isinstance(store, PairStore)
     scorer = Scorer(
         fingerprint(read_tensors(options.load_model)),
-        file_fingerprint(options.adapter) if options.adapter else "",
+        adapter_words(options.adapter, given_scales(options)),
         storage_words(storage_of(model)),
     )
     for folder in store.folders:

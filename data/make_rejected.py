@@ -4,7 +4,8 @@
 
 Reads records with a prompt and a chosen answer (.jsonl, .json or .csv, as for make_pairs; an old
 `rejected` or `reject` is written anew) and writes JSON Lines with `rejected` added, `samples` lines
-a record. Answers equal to the chosen one, empty ones and repeated ones are left out and counted.
+a record. Answers equal to the chosen one, its thought included where the template writes thoughts,
+empty ones and repeated ones are left out and counted. Thoughts and weights stay.
 A command that was killed goes on where it stopped; what a prompt gets depends on --seed and its
 place in the file alone.
 """
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from rwkv.generate import Continuation
     from rwkv.model import RWKV
     from rwkv.sampling_flags import Sampling
-    from rwkv.templates import Template
+    from rwkv.templates import Message, Template
     from rwkv.tokenizer import Tokenizer
 
 PROMPTS_A_PART = 1024  # prompts between two writes: what a kill can lose
@@ -90,7 +91,7 @@ def write_rejected(
     records = list(read_text_pairs(options.input, parse=parse_prompt))
     if not records:
         raise InputError(f"{options.input}: has no records; is it the right file?")
-    prompts = [template.encode_prompt(pair.prompt, tokenizer) for _, pair in records]
+    prompts = [template.encode_prompt(pair.context(), tokenizer) for _, pair in records]
     folder = options.output.with_name(f".{options.output.name}.parts-{run_key(options)}")
     progress, counts = Progress(f"answering {options.input.name}"), Counter[str]()
     for first in range(0, len(records), PROMPTS_A_PART):
@@ -158,10 +159,10 @@ def answer(
         batch_size=options.batch_size,
     )
     for (_, pair), found in zip(records[first:last], written, strict=True):
-        known: set[str] = set()
+        chosen, known = template.answer(pair.chosen[0]).strip(), set[str]()
         for continuation in found:
             text = continuation.text.strip()
-            reason = why_left_out(text, pair, known)
+            reason = why_left_out(text, chosen, known)
             known.add(text)
             yield {"left out": reason} if reason else pair_line(pair, text, continuation.ended)
 
@@ -195,18 +196,19 @@ def sample_answers(
     return [found[n : n + samples] for n in range(0, len(found), samples)]
 
 
-def why_left_out(text: str, pair: "TextPair", known: set[str]) -> str:
+def why_left_out(text: str, chosen: str, known: set[str]) -> str:
     """Why a sampled answer makes no pair; "" where it does."""
     if not text:
         return "left out, empty"
-    if text == pair.chosen[0].text.strip():
+    if text == chosen:
         return "left out, equal to chosen"
     return "left out, written before" if text in known else ""
 
 
 def pair_line(pair: "TextPair", rejected: str, ended: bool) -> dict[str, Any]:
     """A record of the output; `ended` says whether the answer came to its end by itself."""
-    prompt: Any = [{"role": m.role, "content": m.text} for m in pair.prompt]
+    prompt: Any = [_turn(message) for message in pair.prompt]
+    answer = _turn(pair.chosen[0])
     line: dict[str, Any] = {}
     if len(pair.prompt) > 1 and pair.prompt[0].role == "system":
         line["system"], prompt = pair.prompt[0].text, prompt[1:]
@@ -214,10 +216,19 @@ def pair_line(pair: "TextPair", rejected: str, ended: bool) -> dict[str, Any]:
         prompt = prompt[0]["content"]
     return line | {
         "prompt": prompt,
-        "chosen": pair.chosen[0].text,
+        "chosen": answer["content"] if len(answer) == 2 else [answer],
         "rejected": rejected,
         "ended": ended,
+        **({} if pair.weight is None else {"weight": pair.weight}),
     }
+
+
+def _turn(message: "Message") -> dict[str, Any]:
+    """A message as a record has it: role and content; thought and weight where there are any."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.text}
+    if message.thought:
+        turn["reasoning_content"] = message.thought
+    return turn if message.scored else turn | {"weight": 0}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rwkv.tokenizer import Tokenizer
 
 GROUP = 2**16  # tokens of texts handed to the teacher together
-MAX_LOGITS = 2**26  # logits alive at once: 256 MiB in float32
+MAX_LOGITS = 2**26  # logits of a model of ours at once: 256 MiB in float32
 
 # from texts to the teacher's logits of all their tokens, end to end, in parts [m, V]
 Teacher = Callable[[Sequence[Sequence[int]]], "Iterator[Tensor]"]
@@ -245,6 +245,7 @@ def open_teacher_model(options: argparse.Namespace) -> "tuple[Teacher, Tokenizer
     stored = {n: entry["storage"] for n, entry in read_tensors(files[0]).quantized.items()}
     made_of: list[Any] = [*(fingerprint(read_tensors(file)) for file in files), options.dtype]
     made_of += [stored] if stored else []
+    made_of += [options.alpha] if options.alpha is not None else []
 
     def logits(texts: Sequence[Sequence[int]]) -> "Iterator[Tensor]":
         import torch

@@ -2,8 +2,13 @@
 
 prompt, chosen, rejected (or reject), perhaps system     strings, or lists of messages
 messages or conversations, chosen, rejected              the prompt as a dialogue
-chosen, rejected                                         two dialogues with a common beginning
+chosen, rejected                                         two dialogues that differ in their last
+                                                         message; perhaps with their beginning as
+                                                         prompt, which then comes once
 prompt, completion (or response), label                  one answer, good or bad
+
+A prompt that ends with an answer is a dialogue whose question was answered: that answer is not of
+the prompt.
 """
 
 from collections import Counter
@@ -14,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from data.conversations import parse_messages
+from data.conversations import join_turns, parse_messages, same_turns
 from data.pair_store import EncodedPairs, PairStore, write_pairs
 from data.progress import Progress
 from data.records import DataError, RecordFile, parse_json
@@ -37,11 +42,19 @@ RECORDS_A_CHUNK = 512
 
 @dataclass(frozen=True)
 class TextPair:
-    """A dialogue up to the answer, and its answers as messages; an answer may be missing."""
+    """A dialogue up to the answer, and its answers as messages; an answer may be missing.
+
+    weight: the record's own `weight`, which nothing here reads: for files made of the record.
+    """
 
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
+    weight: Any = None
+
+    def context(self) -> list[Message]:
+        """The prompt as pairs are trained on: none of it is scored."""
+        return [replace(message, scored=False) for message in self.prompt]
 
 
 class Located(NamedTuple):
@@ -90,17 +103,14 @@ def parse_pair(record: Any, where: str) -> TextPair:
     rejected_key = next((key for key in REJECTED if key in record), None)
     if "chosen" in record and rejected_key:
         prompt = _prompt(record, where)
-        chosen = _turns(record["chosen"], "assistant", where, "chosen")
-        rejected = _turns(record[rejected_key], "assistant", where, rejected_key)
-        if not prompt:
-            prompt, chosen, rejected = _common(chosen, rejected, where)
-        pair = TextPair(system + prompt, chosen, rejected)
+        chosen = _answered(prompt, record, "chosen", where)
+        rejected = _answered(prompt, record, rejected_key, where)
+        if not same_turns(chosen[:-1], rejected[:-1]):
+            _stop(where, f"'chosen' and {rejected_key!r} differ before their last message")
+        pair = TextPair(join_turns(system, chosen[:-1], where), chosen[-1:], rejected[-1:])
     else:
         pair = _labelled(record, system, where)
-    for side in (pair.chosen, pair.rejected):
-        if side and (len(side) != 1 or side[0].role != "assistant"):
-            _stop(where, "an answer must be one message of the assistant")
-    return replace(pair, prompt=[replace(message, scored=False) for message in pair.prompt])
+    return replace(pair, weight=record.get("weight"))
 
 
 def parse_prompt(record: Any, where: str) -> TextPair:
@@ -122,23 +132,39 @@ def parse_prompt(record: Any, where: str) -> TextPair:
 
 
 def parse_question(record: Any, where: str) -> TextPair:
-    """The prompt of one parsed record; answers are not looked at.
+    """The prompt of one parsed record; answers are looked at only where they are dialogues.
 
     Raises:
         DataError: as in read_text_pairs.
     """
-    if not isinstance(record, dict) or not any(
-        record.get(key) for key in ("prompt", "question", *DIALOGUES)
-    ):
+    if not isinstance(record, dict):
         _stop(where, "has no prompt")
-    rest = {k: v for k, v in record.items() if k not in (*REJECTED, *ANSWERS, "chosen", "label")}
-    pair = parse_pair({**rest, "chosen": "-", "rejected": "-"}, where)
+    chosen: Any = record.get("chosen")
+    rejected = next((record[key] for key in REJECTED if record.get(key)), chosen)
+    if not isinstance(chosen, list) or len(chosen) < 2:
+        if not any(record.get(key) for key in ("prompt", "question", *DIALOGUES)):
+            _stop(where, "has no prompt")
+        chosen = rejected = "-"
+    rest = {k: v for k, v in record.items() if k not in (*REJECTED, *ANSWERS, "label")}
+    pair = parse_pair({**rest, "chosen": chosen, "rejected": rejected}, where)
     return replace(pair, chosen=[], rejected=[])
 
 
 def _prompt(record: dict[str, Any], where: str) -> list[Message]:
     key = next((key for key in ("prompt", "question", *DIALOGUES) if key in record), None)
-    return [] if key is None else _turns(record[key], "user", where, key)
+    turns = [] if key is None else _turns(record[key], "user", where, key)
+    return turns[:-1] if turns and turns[-1].role == "assistant" else turns
+
+
+def _answered(prompt: list[Message], record: dict[str, Any], key: str, where: str) -> list[Message]:
+    """The prompt and the answer under `key`, which may repeat the prompt, as one dialogue."""
+    turns = _turns(record[key], "assistant", where, key)
+    found = join_turns(prompt, turns, f"{where}: {key!r}")
+    if found[-1].role != "assistant":
+        _stop(where, f"{key!r} does not end with a message of the assistant")
+    if len(found) < 2:
+        _stop(where, "has no prompt")
+    return found
 
 
 def _labelled(record: dict[str, Any], system: list[Message], where: str) -> TextPair:
@@ -148,17 +174,9 @@ def _labelled(record: dict[str, Any], system: list[Message], where: str) -> Text
     label = LABELS.get(str(record["label"]).lower())
     if label is None:
         _stop(where, f"'label' is {record['label']!r}, neither true nor false")
-    answer = _turns(record[key], "assistant", where, key)
-    return TextPair(system + prompt, answer if label else [], [] if label else answer)
-
-
-def _common(
-    chosen: list[Message], rejected: list[Message], where: str
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """Two dialogues as what they begin with in common, and the rest of each."""
-    if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
-        _stop(where, "has no prompt, and the two dialogues differ before their last message")
-    return chosen[:-1], chosen[-1:], rejected[-1:]
+    found = _answered(prompt, record, key, where)
+    prompt, answer = join_turns(system, found[:-1], where), found[-1:]
+    return TextPair(prompt, answer if label else [], [] if label else answer)
 
 
 def _turns(value: Any, role: str, where: str, name: str) -> list[Message]:
@@ -187,11 +205,10 @@ def encode_pair(
     Raises:
         InputError: the template lacks a role, or the prompt gives no token.
     """
-    recipe = replace(recipe, mask_prompt=True)  # the mask tells where the answer begins
     prompt: list[int] = []
     sides = []
     for side in (pair.chosen, pair.rejected):
-        tokens, mask = encode_record(pair.prompt + side, recipe, tokenizer) if side else ([], [])
+        tokens, mask = encode_record(pair.context() + side, recipe, tokenizer) if side else ([], [])
         begin = mask.index(True) if any(mask) else len(tokens)
         prompt = tokens[:begin] or prompt
         sides.append(tokens[begin:])
@@ -265,4 +282,4 @@ def _encoded(
     )
 
 
-PAIRS = StoreKind((SAVE_SUFFIX, *H5_SUFFIXES), encode_pairs, write_pairs, PairStore)
+PAIRS = StoreKind((SAVE_SUFFIX, *H5_SUFFIXES), False, encode_pairs, write_pairs, PairStore)

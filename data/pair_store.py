@@ -114,5 +114,5 @@ def write_pairs(
             )
 
     kinds = {"tokens": np.uint16} | dict.fromkeys(("prompt", "chosen", "rejected"), np.int64)
-    meta = {"kind": PairStore.kind, "mask_prompt": True, **meta}
+    meta = {"kind": PairStore.kind, **meta}
     return write_arrays(folder, records(), kinds, meta)

@@ -64,7 +64,7 @@ class RecordFile:
         reader = {".jsonl": self._json_lines, ".json": self._json_values, ".csv": self._csv_rows}
         with self.path.open("rb") as raw:
             self._raw = raw
-            zipped = self.path.suffix == ".gz"
+            zipped = self.path.suffix.lower() == ".gz"
             stream: Any = gzip.GzipFile(fileobj=raw) if zipped else raw
             try:
                 yield from reader[self.kind](stream)
@@ -92,8 +92,10 @@ class RecordFile:
             line, counted = line + text.count("\n", counted, at), at
             try:
                 value, end = decoder.raw_decode(text, at)
-            except json.JSONDecodeError as error:
-                raise DataError(str(plain_text.not_json(self.path, error.lineno, error))) from None
+            except json.JSONDecodeError as error:  # which counts the lines of all text
+                raise DataError(str(plain_text.not_json(self.path, 1, error))) from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(str(plain_text.not_json(self.path, line, error))) from None
             yield RawRecord(line, value, end - at)
             at = _skip_space(text, end)
             if in_list and text[at : at + 1] not in (",", "]"):
@@ -105,6 +107,11 @@ class RecordFile:
                 at = _skip_space(text, at + 1)
         if in_list and at >= len(text):
             raise DataError(f"{self.path}: not JSON (the list has no end); is the file whole?")
+        if in_list and (behind := _skip_space(text, at + 1)) < len(text):
+            line += text.count("\n", counted, behind)
+            raise DataError(
+                f"{self.path}:{line}: not JSON (something follows the list); write one list"
+            )
 
     def _csv_rows(self, stream: BinaryIO) -> Iterator[RawRecord]:
         csv.field_size_limit(2**31 - 1)

@@ -10,7 +10,7 @@ to be done.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,8 +23,10 @@ from rwkv.files import replacing
 
 @dataclass(frozen=True)
 class Scorer:
-    """The reference model: fingerprints of the base and of the adapter, "" for none.
+    """The reference model.
 
+    model: a fingerprint of the base.
+    adapter: see `adapter_words`.
     storage: a fingerprint of what is kept in fewer bits, "" for nothing; see `storage_words`.
     """
 
@@ -55,6 +57,16 @@ def storage_words(kinds: Mapping[str, str]) -> str:
     text = json.dumps(sorted(kinds.items()))
     digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
     return f"{'+'.join(sorted(set(kinds.values())))}-{digest}"
+
+
+def adapter_words(path: Path | str | None, scales: Iterable[float] = ()) -> str:
+    """What tells one adapter from another: a hash of its file; "" for none.
+
+    scales: alpha / rank of its layers where the file does not state them, added as in "1b9c x 2".
+    """
+    if not path:
+        return ""
+    return " x ".join([file_fingerprint(path), *sorted({f"{scale:g}" for scale in scales})])
 
 
 def file_fingerprint(path: Path | str) -> str:
@@ -141,6 +153,11 @@ def read_scores(folder: Path, scorer: Scorer) -> np.ndarray:
     )
 
 
+def has_scores(store: PairStore, scorer: Scorer) -> bool:
+    """Whether all folders of a store have scores by that model."""
+    return all(score_paths(folder, scorer)[0].exists() for folder in store.folders)
+
+
 def attach(store: PairStore, scorer: Scorer, *, required: bool) -> bool:
     """Give a store the scores of its folders by that model, if all have them.
 
@@ -155,7 +172,7 @@ def attach(store: PairStore, scorer: Scorer, *, required: bool) -> bool:
     Raises:
         DataError: they are required and a folder has none, another model's, or unfinished ones.
     """
-    if not required and not all(score_paths(f, scorer)[0].exists() for f in store.folders):
+    if not required and not has_scores(store, scorer):
         return False
     store.reference = np.concatenate([read_scores(f, scorer) for f in store.folders])[store.numbers]
     return True

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,7 +55,7 @@ def write_round(
     asked = [pair for _, pair in read_text_pairs(prompts, parse=parse_question)]
     found = sample_answers(
         model,
-        [template.encode_prompt(pair.prompt, tokenizer) for pair in asked],
+        [template.encode_prompt(pair.context(), tokenizer) for pair in asked],
         tokenizer,
         template,
         samples=flags.iterate_samples,
@@ -71,7 +72,7 @@ def write_round(
         if not texts or max(values) == min(values):
             continue
         best, worst = texts[values.index(max(values))], texts[values.index(min(values))]
-        chosen = TextPair(pair.prompt, [Message("assistant", best)], [])
+        chosen = replace(pair, chosen=[Message("assistant", best)])
         line = pair_line(chosen, worst, ended=True)
         lines.append(line | {"scores": [max(values), min(values)]})
     if not lines:

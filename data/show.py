@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from data.make_sft import add_encoding_arguments
 from rwkv.cli import Parser, run
+from rwkv.errors import InputError
 from rwkv.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     add_encoding_arguments(parser)
     parser.add_argument("--cache_dir", default="~/.cache/rwkv-lm-rlhf", help="see train.py")
     options = parser.parse_args(argv)
+    if options.first < 0:
+        raise InputError(f"--first {options.first}: records are counted from 0; give 0 or more")
 
     from data.store_cache import StoreSettings, open_store
     from data.token_store import is_store, open_folder

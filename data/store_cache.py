@@ -26,6 +26,7 @@ from rwkv.templates import load_template
 from rwkv.tokenizer import Tokenizer
 
 H5_SUFFIXES = (".h5", ".hdf5")
+READING = 2  # raised where records come to give other tokens: what the cache has is made again
 SETTLED_SECONDS = 2.0  # a file changed later than this before its hash was taken may change unseen
 
 
@@ -43,12 +44,14 @@ class StoreKind(NamedTuple):
     """How files become a store of one kind.
 
     suffixes: endings of the files it is made of, beside those of records.
+    masks: whether --mask_prompt is asked which tokens are scored; else prompts never are.
     encode: (file, recipe, tokenizer, processes) -> encoded records.
     write: (folder, encoded records, meta) -> meta.json of the folder that it makes.
     open: the store's class.
     """
 
     suffixes: tuple[str, ...]
+    masks: bool
     encode: Callable[[Path, Recipe, Tokenizer, int | None], Iterator[Any]]
     write: Callable[[Path, Iterable[Any], dict[str, Any]], dict[str, Any]]
     open: type[TokenStore]
@@ -75,7 +78,7 @@ def open_store(
     """
     kind = kind or SFT
     template = load_template(flags.template, tokenizer, flags.turn_end or None)
-    recipe = Recipe(tokenizer.name, template, flags.mask_prompt)
+    recipe = Recipe(tokenizer.name, template, bool(flags.mask_prompt) or not kind.masks)
     cache = Path(flags.cache_dir).expanduser()
     found = split_paths(paths)
     if not found:
@@ -111,7 +114,7 @@ def encode_any(
         progress.finish()
 
 
-SFT = StoreKind(H5_SUFFIXES, encode_any, write_store, TokenStore)
+SFT = StoreKind(H5_SUFFIXES, True, encode_any, write_store, TokenStore)
 
 
 def build_store(
@@ -128,7 +131,8 @@ def build_store(
     """
     paths = list(paths)
     for left in folder.parent.glob(f".{folder.name}.*.part"):
-        if not _alive(int(left.name.split(".")[-2])):
+        process = left.name.split(".")[-2]
+        if process.isdecimal() and not _alive(int(process)):
             remove(left)
     sources = [{"path": str(path), "content": content_hash(path)} for path in paths]
     meta = {
@@ -169,7 +173,9 @@ def _usable(folder: Path, kind: StoreKind) -> bool:
 def _key(path: Path, content: str, recipe: Recipe, tokenizer: Tokenizer, kind: StoreKind) -> str:
     suffix = record_suffix(path) or path.suffix.lower()
     settings = [recipe.template.fingerprint, tokenizer.fingerprint, recipe.mask_prompt]
-    text = json.dumps([FORMAT, kind.open.kind, content, suffix, path.suffix == ".gz", *settings])
+    text = json.dumps(
+        [FORMAT, READING, kind.open.kind, content, suffix, path.suffix.lower() == ".gz", *settings]
+    )
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
 
@@ -206,24 +212,27 @@ def _alive(process: int) -> bool:
 
 
 @contextlib.contextmanager
-def one_at_a_time(cache: Path) -> Iterator[None]:
-    """Hold the cache's lock, so that the ranks of one machine make a store once."""
+def one_at_a_time(folder: Path, flag: str = "--cache_dir") -> Iterator[None]:
+    """Hold a folder's lock, so that the ranks of one machine make what is in it once.
+
+    flag: that names the folder, for the error of one that cannot be written.
+    """
     try:
         import fcntl
     except ImportError:  # not on Windows; there each process makes its own copy and the last stays
         yield
         return
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = (cache / "lock").open("w")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
     except OSError as error:
         raise InputError(
-            f"--cache_dir {cache}: cannot be written ({error.strerror}); choose another folder"
+            f"{flag} {folder}: cannot be written ({error.strerror}); choose another folder"
         ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.stderr.write(f"{cache}: waiting for another process that tokenizes\n")
+            sys.stderr.write(f"{folder}: waiting for another process that writes there\n")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

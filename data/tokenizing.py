@@ -20,7 +20,7 @@ import numpy as np
 from data.conversations import read_conversations
 from data.records import DataError, RawRecord, RecordFile, parse_json
 from rwkv.errors import InputError, RunError
-from rwkv.templates import Message, Segment, Template, encode_segments
+from rwkv.templates import Message, Template, encode_dialogue
 from rwkv.tokenizer import Tokenizer, load_tokenizer
 
 CHUNK_BYTES = 1 << 20
@@ -87,13 +87,11 @@ def encode_record(
 ) -> tuple[list[int], list[bool]]:
     """Tokens of a text or dialogue, its end of text included, and the mask over them."""
     if isinstance(conversation, str):
-        segments, last_scored = [Segment(conversation, scored=True)], True
+        tokens = tokenizer.encode(conversation)
+        tokens += [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+        mask = [True] * len(tokens)
     else:
-        segments, last_scored = recipe.template.segments(conversation), conversation[-1].scored
-    tokens, mask = encode_segments(segments, tokenizer)
-    if tokenizer.end_of_text is not None and not segments[-1].end:
-        tokens.append(tokenizer.end_of_text)
-        mask.append(last_scored)
+        tokens, mask = encode_dialogue(conversation, recipe.template, tokenizer)
     if not recipe.mask_prompt:
         mask = [True] * len(tokens)
     mask[:1] = [False] * len(mask[:1])

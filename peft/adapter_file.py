@@ -196,7 +196,7 @@ def _is_model(tensors: TensorFile, metadata: Mapping[str, Any]) -> bool:
 
 
 def _whole_model(path: Path | str) -> InputError:
-    return InputError(f"{path}: is a whole model, no adapter; name it at --load_model")
+    return InputError(f"{path}: is a whole model, no adapter; it is a base, as at --load_model")
 
 
 def stated_layers(path: Path | str, metadata: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -353,6 +353,12 @@ def planned_scales(plan: Plan) -> dict[str, float]:
         for name, mine in plan.plans.items()
         if mine.mode in ADAPTERS and issubclass(ADAPTERS[mine.mode], LoraLinear)
     }
+
+
+def unstated_scales(path: Path | str, scales: Mapping[str, float]) -> list[float]:
+    """Those of `planned_scales` that an adapter's file does not state, as RWKV-LM-RLHF's do not."""
+    stated = stated_layers(path, read_metadata(path))
+    return [scale for layer, scale in scales.items() if "alpha" not in stated.get(layer, {})]
 
 
 def _check_names(path: Path | str, tensors: TensorFile, wanted: Mapping[str, Any]) -> None:

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         write_tensors(options.output, tensors, metadata)
         count = len(metadata["layers"])
     else:
-        if options.output.suffix:
+        if options.output.suffix in (".pth", ".pt", ".safetensors", ".bin", ".json"):
             raise InputError(f"--output {options.output}: HF peft wants a folder; drop the ending")
         count = to_folder(
             options.adapter,

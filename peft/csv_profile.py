@@ -10,6 +10,7 @@ embedding if that trains, else with block 0; ln_out goes with the head.
 import csv
 import glob
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,9 +118,13 @@ def _number(where: str, column: str, text: str, key: str) -> float | int:
     except (ValueError, OverflowError):
         word = "whole number" if kind is int else "number"
         raise InputError(f"{where}: {column} is {text!r}; write a {word}") from None
-    if value < lowest or (value == lowest and not allowed) or value != value:
+    if not math.isfinite(value):
+        raise InputError(f"{where}: {column} is {text}; write a finite number")
+    if value < lowest or (value == lowest and not allowed):
         bound = f"{lowest} or more" if allowed else f"more than {lowest}"
         raise InputError(f"{where}: {column} is {text}; write {bound}")
+    if key == "dropout" and value >= 1:
+        raise InputError(f"{where}: {column} is {text}; write a share below 1")
     return kind(value)
 
 

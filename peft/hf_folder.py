@@ -6,6 +6,7 @@ Source: HF peft 0.21, src/peft/tuners/{lora,miss} and utils/save_and_load.py for
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from rwkv.errors import InputError
 from rwkv.files import replacing
 
 PREFIX = "base_model.model."
-FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")  # of such a folder
+CARD = "README.md"  # the model card, which people write
+FILES = ("adapter_config.json", "adapter_model.safetensors", CARD)  # of such a folder
 LAYERS = {  # our names of RWKV-7's linear layers, and those of its HF models
     "att.receptance": "attn.r_proj",
     "att.key": "attn.k_proj",
@@ -73,7 +75,7 @@ def to_folder(
 
     Args:
         path: the adapter file.
-        folder: replaced if it exists, and holds nothing else.
+        folder: replaced if it exists, and holds nothing else; its README.md stays.
         alpha: for files that do not state it.
         base_name: the base model's name, for the configuration.
         drop_whole: leave out tensors that trained whole.
@@ -119,6 +121,8 @@ def to_folder(
 
     with replacing(folder) as part_folder:
         part_folder.mkdir()
+        if (folder / CARD).exists():
+            shutil.copy2(folder / CARD, part_folder)
         save_file(out, part_folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = json.dumps(_config(named, modes.pop(), base_name), indent=1)
         (part_folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")

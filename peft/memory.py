@@ -79,6 +79,7 @@ class Step:
     texts: the most that a row holds.
     given_states: texts begin with copies of states, into which gradients flow, in every layer: of
         what a prefix left, say.
+    prefix: one trains, so that gradients reach all blocks.
     answers: the most that a prompt has, all read after all prompts; 0 where nothing is a prompt.
         With them `texts` counts prompts.
     prompts: the share of the tokens that are prompts'.
@@ -103,6 +104,7 @@ class Step:
     packed: bool = True
     texts: int = 1
     given_states: bool = False
+    prefix: bool = False
     answers: int = 0
     prompts: float = 0.5
     host_states: bool = False
@@ -374,7 +376,7 @@ def widened(plan: Plan, step: Step) -> int:
 def learning_blocks(config: RWKVConfig, plan: Plan, step: Step) -> int:
     """Blocks that a gradient reaches: from the first that something trains in, or before."""
     trained = [name for name in plan.layers if trained_sizes(plan, name)]
-    if step.tuned_state or "emb" in trained:
+    if step.tuned_state or step.prefix or "emb" in trained:
         return config.n_layer
     numbers = [int(name.split(".")[1]) for name in trained if name.startswith("blocks.")]
     return config.n_layer - min(numbers) if numbers else 0

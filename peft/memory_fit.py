@@ -60,7 +60,8 @@ def recomputation(run: Choice) -> Iterator[Choice]:
     if not run.step.grad_cp and run.step.stage != 3:
         yield _changed(run, "--grad_cp selective", step=replace(run.step, grad_cp="selective"))
     if run.step.grad_cp is not True:
-        yield _changed(run, "--grad_cp 1", step=replace(run.step, grad_cp=True))
+        words = "--grad_cp 1" + (" --grad_cp_memory 0" if run.step.kept_limit else "")
+        yield _changed(run, words, step=replace(run.step, grad_cp=True, kept_limit=0))
 
 
 def host_memory(run: Choice) -> Iterator[Choice]:
@@ -73,11 +74,12 @@ def host_memory(run: Choice) -> Iterator[Choice]:
 
 def chunks(run: Choice) -> Iterator[Choice]:
     """--infctx with chunks of fewer tokens, in place of --grad_cp_offload."""
+    asked = run.step.host_blocks and OFFLOAD not in run.words
     step = replace(run.step, host_blocks=False)
     run = Choice(tuple(words for words in run.words if words != OFFLOAD), run.plan, step)
     for chunk in CHUNKS:
         if chunk < min(run.step.ctx_len, run.step.chunk or run.step.ctx_len):
-            words = f"--infctx 1 --chunk_ctx {chunk}"
+            words = "--grad_cp_offload 0 " * asked + f"--infctx 1 --chunk_ctx {chunk}"
             yield _changed(run, words, step=replace(run.step, chunk=chunk))
 
 
@@ -109,8 +111,8 @@ def stored_ends(run: Choice) -> Iterator[Choice]:
 
 
 def smaller_optimizer(run: Choice) -> Iterator[Choice]:
-    """--optim AdamW8bit."""
-    if run.step.optim.lower() in ("", "adamw"):
+    """--optim AdamW8bit, which DeepSpeed has not."""
+    if run.step.optim.lower() in ("", "adamw") and not run.step.stage:
         yield _changed(run, "--optim AdamW8bit", step=replace(run.step, optim="AdamW8bit"))
 
 

@@ -103,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
         other_base=options.other_base,
         as_trained=options.as_trained,
     )
+    if has_start(pair.adapter):
+        check_output(start_path(options.output), "state")
     merged = merge(pair)
     difference = compare(pair, merged, device=options.device)
     if not difference.kl <= options.tolerance:
@@ -158,18 +160,29 @@ def main(argv: list[str] | None = None) -> int:
 def write_start(options: argparse.Namespace, adapter: "TensorFile") -> None:
     """Write the state that texts start from beside the model, where the adapter has one."""
     from peft.apply import load_frozen
-    from peft.plan import PREFIX, STATE
     from rwkv.checkpoint import write_tensors
     from rwkv.runner import load_start
     from rwkv.state import state_tensors
 
-    if not any(name == PREFIX or name.endswith(f".{STATE}") for name in adapter):
+    if not has_start(adapter):
         return
     model = load_frozen(options.output, device=options.device)
     load_start(model, adapter)
-    beside = options.output.with_stem(f"{options.output.stem}-state")
-    write_tensors(beside, state_tensors(model.initial_state(1)), {"kind": "state"})
-    print(f"{beside}: the state that texts start from")  # noqa: T201
+    path = start_path(options.output)
+    write_tensors(path, state_tensors(model.initial_state(1)), {"kind": "state"})
+    print(f"{path}: the state that texts start from")  # noqa: T201
+
+
+def has_start(adapter: "TensorFile") -> bool:
+    """Whether an adapter's file holds a tuned state or a prefix."""
+    from peft.plan import PREFIX, STATE
+
+    return any(name == PREFIX or name.endswith(f".{STATE}") for name in adapter)
+
+
+def start_path(output: Path) -> Path:
+    """Where the state goes that texts start from."""
+    return output.with_stem(f"{output.stem}-state")
 
 
 if __name__ == "__main__":

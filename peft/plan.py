@@ -8,6 +8,7 @@ from torch import nn
 
 from peft.flags import QUANT_ALIASES, PeftFlags
 from peft.layer_profile import ADAPTER_MODES, LayerPlan, Rule, plans_of, read_profile
+from peft.lora import LoraLinear
 from peft.registry import ADAPTERS
 from rwkv.errors import InputError
 from rwkv.linear import Embedding, Linear
@@ -47,7 +48,7 @@ class Plan:
     flags: what else the user chose.
     open_storage: layers whose storage the flags decide; that of ENDS is up to --quant_head too.
     beside: small layers that train because adapters do.
-    notes: a line for each storage that was asked for and cannot be.
+    notes: a line for each thing that was asked for and cannot be.
     """
 
     layers: dict[str, Layer]
@@ -135,7 +136,7 @@ def _unheard(
     plans: Mapping[str, LayerPlan],
     quantized: Mapping[str, str],
 ) -> Iterator[str]:
-    """What rules and flags say of storage without effect.
+    """What rules and flags say without effect.
 
     Args:
         plan: what holds.
@@ -160,8 +161,20 @@ def _unheard(
         if kind != "none" and told and all(plan.plans[name].mode == "full" for name in told):
             yield f"{where}: has no effect, for {_some(told)} trains in full"
         yield from _held(where, [n for n in told if plans[n].quant == kind], str(kind), quantized)
-    flags = plan.flags
-    if not flags.quant or not flags.layer_profile:
+    flags, modes = plan.flags, {mine.mode for mine in plan.plans.values()}
+    if not flags.layer_profile:
+        return
+    low_rank = {mode for mode, kind in ADAPTERS.items() if issubclass(kind, LoraLinear)}
+    for name, wanted, what in (
+        ("limited_lora", set(ADAPTERS), "an adapter"),
+        ("rslora", low_rank, "LoRA"),
+        ("lora_plus_ratio", low_rank, "LoRA"),
+        ("svd_niter", {"pissa"}, "PiSSA"),
+    ):
+        value = getattr(flags, name)
+        if value != getattr(PeftFlags, name) and not modes & wanted:
+            yield f"--{name} {value:g}: has no effect, for no layer has {what}"
+    if not flags.quant:
         return
     kind = QUANT_ALIASES.get(flags.quant_mode, flags.quant_mode)
     open_to = [

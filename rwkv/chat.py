@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rwkv.cli import Parser, run
 from rwkv.errors import InputError
@@ -25,10 +25,24 @@ if TYPE_CHECKING:
 
 HELP = """\
 /reset       forget the dialogue and begin anew
-/save FILE   .pth or .safetensors: the state, for --state; else the dialogue, a line of JSON
+/save FILE   .pth or .safetensors: the state, for --state; else the dialogue, a line of JSON;
+             again after /reset: one more line; a file of other origin is not written over
 /help        this list
 /quit        leave, as does the end of the input
 Ctrl-C stops an answer."""
+
+
+class _Saved(NamedTuple):
+    """A file that /save wrote.
+
+    mark: of the file as it was written; see _mark.
+    earlier: the lines of the dialogues before the last reset.
+    text: all that the file holds; "" for a state.
+    """
+
+    mark: tuple[int, ...]
+    earlier: str
+    text: str
 
 
 class Chat:
@@ -60,6 +74,7 @@ class Chat:
             assert tokenizer.end_of_text is not None  # load_template has seen to it
             self._ending.append(tokenizer.end_of_text)
         self._stop = [*stop, *([self._suffix] if template.turn_end != "eot" else [])]
+        self._saved: dict[Path, _Saved] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -72,6 +87,11 @@ class Chat:
         self._stream = TextStream(
             self.model, self.tokenizer, sampling=self.sampling, seed=self.seed
         )
+        self._saved = {
+            path: saved._replace(earlier=saved.text)
+            for path, saved in self._saved.items()
+            if saved.text  # a state of the forgotten dialogue is not to be replaced
+        }
 
     def say(self, text: str) -> Generator[str, None, None]:
         """Say something; yields the answer as the model writes it.
@@ -123,23 +143,35 @@ class Chat:
     def save(self, path: Path) -> None:
         """Write the state or the dialogue, as the file's ending says; see HELP.
 
+        What this dialogue wrote before is replaced; the lines of earlier dialogues stay.
+
         Raises:
-            InputError: the file cannot be written.
+            InputError: the file cannot be written, or is there and of other origin.
         """
         from rwkv.checkpoint import write_tensors
         from rwkv.files import replacing
         from rwkv.state import state_tensors
 
+        saved = self._saved.get(path.resolve())
+        if path.exists() and (saved is None or saved.mark != _mark(path)):
+            raise InputError(f"/save {path}: is there, and not of this dialogue; name another file")
+        earlier = saved.earlier if saved else ""
         if path.suffix in (".pth", ".safetensors"):
-            state = self._stream.settle()
+            state, text = self._stream.settle(), ""
             facts = {"kind": "state", "turns": len(self.messages)}
             write_tensors(path, state_tensors(state), facts)
-            return
-        if path.exists() and path.suffix not in (".jsonl", ".json"):
-            raise InputError(f"/save {path}: is there; name another file, or one in .jsonl")
-        record = {"messages": [{"role": m.role, "content": m.text} for m in self.messages]}
-        with replacing(path) as part:
-            part.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+        else:
+            record = {"messages": [{"role": m.role, "content": m.text} for m in self.messages]}
+            text = earlier + json.dumps(record, ensure_ascii=False) + "\n"
+            with replacing(path) as part:
+                part.write_text(text, encoding="utf-8")
+        self._saved[path.resolve()] = _Saved(_mark(path), earlier, text)
+
+
+def _mark(path: Path) -> tuple[int, ...]:
+    """Equal as long as nobody writes the file again."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def converse(chat: Chat, lines: Iterator[str]) -> None:

@@ -76,16 +76,15 @@ def parse_json(path: Path, text: str, line: int = 1, *, once: bool = False) -> A
         return json.loads(text, object_pairs_hook=checked if once else None)
     except InputError:
         raise
-    except json.JSONDecodeError as error:
-        raise not_json(path, line + error.lineno - 1, error) from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
-        raise InputError(
-            f"{path}:{line}: not JSON that can be read ({error}); mend that line"
-        ) from None
+    except (ValueError, RecursionError) as error:
+        raise not_json(path, line, error) from None
 
 
-def not_json(path: Path, line: int, error: json.JSONDecodeError) -> InputError:
-    """The error for a file that is no JSON at a line."""
+def not_json(path: Path, line: int, error: ValueError | RecursionError) -> InputError:
+    """The error for text that begins at a line of a file and is no JSON that Python reads."""
+    if not isinstance(error, json.JSONDecodeError):  # a number of 5,000 digits, 1,000 brackets
+        return InputError(f"{path}:{line}: not JSON that can be read ({error}); mend that line")
+    line += error.lineno - 1
     if "\0" in error.doc:
         return InputError(f"{path}:{line}: has NUL characters, as UTF-16 has; save it as UTF-8")
     return InputError(

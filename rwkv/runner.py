@@ -74,6 +74,16 @@ def storage_of(model: "RWKV") -> dict[str, str]:
     return {name: layer.store.kind for name, layer in layers if layer.store is not None}
 
 
+def given_scales(options: argparse.Namespace) -> list[float]:
+    """alpha / rank of each layer of the adapter's file that does not state it; see --alpha."""
+    from peft.adapter_file import read_adapter
+
+    if options.alpha is None:
+        return []
+    _, kinds, _ = read_adapter(options.adapter, alpha=options.alpha)
+    return [kind.scale for kind in kinds.values() if kind.mode not in ("bone", "miss")]
+
+
 def open_model(options: argparse.Namespace, *, merged: bool = False) -> "tuple[RWKV, Tokenizer]":
     """The frozen model and tokenizer that the flags of `add_model_arguments` name.
 

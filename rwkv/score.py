@@ -5,7 +5,8 @@
 Data: .txt, one text; .jsonl, a record a line; .json, a list of records; each may be gzipped (.gz).
 A record is a string, has `text`, `prompt` and `completion`, or `messages` of `role` and `content`.
 Texts are scored from their first token, after the tokenizer's end of text if it has one; of
-dialogues the answers are scored, written as in training (--template).
+dialogues the answers are scored, written as in training (--template, --turn_end), which begins with
+no end of text and closes with one.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rwkv.cli import Parser, run
 from rwkv.errors import InputError, not_finite
 from rwkv.plain_text import decode, parse_json
-from rwkv.runner import add_model_arguments, open_model
+from rwkv.runner import add_model_arguments, add_template_arguments, open_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,14 +145,15 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         InputError: the file is missing, of an unknown kind, or not what its name says.
     """
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     kind = suffixes[-1] if suffixes else ""
     if kind not in (".txt", ".jsonl", ".json"):
         raise InputError(f"{path}: unknown kind of file; give .txt, .jsonl or .json (or their .gz)")
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        zipped = path.suffix.lower() == ".gz"
+        data = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
     text = decode(path, data)
@@ -178,7 +180,7 @@ def text_of(record: Any, where: str, tokenizer: "Tokenizer", template: "Template
     Raises:
         InputError: the record has none of the known shapes, or cannot be tokenized.
     """
-    from rwkv.templates import encode_segments
+    from rwkv.templates import encode_dialogue
 
     messages = None
     if isinstance(record, dict):
@@ -193,7 +195,7 @@ def text_of(record: Any, where: str, tokenizer: "Tokenizer", template: "Template
             record = record.get("text")
     try:
         if messages is not None:
-            tokens, scored = encode_segments(template.segments(_messages(messages)), tokenizer)
+            return Text(*encode_dialogue(_messages(messages), template, tokenizer))
         elif isinstance(record, str):
             tokens = tokenizer.encode(record)
             scored = [True] * len(tokens)
@@ -231,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_model_arguments(parser)
     parser.add_argument("--data", type=Path, required=True, help="the file to score")
-    parser.add_argument("--template", default="auto", help="how dialogues are written (auto)")
+    add_template_arguments(parser, "auto", "how dialogues are written (auto)")
     parser.add_argument("--limit", type=int, help="score this many records at most")
     options = parser.parse_args(argv)
     if options.limit is not None and options.limit < 1:
@@ -241,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
 
     records = list(read_records(options.data))[: options.limit]
     model, tokenizer = open_model(options)
-    template = load_template(options.template, tokenizer)
+    template = load_template(options.template, tokenizer, options.turn_end or None)
     texts = [text_of(record, where, tokenizer, template) for where, record in records]
     total = add([Score(), *score_texts(model, texts, tokenizer)])
     result = {"data": str(options.data), "texts": len(texts), **total.summary()}

@@ -111,17 +111,21 @@ class Template:
         segments = []
         for message in messages:
             marks = self._marks(message.role)
-            text = self._fold(message.text)
             if message.role != "assistant":
-                segments.append(Segment(marks.prefix + text + marks.suffix, scored=False))
+                text = marks.prefix + self._fold(message.text) + marks.suffix
+                segments.append(Segment(text, scored=False))
                 continue
             opening = marks.prefix.rstrip(" ")
-            answer = marks.prefix[len(opening) :] + self._thought(message) + text
+            answer = marks.prefix[len(opening) :] + self.answer(message)
             if self.turn_end != "eot":
                 answer += marks.suffix
             segments.append(Segment(opening, scored=False))
             segments.append(Segment(answer, message.scored, end=self.turn_end != "suffix"))
         return segments
+
+    def answer(self, message: Message) -> str:
+        """The assistant's message as it is written between its marks, thought included."""
+        return self._thought(message) + self._fold(message.text)
 
     def render_prompt(self, messages: Sequence[Message], think: str = "off") -> str:
         """The text after which the model writes the next answer.
@@ -277,6 +281,18 @@ def _read_marks(path: Path, key: str, value: object) -> Marks:
     raise InputError(
         f"{path}: {key!r} has no two strings; write an object with 'prefix' and 'suffix'"
     )
+
+
+def encode_dialogue(
+    messages: Sequence[Message], template: Template, tokenizer: Tokenizer
+) -> tuple[list[int], list[bool]]:
+    """Tokens of a dialogue, closed by an end of text, and whether each is scored."""
+    segments = template.segments(messages)
+    tokens, mask = encode_segments(segments, tokenizer)
+    if tokenizer.end_of_text is not None and not segments[-1].end:
+        tokens.append(tokenizer.end_of_text)
+        mask.append(messages[-1].scored)
+    return tokens, mask
 
 
 def encode_segments(

@@ -140,18 +140,66 @@ def test_a_text_that_cannot_be_written_changes_nothing(model):
 
 
 def test_saving_takes_the_place_of_nothing_else(model, tmp_path):
-    """Of no model, adapter or other file; a state and a dialogue are written over."""
+    """Of no file but what this dialogue wrote there itself."""
     chat = Chat(model, BYTES, TEMPLATES["world"])
-    base, notes = tmp_path / "model.pth", tmp_path / "notes.txt"
-    write_tensors(base, model.state_dict())
-    notes.write_text("mine")
-    before = base.read_bytes()
-    for path, message in ((base, "is there, and no .json says"), (notes, "is there; name another")):
-        with pytest.raises(InputError, match=message):
+    names = ("model.pth", "state.pth", "notes.txt", "pairs.jsonl", "pairs.json")
+    paths = [tmp_path / name for name in names]
+    write_tensors(paths[0], model.state_dict())
+    write_tensors(paths[1], {"x": torch.ones(1)}, {"kind": "state"})
+    for path in paths[2:]:
+        path.write_text("mine")
+    before = [path.read_bytes() for path in paths]
+    for path in paths:
+        with pytest.raises(InputError, match="is there, and not of this dialogue; name another"):
             chat.save(path)
-    assert base.read_bytes() == before and notes.read_text() == "mine"
+    assert [path.read_bytes() for path in paths] == before
     for name in ("s.pth", "s.pth", "d.jsonl", "d.jsonl"):
         chat.save(tmp_path / name)
+
+
+def test_a_refused_save_lets_the_chat_go_on(model, tmp_path, capsys, scripted):
+    path = tmp_path / "mydata.jsonl"
+    path.write_text("mine\n")
+    scripted(b" Hi\n\n")
+    converse(Chat(model, BYTES, TEMPLATES["world"]), iter([f"/save {path}", "Hello"]))
+    out, error = capsys.readouterr()
+    assert error.splitlines() == [
+        f"error: /save {path}: is there, and not of this dialogue; name another file"
+    ]
+    assert out == "Hi\n" and path.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.txt"])
+def test_saving_again_keeps_the_dialogues_before_a_reset(model, tmp_path, scripted, name):
+    """A grown dialogue takes its own place; one after a reset gets a line of its own."""
+    chat, path = Chat(model, BYTES, TEMPLATES["world"]), tmp_path / name
+    scripted(b" a\n\n b\n\n c\n\n d\n\n")
+    lines = ["1", f"/save {path}", "2", f"/save {path}", "/reset"]
+    lines += ["3", f"/save {path}", "4", f"/save {path}"]
+    converse(chat, iter(lines))
+    saved = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    said = [[message["content"] for message in messages] for messages in saved]
+    assert said == [["1", "a", "2", "b"], ["3", "c", "4", "d"]]
+
+
+def test_saving_again_after_others_wrote_there_is_refused(model, tmp_path):
+    chat, path = Chat(model, BYTES, TEMPLATES["world"]), tmp_path / "d.jsonl"
+    chat.save(path)
+    path.write_text("mine")
+    with pytest.raises(InputError, match="is there, and not of this dialogue"):
+        chat.save(path)
+    assert path.read_text() == "mine"
+
+
+def test_a_state_is_not_replaced_by_one_after_a_reset(model, tmp_path):
+    chat, path = Chat(model, BYTES, TEMPLATES["world"], max_tokens=5), tmp_path / "s.pth"
+    talk(chat, "Remember 7")
+    chat.save(path)
+    before = path.read_bytes()
+    chat.reset()
+    with pytest.raises(InputError, match="is there, and not of this dialogue"):
+        chat.save(path)
+    assert path.read_bytes() == before
 
 
 def test_a_saved_state_is_where_a_later_chat_begins(model, tmp_path):

@@ -122,6 +122,8 @@ def test_a_byte_order_mark_and_blank_lines_are_read(tmp_path):
         ([FROZEN.replace("freeze", "lora")], r"p\.csv:2: emb cannot be 'lora'; choose full or f"),
         ([LORA.format(0, "").replace("16", "x")], r"p\.csv:2: Rank is 'x'; write a whole number"),
         ([LORA.format(0, "").replace("1e-4", "0")], "Weight_lr_init is 0; write more than 0"),
+        ([LORA.format(0, "").replace("1e-4", "inf")], "Weight_lr_init is inf; write a finite"),
+        ([LORA.format(0, "").replace("0.01", "1", 1)], "Dropout is 1; write a share below 1"),
         ([LORA.format(0, "att.key,att.value")], "has 12 cells, the header 11; put a list of Reje"),
         (
             [FROZEN, LORA.format(0, "").replace("16", "999"), LORA.format(1, ""), HEAD],

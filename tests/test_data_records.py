@@ -9,6 +9,7 @@ from data.conversations import read_conversations
 from data.records import DataError, RecordFile, parse_json
 from rwkv.templates import Message
 
+DIALOGUE = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 USER, ANSWER = Message("user", "q"), Message("assistant", "a")
 
 
@@ -22,7 +23,7 @@ def conversations(record):
 
 def write(path, text):
     data = text if isinstance(text, bytes) else text.encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(gzip.compress(data) if path.suffix.lower() == ".gz" else data)
     return path
 
 
@@ -32,6 +33,7 @@ def write(path, text):
         ("a.jsonl", '{"text": "x"}\n\n{"text": "y"}'),
         ("a.jsonl", '\ufeff{"text": "x"}\r\n \r\n{"text": "y"}\r\n'),
         ("a.jsonl.gz", '{"text": "x"}\n\n{"text": "y"}\n'),
+        ("a.JSONL.GZ", '{"text": "x"}\n\n{"text": "y"}\n'),
         ("a.json", '[{"text": "x"},\n\n{"text":\n "y"}\n]\n'),
         ("a.json", '{"text": "x"}\n\n{"text": "y"}\n'),
         ("a.json.gz", '\ufeff[{"text": "x"},\n\n {"text": "y"}]'),
@@ -70,6 +72,9 @@ def test_csv_records_and_their_lines(tmp_path):
         ("a.json", '[{"text": "x"}\n{"text": "y"}]', r"a\.json:2: not JSON \(expected ','"),
         ("a.json", '[\n{"text": "x"},', r"a\.json: not JSON \(the list has no end\)"),
         ("a.json", '[{"text": "x"},\n\n{"text": }]', r"a\.json:3: not JSON"),
+        ("a.json", '[{"text": "x"}]\n[{"text": "y"}]', r"a\.json:2: .* \(something follows the"),
+        ("a.json", "[" * 100_000, r"a\.json:1: not JSON that can be read"),
+        ("a.json", '["x",\n' + "1" * 5000 + "]", r"a\.json:2: not JSON that can be read"),
         ("a.json", b'["x",\n"\xff"]', r"a\.json:2: not UTF-8"),
         ("a.csv", "text,n\nx\n", r"a\.csv:2: has 1 fields, the first line names 2 columns"),
         ("a.csv", "text,text\nx,y\n", r"a\.csv:1: the first line must name every column, each"),
@@ -117,6 +122,10 @@ def test_missing_files_are_named(tmp_path, name, message):
             "completion": [{"role": "assistant", "content": "a"}],
         },
         {"instruction": "q", "instances": [{"input": "", "output": "a"}]},
+        {"prompt": "q", "chosen": DIALOGUE, "rejected": DIALOGUE},
+        {"prompt": DIALOGUE[:1], "chosen": DIALOGUE},
+        {"messages": DIALOGUE[:1], "chosen": DIALOGUE},
+        {"chosen": DIALOGUE, "rejected": DIALOGUE},
         {
             "messages": [
                 {"role": "user", "content": [{"type": "text", "text": "q"}]},
@@ -129,6 +138,13 @@ def test_missing_files_are_named(tmp_path, name, message):
 )
 def test_one_question_in_every_spelling(record):
     assert conversations(record) == [[USER, ANSWER]]
+
+
+@pytest.mark.parametrize("more", [{}, {"prompt": "q"}], ids=["alone", "prompt"])
+def test_a_repeated_system_message_comes_once(more):
+    system = {"role": "system", "content": "s"}
+    record = {"system": "s", "chosen": [system, *DIALOGUE], **more}
+    assert conversations(record) == [[Message("system", "s"), USER, ANSWER]]
 
 
 @pytest.mark.parametrize("record", ["t", {"text": "t"}, {"text": "t", "prompt": "q"}])
@@ -207,6 +223,11 @@ def test_weight_0_is_not_scored():
         ({"text": 5}, r"f:1: 'text' is a number \(5\), not a string"),
         ({"text": " \n"}, r"f:1: 'text' is empty; remove the record"),
         ({"prompt": "q"}, r"f:1: has 'prompt'; needs"),
+        ({"chosen": "a"}, r"f:1: has 'chosen'; needs"),
+        (
+            {"prompt": "p", "chosen": DIALOGUE},
+            r"f:1: 'chosen': does not begin with the prompt; leave the prompt out, or mend the",
+        ),
         ({"prompt": "q", "completion": ""}, r"f:1: 'completion' is empty"),
         ({"prompt": "q", "input": 3, "output": "a"}, r"f:1: 'input' is a number \(3\), not a"),
         (

@@ -221,6 +221,14 @@ def test_a_killed_build_leaves_nothing_that_counts(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "o"]
 
 
+def test_what_a_build_did_not_leave_stays(tmp_path):
+    path, other = write_records(tmp_path / "a.jsonl", [PAIR]), tmp_path / ".o.notes.part"
+    other.write_text("mine")
+    arguments = ["--input", str(path), "--output", str(tmp_path / "o"), "--tokenizer", "bytes"]
+    assert make_sft.main(arguments) == 0
+    assert other.read_text() == "mine"
+
+
 def test_a_store_of_another_tokenizer_is_refused(tmp_path, settings):
     path = write_records(tmp_path / "a.jsonl", [PAIR])
     output = tmp_path / "o"
@@ -361,6 +369,8 @@ def test_show_marks_what_is_scored(tmp_path, capsys):
     assert "record 1: 3 tokens, 2 scored\n[[é<end of text>]]" in out
     assert "2 records, 1 of them dialogues\n27 tokens, 7 scored (25.9%)" in out
     assert "--ctx_len 30, packed: 1 rows, 83.3% full" in out
+    with pytest.raises(InputError, match="--first -1: records are counted from 0"):
+        show.main([str(path), *cache, "--first", "-1"])
 
 
 def test_show_colours_a_terminal(tmp_path, capsys, monkeypatch):

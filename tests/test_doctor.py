@@ -47,6 +47,30 @@ def test_one_bad_record_is_found_and_left_out(tmp_path, capsys, record, problem)
     assert doctor.main([str(fixed)]) == 0
 
 
+def test_answers_that_differ_in_their_thought_are_two(tmp_path):
+    rows = [good(n) for n in range(12)]
+    sides = {
+        name: [{"role": "assistant", "content": "Yes, it is.", "reasoning_content": thought}]
+        for name, thought in (("chosen", "It ends in 1."), ("rejected", "It is small."))
+    }
+    path = write(tmp_path / "a.jsonl", [*rows, good(50) | sides])
+    assert doctor.examine(path).drop == {}
+    path = write(tmp_path / "b.jsonl", [*rows, good(50) | sides | {"rejected": sides["chosen"]}])
+    assert doctor.examine(path).drop == {12: "whose answers are equal"}
+
+
+def test_whole_dialogues_are_kept(tmp_path):
+    rows = []
+    for n in range(12):
+        question = {"role": "user", "content": good(n)["prompt"]}
+        sides = {
+            name: [question, {"role": "assistant", "content": good(n)[name]}]
+            for name in ("chosen", "rejected")
+        }
+        rows.append({"prompt": good(n)["prompt"]} | sides)
+    assert doctor.main([str(write(tmp_path / "a.jsonl", rows))]) == 0
+
+
 def test_length_that_tells_chosen_from_rejected(tmp_path):
     rows = [good(n, "Yes, it is odd, as you can see.", "No.") for n in range(12)]
     findings = doctor.examine(write(tmp_path / "a.jsonl", rows))
@@ -128,6 +152,16 @@ def test_a_file_is_not_mended_in_place(tmp_path):
     with pytest.raises(InputError, match="is the file itself; choose another name"):
         doctor.main([str(path), "--fix", str(path)])
     assert path.read_bytes() == before
+
+
+def test_mending_writes_over_no_file(tmp_path, capsys):
+    """Said before the file is looked at."""
+    path, other = write(tmp_path / "a.jsonl", [good(1), good(1)]), tmp_path / "other.jsonl"
+    other.write_text("mine")
+    with pytest.raises(InputError, match=r"--fix .*other\.jsonl: exists; remove it or choose"):
+        doctor.main([str(path), "--fix", str(other)])
+    assert other.read_text() == "mine"
+    assert capsys.readouterr().out == ""
 
 
 def test_what_is_no_preference_file_is_said(tmp_path):

@@ -3,7 +3,10 @@
 import gc
 import json
 import signal
+import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ import train
 from data.pair_records import TextPair
 from data.rounds import make_reward
 from rwkv.errors import InputError
+from rwkv.flags import Settings, parse
 from rwkv.run import rounds
+from rwkv.run.settings import FLAGS
 from rwkv.templates import Message
 from rwkv.training.lit import LitModel
 from rwkv.training.step_log import read_log
@@ -95,6 +100,34 @@ def test_a_signal_within_the_last_step_of_a_round_ends_the_rounds(tmp_path, monk
     assert train.main(flags(tmp_path, "orpo")) == 128 + signal.SIGTERM
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["round-0"]
     assert (tmp_path / "out" / "round-0" / "run" / "rwkv-0.pth").exists()
+
+
+def settings_of(folder: Path, **more: object) -> Settings:
+    return parse(flags(folder, "dpo", **more), FLAGS, program="train.py", description="")
+
+
+def test_a_round_is_made_once(tmp_path, monkeypatch):
+    """By the first of two processes that come at once, and not again after a kill in training."""
+    real, made = rounds.write_round, []
+
+    def slow(*args):
+        made.append(threading.get_ident())
+        time.sleep(0.2)
+        return real(*args)
+
+    monkeypatch.setattr(rounds, "write_round", slow)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(rounds.iterate, settings_of(tmp_path), lambda _: 3) for _ in range(2)]
+        assert [one.result() for one in both] == [3, 3]
+    assert len(made) == 1
+    monkeypatch.setattr(rounds, "build", lambda *_: pytest.fail("a model is built"))
+    assert rounds.iterate(settings_of(tmp_path), lambda _: 4) == 4
+
+
+def test_a_dry_run_samples_nothing(tmp_path, capsys):
+    assert train.main([*flags(tmp_path, "dpo"), "--dry_run", "1"]) == 0
+    assert "round 0: 3 answers to each of 6 prompts; a dry run writes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def asked(text: str) -> list[TextPair]:

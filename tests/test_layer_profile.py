@@ -342,10 +342,23 @@ LORA = {"match": "blocks.*", "mode": "lora", "rank": 4}
             {"quant": True},
             ["--quant 1: has no effect, for every linear layer trains in full or has its storage"],
         ),
+        (
+            [{"match": "*", "mode": "full"}],
+            {"limited_lora": True, "lora_plus_ratio": 16.0},
+            [
+                "--limited_lora 1: has no effect, for no layer has an adapter",
+                "--lora_plus_ratio 16",
+            ],
+        ),
+        (
+            [LORA | {"mode": "bone"}],
+            {"limited_lora": True, "rslora": True, "svd_niter": 0},
+            ["--rslora 1: has no effect, for no layer has LoRA", "--svd_niter 0: has no effect"],
+        ),
     ],
-    ids=["a rule", "the flag", "a full layer", "all in full"],
+    ids=["a rule", "the flag", "a full layer", "all in full", "no adapter", "no LoRA"],
 )
-def test_a_storage_without_effect_is_noted(tmp_path, rules, flags, wanted):
+def test_what_has_no_effect_is_noted(tmp_path, rules, flags, wanted):
     plan = plan_of(tmp_path, *rules, **flags)
     assert len(plan.notes) == len(wanted)
     assert all(part in note for part, note in zip(wanted, plan.notes, strict=True))

@@ -699,6 +699,15 @@ def test_blocks_below_the_first_that_trains_keep_nothing(tmp_path):
     assert memory.learning_blocks(config, plan_of(tmp_path, config), step) == 4
 
 
+def test_under_a_prefix_all_blocks_keep_their_part(tmp_path):
+    config, plan = config_of(), plan_of(tmp_path)
+    frozen = {name: replace(mine, mode="freeze") for name, mine in plan.plans.items()}
+    plan, step = replace(plan, plans=frozen), Step(1, 64, given_states=True)
+    assert not memory.between_blocks(config, plan, step)
+    found = memory.between_blocks(config, plan, replace(step, prefix=True))
+    assert found >= 2 * config.n_layer * 64 * C * 2
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """A plan of the 1.5B shape: LoRA over bfloat16, everything kept."""
@@ -718,6 +727,14 @@ def large(tmp_path_factory):
         ({"rows": 1, "grad_cp": True, "ctx_len": 8192}, 6, "fits with --grad_cp_offload 1: "),
         ({"rows": 1, "grad_cp": True, "ctx_len": 65536}, 12, "fits with --infctx 1 --chunk_ctx "),
         ({"rows": 1, "grad_cp": True, "ctx_len": 256}, 4.2, "fits with --quant 1 --quant_mode "),
+        (
+            {"rows": 1, "grad_cp": "selective", "kept_limit": 2 * GIB}, 7,
+            "fits with --grad_cp 1 --grad_cp_memory 0: ",
+        ),
+        (
+            {"rows": 1, "grad_cp": True, "ctx_len": 65536, "host_blocks": True}, 10,
+            "fits with --grad_cp_offload 0 --infctx 1 --chunk_ctx ",
+        ),
         ({"rows": 8}, 4, "--micro_bsz 1 --grad_cp 1 --infctx 1 --chunk_ctx "),
         ({"rows": 8}, 1, "by any of these changes: --micro_bsz 1 --grad_cp 1 "),
     ],
@@ -730,14 +747,23 @@ def large(tmp_path_factory):
         "host memory",
         "chunks",
         "storage",
+        "less of it kept",
+        "chunks in place of host memory",
         "together",
         "never",
     ],
-)
+)  # fmt: skip
 def test_the_first_change_that_fits_is_named(large, step, memory_gib, words):
     config, plan, full = large
     told = what_fits(config, plan, replace(full, **step), int(memory_gib * GIB))
     assert words in told, told
+
+
+def test_deepspeed_is_not_advised_of_8_bit_moments(large):
+    config, plan, full = large
+    for strategy, named in (("auto", True), ("deepspeed_stage_2", False)):
+        told = what_fits(config, plan, replace(full, strategy=strategy), GIB)
+        assert ("--optim AdamW8bit" in told) == named
 
 
 def test_what_is_named_does_fit(large):
@@ -961,8 +987,13 @@ def test_predictions_are_within_a_tenth(number):
 
 
 @pytest.mark.gpu
-def test_two_steps_are_measured_by_a_dry_run(tmp_path, capsys):
-    assert train.main(dry(tmp_path, dry_run="verify")) == 0
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"prefix_tuning": 1, "layer_profile": "layerprofile/prefix.json"}],
+    ids=["adapters", "prefix"],
+)
+def test_two_steps_are_measured_by_a_dry_run(tmp_path, capsys, more):
+    assert train.main(dry(tmp_path, dry_run="verify", **more)) == 0
     assert "measured" in capsys.readouterr().err
 
 

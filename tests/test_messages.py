@@ -270,7 +270,9 @@ def test_a_size_that_disagrees_with_the_file_shows_both(fails, flag, value):
 
 
 def test_a_new_model_without_sizes_asks_for_them(fails):
-    assert "--n_layer: a new model needs it" in fails(load_model=None, tokenizer="bytes")
+    assert fails(load_model=None).startswith("--load_model: name the model to train; or give --n_l")
+    told = fails(load_model=None, n_layer=2, tokenizer="bytes")
+    assert "--n_embd: a new model needs it" in told
 
 
 def test_a_vocabulary_that_tells_no_tokenizer_asks_for_one(fails):
@@ -383,6 +385,7 @@ def test_a_profile_that_is_no_profile(fails, tmp_path):
         (["--grad_cp_memory", "6"], "--grad_cp_memory 6: is for --grad_cp selective; add it, or"),
         (["--grad_cp", "some"], "--grad_cp some: is not 1 or 0 or selective; write one"),
         (["--cuda_graphs", "1"], "--cuda_graphs 1: records a GPU's work, and the model is on cpu"),
+        (["--cuda_graphs", "1", "--dry_run", "1"], "--cuda_graphs 1: records a GPU's work"),
         (["--cuda_graphs", "yess"], "--cuda_graphs yess: is not 1 or 0 or auto; write one"),
         (["--infctx", "1", "--grad_cp_offload", "1"], "--infctx 1 recomputes blocks of one chunk"),
         (["--lr_final", "0"], "an exponential schedule cannot go from 0.0001 to 0"),
@@ -853,7 +856,7 @@ def trial(good, tmp_path) -> Path:
 def test_a_whole_model_is_no_adapter(fails, says, good, tmp_path, described):
     base, model = good / "base.pth", tmp_path / "merged.pth"
     write_tensors(model, dict(read_tensors(base)), {"kind": "model"} if described else None)
-    wanted = f"{model}: is a whole model, no adapter; name it at --load_model"
+    wanted = f"{model}: is a whole model, no adapter; it is a base, as at --load_model"
     both = ["--load_model", base, "--adapter", model]
     assert says(chat.main, *both) == wanted
     assert says(generate.main, *both, "--prompt", "a") == wanted
@@ -865,7 +868,10 @@ def test_a_whole_model_is_no_adapter(fails, says, good, tmp_path, described):
 
 def test_a_quantized_file_is_no_adapter(says, good, trial):
     text = says(chat.main, "--load_model", good / "base.pth", "--adapter", trial / "int8.pth")
-    assert text == f"{trial / 'int8.pth'}: is a whole model, no adapter; name it at --load_model"
+    assert (
+        text
+        == f"{trial / 'int8.pth'}: is a whole model, no adapter; it is a base, as at --load_model"
+    )
 
 
 def test_only_merge_offers_its_flag_for_another_base(says, good, trial):

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import train
 from data import make_pairs, make_reference
 from data.batch_plan import BatchPlan
 from data.open_pairs import open_pairs
-from data.pair_records import PAIRS, parse_pair
+from data.pair_records import PAIRS, parse_pair, parse_prompt, parse_question
 from data.pair_store import PairStore
 from data.records import DataError
 from data.reference_scores import Scorer, open_unfinished
@@ -72,6 +73,14 @@ def turns(*contents: str) -> list[dict]:
         {"prompt": "q", "chosen": "good", "reject": "bad"},
         {"prompt": turns("q"), "chosen": turns("", "good")[1:], "rejected": turns("", "bad")[1:]},
         {"chosen": turns("q", "good"), "rejected": turns("q", "bad")},
+        {"prompt": "q", "chosen": turns("q", "good"), "rejected": turns("q", "bad")},
+        {"prompt": turns("q"), "chosen": turns("q", "good"), "rejected": turns("q\n", "bad")},
+        {
+            "messages": turns("q", "good"),
+            "chosen": turns("q", "good"),
+            "rejected": turns("q", "bad"),
+        },
+        {"messages": turns("q", "answered"), "chosen": "good", "rejected": "bad"},
         {"messages": turns("q"), "chosen": "good", "rejected": "bad"},
         {
             "conversations": [{"from": "human", "value": "q"}],
@@ -79,7 +88,17 @@ def turns(*contents: str) -> list[dict]:
             "rejected": {"from": "gpt", "value": "bad"},
         },
     ],
-    ids=["upstream", "messages", "dialogues", "prompt dialogue", "sharegpt"],
+    ids=[
+        "upstream",
+        "messages",
+        "dialogues",
+        "dialogues with prompt",
+        "dialogues with messages",
+        "dialogues with dialogue",
+        "answered dialogue",
+        "prompt dialogue",
+        "sharegpt",
+    ],
 )
 def test_every_spelling_gives_the_same_pair(tmp_path, settings, record):
     store = opened(write(tmp_path / "a.jsonl", [record]), settings)
@@ -97,6 +116,71 @@ def test_earlier_answers_belong_to_the_prompt(tmp_path, settings):
     prompt, chosen, _ = texts(opened(write(tmp_path / "a.jsonl", [record]), settings))
     assert prompt == b"User: a\n\nAssistant: b\n\nUser: c\n\nAssistant:"
     assert chosen == b" good\n\n\0"
+
+
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"prompt": "a"},
+        {"prompt": [SYSTEM, *turns("a")]},
+        {"system": "s"},
+        {"system": "s", "prompt": "a"},
+        {"prompt": turns("a", "b", "c")},
+    ],
+    ids=["none", "text", "with system", "system alone", "system and text", "all turns"],
+)
+def test_whole_dialogues_differ_in_their_last_message(tmp_path, settings, more):
+    record = {side: [SYSTEM, *turns("a", "b", "c", side)] for side in ("chosen", "rejected")}
+    found = texts(opened(write(tmp_path / "a.jsonl", [more | record]), settings))
+    prompt = b"System: s\n\nUser: a\n\nAssistant: b\n\nUser: c\n\nAssistant:"
+    assert found == [prompt, b" chosen\n\n\0", b" rejected\n\n\0"]
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_a_labelled_dialogue_repeats_its_prompt(label):
+    record = {"prompt": "q", "completion": turns("q", "a"), "label": label}
+    pair = parse_pair(record, "x:1")
+    assert [message.text for message in pair.prompt] == ["q"]
+    assert [message.text for message in pair.chosen + pair.rejected] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("record", "question"),
+    [
+        ({"messages": turns("2+2?", "4")}, ["2+2?"]),
+        ({"messages": turns("a", "b", "c", "d")}, ["a", "b", "c"]),
+        ({"messages": turns("a", "b", "c")}, ["a", "b", "c"]),
+        ({"prompt": "q", "chosen": ["not looked at"]}, ["q"]),
+        ({"chosen": turns("q", "good"), "rejected": turns("q", "bad")}, ["q"]),
+        ({"chosen": turns("a", "b", "c", "d")}, ["a", "b", "c"]),
+        (
+            {
+                "prompt": "q",
+                "chosen": [SYSTEM, *turns("q", "good")],
+                "reject": [SYSTEM, *turns("q", "bad")],
+            },
+            ["s", "q"],
+        ),
+    ],
+    ids=["answered", "turns", "open", "prompt", "dialogues", "one dialogue", "with prompt"],
+)
+def test_a_question_is_what_stands_before_the_last_answer(record, question):
+    assert [message.text for message in parse_question(record, "x:1").prompt] == question
+
+
+@pytest.mark.parametrize("record", [{"chosen": "a"}, {"messages": turns("", "a")[1:]}, ["q"]])
+def test_a_question_needs_a_prompt(record):
+    with pytest.raises(DataError, match="x:1: has no prompt"):
+        parse_question(record, "x:1")
+
+
+def test_a_good_answer_may_be_a_whole_dialogue():
+    pair = parse_prompt({"prompt": "q", "chosen": turns("q", "good")}, "x:1")
+    assert [m.text for m in pair.prompt] == ["q"] and pair.chosen == [Message("assistant", "good")]
 
 
 def test_single_answers_have_a_label(tmp_path, settings):
@@ -128,7 +212,23 @@ def test_equal_answers_are_left_out_and_counted(tmp_path, settings):
             {"prompt": "q", "completion": "a", "label": "maybe"},
             r"'label' is 'maybe', neither true nor false",
         ),
-        ({"chosen": "a", "rejected": "b"}, "has no prompt, and the two dialogues differ"),
+        ({"chosen": "a", "rejected": "b"}, r"a\.jsonl:1: has no prompt; python -m data\.doctor"),
+        (
+            {"chosen": turns("a", "b", "c", "d"), "rejected": turns("a", "x", "c", "e")},
+            r"a\.jsonl:1: 'chosen' and 'rejected' differ before their last message; python -m",
+        ),
+        (
+            {"chosen": turns("a", "b"), "reject": turns("a", "b", "c", "d")},
+            "'chosen' and 'reject' differ before their last message",
+        ),
+        (
+            {"chosen": turns("a", "b", "c"), "rejected": turns("a", "b", "c")},
+            "'chosen' does not end with a message of the assistant",
+        ),
+        (
+            {"prompt": "q", "chosen": turns("a", "b"), "rejected": turns("a", "c")},
+            r"a\.jsonl:1: 'chosen': does not begin with the prompt; leave the prompt out, or mend",
+        ),
         (["q"], r"a\.jsonl:1: is no object"),
     ],
 )
@@ -145,7 +245,8 @@ def test_equal_answers_alone_are_no_data(tmp_path, settings):
 
 def test_thoughts_and_roles_are_parsed():
     pair = parse_pair({**PAIR, "system": "s"}, "x:1")
-    assert pair.prompt[0] == Message("system", "s", scored=False)
+    assert pair.prompt[0] == Message("system", "s")
+    assert pair.context()[0] == Message("system", "s", scored=False)
 
 
 def test_save_files(tmp_path, settings):
@@ -459,6 +560,40 @@ def test_a_further_run_over_bfloat16_weights_starts_at_log_two(folder, tmp_path)
     first = run(words, tmp_path / "run")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rewards/margins"] == 0
+
+
+def test_scores_are_of_one_alpha(folder, tmp_path):
+    """Where the adapter's file does not state it, as RWKV-LM-RLHF's."""
+    data = write(tmp_path / "alpha.jsonl", RECORDS)
+    run(flags(folder, tmp_path / "sft", "dpo", rlhf_train_file=data), tmp_path / "sft")
+    adapter = tmp_path / "plain.pth"
+    shutil.copy(tmp_path / "sft" / "rwkv-0.pth", adapter)
+    (rule,) = json.loads((folder / "adapters.json").read_text())["rules"]
+    words = flags(
+        folder, tmp_path / "run", "dpo", rlhf_train_file=data, load_adapter=adapter, dry_run=1
+    )
+    for alpha, message in ((2 * rule["alpha"], "are of model .* x "), (rule["alpha"], "")):
+        make_reference.main(reference_words(folder, data, adapter=adapter, alpha=alpha))
+        if message:
+            with pytest.raises(DataError, match=message):
+                train.main(words)
+        else:
+            assert train.main(words) == 0
+
+
+def test_scores_from_a_state_apart_are_refused(folder):
+    words = reference_words(folder, folder / "train.jsonl", state="s.pth")
+    with pytest.raises(InputError, match=r"--state s\.pth: no run begins with a state that lies"):
+        make_reference.main(words)
+
+
+def test_a_mask_for_prompts_leaves_pairs_as_they_are(folder, tmp_path):
+    """`--mask_prompt 0` is about SFT: the scores of the same records are found."""
+    data = write(tmp_path / "masked.jsonl", RECORDS)
+    make_reference.main(reference_words(folder, data))
+    words = flags(folder, tmp_path / "run", "dpo", rlhf_train_file=data, mask_prompt=0, dry_run=1)
+    del words[words.index("--layer_profile") : words.index("--layer_profile") + 2]
+    assert train.main(words) == 0
 
 
 def test_stale_scores_are_refused(folder, tmp_path):

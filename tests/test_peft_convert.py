@@ -112,8 +112,10 @@ def test_what_hf_peft_lacks_is_named(tmp_path, tensors, message):
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
-    path, folder = tmp_path / "a.pth", tmp_path / "folder"
+    path, folder = tmp_path / "a.pth", tmp_path / "rwkv7-0.1b-folder"
     write_tensors(path, {"head.miss": torch.zeros(2, 4)})
+    with pytest.raises(InputError, match=r"b\.pth: HF peft wants a folder; drop the ending"):
+        main(["--adapter", str(path), "--output", str(tmp_path / "b.pth")])
     words = ["--adapter", str(path), "--output", str(folder)]
     main(words)
     main(words)
@@ -121,6 +123,18 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     with pytest.raises(InputError, match=r"folder: holds thesis.txt, which is not of HF peft's"):
         main(words)
     assert (folder / "thesis.txt").read_text() == "precious"
+
+
+def test_a_model_card_stays(tmp_path):
+    path, folder = tmp_path / "a.pth", tmp_path / "folder"
+    for value in (0.0, 1.0):
+        write_tensors(path, {"head.miss": torch.full((2, 4), value)})
+        main(["--adapter", str(path), "--output", str(folder)])
+        (folder / "README.md").write_text("what I found")
+    main(["--adapter", str(path), "--output", str(folder)])
+    assert (folder / "README.md").read_text() == "what I found"
+    (tensor,) = read_tensors(folder / "adapter_model.safetensors").values()
+    assert (tensor == 1).all()
 
 
 def test_whole_tensors_can_be_left_out(tmp_path):

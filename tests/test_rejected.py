@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from data import make_rejected
+from data.pair_records import parse_pair, parse_prompt
 from data.records import DataError
 from rwkv.errors import InputError
+from rwkv.generate import Continuation
 from rwkv.training.step_log import read_log
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +120,38 @@ def test_a_record_without_a_good_answer_is_named(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "q"}\n')
     with pytest.raises(DataError, match=r"prompts\.jsonl:1: has no good answer; needs prompt and"):
         make_rejected.main(arguments)
+
+
+def thinking(content: str, thought: str, **more: object) -> dict:
+    return {"role": "assistant", "content": content, "reasoning_content": thought, **more}
+
+
+def test_thoughts_and_weights_are_written_again():
+    """Those of the chosen answer, of earlier turns, and the record's own weight."""
+    asked = [
+        {"role": "user", "content": "2+2?"},
+        thinking("5", "Hm.", weight=0),
+        {"role": "user", "content": "Sure?"},
+    ]
+    record = {"prompt": asked, "chosen": [thinking("4", "2 and 2.")], "weight": 0.5}
+    line = make_rejected.pair_line(parse_prompt(record, "f:1"), "5", ended=True)
+    assert line == record | {"rejected": "5", "ended": True}
+    assert parse_pair(line, "f:1").chosen == parse_prompt(record, "f:1").chosen
+
+
+@pytest.mark.parametrize(
+    ("template", "kept"),
+    [("world", ["<think>\nT\n</think>\nA"]), ("g1", ["A"])],
+)
+def test_answers_are_compared_as_the_template_writes_them(tmp_path, monkeypatch, template, kept):
+    """With their thoughts, where the template has marks for them."""
+    sampled = [Continuation([], text, True) for text in ("A", "<think>\nT\n</think>\nA")]
+    monkeypatch.setattr(make_rejected, "sample_answers", lambda *_, **__: [sampled])
+    arguments = words(tmp_path, "a.jsonl", template=template)
+    record = {"prompt": "q", "chosen": [thinking("A", "T")]}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(record) + "\n")
+    make_rejected.main(arguments)
+    assert [row["rejected"] for row in lines(tmp_path / "a.jsonl")] == kept
 
 
 @pytest.mark.parametrize("name", ["DPO", "ORPO"])

@@ -79,11 +79,11 @@ def test_nothing_to_score_is_named():
     [
         ("ab", "\0ab", "ab"),
         ({"text": "ab"}, "\0ab", "ab"),
-        ({"prompt": "q", "completion": "a"}, "\0User: q\n\nAssistant: a\n\n", " a\n\n"),
+        ({"prompt": "q", "completion": "a"}, "User: q\n\nAssistant: a\n\n\0", " a\n\n\0"),
         (
             {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-            "\0User: q\n\nAssistant: a\n\n",
-            " a\n\n",
+            "User: q\n\nAssistant: a\n\n\0",
+            " a\n\n\0",
         ),
     ],
     ids=["string", "text", "prompt and completion", "messages"],

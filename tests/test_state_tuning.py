@@ -405,6 +405,12 @@ def test_a_merge_writes_the_state_beside_the_model(prefixed, run, tmp_path, caps
     words = [
         str(run / word) if word == "base.pth" else str(word) for pair in words for word in pair
     ]
+    start = tmp_path / "merged-state.pth"
+    start.write_text("mine")
+    with pytest.raises(InputError, match=r"merged-state\.pth: is there, and no \.json says"):
+        merge.main(words)
+    assert not (tmp_path / "merged.pth").exists()
+    start.unlink()
     assert merge.main(words) == 0
     assert "merged-state.pth: the state that texts start from" in capsys.readouterr().out
     merged = load_model(tmp_path / "merged.pth", backend="torch")

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # The main job from nothing: environment, data, fine-tuning, held-out answers, merge, chat.
-# Reads base.pth; writes out/quickstart, anew each time. Arguments go to train.py.
+# Reads base.pth; writes out/quickstart, anew each time but with --resume 1. Arguments go to train.py.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source example/environment.sh requirements.txt
 out=out/quickstart
-rm -rf "$out"
+case " $* " in
+  *" --resume "*) ;;
+  *) rm -rf "$out" ;;
+esac
 mkdir -p "$out"
 
 echo "1. data: three small tasks, made from a seed"

@@ -6,14 +6,15 @@ from data.batch_plan import BatchPlan
 from data.flags import DataFlags, PairFlags
 from data.open_pairs import open_pairs
 from data.pair_store import PairStore
-from data.reference_scores import Scorer, file_fingerprint, storage_words
+from data.reference_scores import Scorer, adapter_words, storage_words
 from data.store_cache import open_store
 from data.teacher_store import TeacherStore, Wanted, open_teacher
 from data.token_store import split
 from losses.distill import RENORMALIZED
 from losses.flags import DistillationFlags
 from losses.objectives import chosen_objective
-from losses.preference_flags import PREFERENCES, REFERENCED
+from losses.preference_flags import PREFERENCES
+from peft.adapter_file import planned_scales, unstated_scales
 from peft.flags import PeftFlags, StateFlags
 from peft.plan import Plan
 from rwkv.checkpoint import fingerprint, read_tensors
@@ -62,27 +63,31 @@ def open_preferences(
     Raises:
         InputError: the files are wrong, or there is no reference to be had.
     """
-    objective, adapter = chosen_objective(settings), settings[PeftFlags].load_adapter
-    path, live, scorer = settings[ModelFlags].load_model, is_own_reference(settings, layers), None
+    objective, live = chosen_objective(settings), is_own_reference(settings, layers)
     if objective == "kto" and not live:
         raise InputError(
             "--kto 1: compares with the model before training on answers that no file has scores "
             "of; use a profile like layerprofile/lora-adapters-only.json, without --load_adapter, "
             "--state and --prefix_tuning"
         )
-    if objective in REFERENCED:
-        base = fingerprint(read_tensors(path)) if path else "new"
-        stored = {n: p.quant for n, p in layers.plans.items() if p.quant not in (None, "none")}
-        scorer = Scorer(base, file_fingerprint(adapter) if adapter else "", storage_words(stored))
     return open_pairs(
         paths,
         settings[DataFlags],
         tokenizer,
         longest=settings[PairFlags].rlhf_max_corpus_len,
         singles=objective == "kto",
-        scorer=None if objective == "kto" else scorer,
+        scorer=scorer_of(settings, layers) if objective == "dpo" else None,
         live=live,
     )
+
+
+def scorer_of(settings: Settings, layers: Plan) -> Scorer:
+    """The model that the run starts from, as a reference."""
+    path, adapter = settings[ModelFlags].load_model, settings[PeftFlags].load_adapter
+    base = fingerprint(read_tensors(path)) if path else "new"
+    stored = {n: p.quant for n, p in layers.plans.items() if p.quant not in (None, "none")}
+    scales = unstated_scales(adapter, planned_scales(layers)) if adapter else ()
+    return Scorer(base, adapter_words(adapter, scales), storage_words(stored))
 
 
 def is_own_reference(settings: Settings, layers: Plan) -> bool:

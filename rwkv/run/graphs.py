@@ -6,6 +6,7 @@ from losses.flags import ChunkFlags
 from losses.objectives import chosen_objective
 from rwkv.errors import InputError, RunError
 from rwkv.run.kernel import wkv_choice
+from rwkv.run.models import is_for_gpu
 from rwkv.training.flags import TrainerFlags
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def uses_graphs(run: "Run") -> bool:
     if not wanted:
         return False
     reason = why_not(run)
-    elsewhere = bool(flags.dry_run) and run.device.kind != "cuda"  # planned for another machine
+    elsewhere = run.device.kind != "cuda" and is_for_gpu(run.settings, run.device)
     if reason and wanted != "auto" and not elsewhere:
         raise InputError(f"--cuda_graphs 1: {reason}; use --cuda_graphs auto")
     return not reason

@@ -94,6 +94,7 @@ def step_of(
         accumulate=trainer.accumulate_grad_batches,
         tuned_state=settings[StateFlags].state,
         given_states=settings[StateFlags].prefix_tuning,
+        prefix=settings[StateFlags].prefix_tuning,
         beside=distillation.kd_loss if taught else "",
         teacher=teacher_bytes(distillation.teacher_model, dtype) if taught else 0,
         optim=settings[OptimizerFlags].optim,
@@ -158,7 +159,7 @@ def verify(
     from peft.apply import load_with_profile, random_with_profile
     from peft.groups import parameter_groups
     from peft.memory import predict
-    from peft.tuned_state import add_tuned_state
+    from peft.tuned_state import add_prefix, add_tuned_state
     from rwkv.training.measure import measure
     from rwkv.training.optimizer import make_optimizer
     from rwkv.training.strategy import grow_segments
@@ -181,6 +182,8 @@ def verify(
             model, _ = random_with_profile(config, peft, **where)
         if step.tuned_state:
             add_tuned_state(model)
+        if step.prefix:
+            add_prefix(model, settings[StateFlags].prefix_token_len)
         model.grad_cp, model.grad_cp_offload = step.grad_cp, step.host_blocks
         model.grad_cp_memory = step.kept_limit
         return model
@@ -192,6 +195,7 @@ def verify(
         ]
         return make_optimizer(groups, optimizer, strategy="auto", on_gpu=True)
 
+    beside = torch.cuda.memory_allocated()  # a teacher
     loader = make_loader(batches, 0, 0, step.accumulate)
     moved = [
         batch._replace(**{n: t.cuda() for n, t in batch._asdict().items() if t is not None})
@@ -200,6 +204,9 @@ def verify(
     if chosen_objective(settings) in REFERENCED and batches.pieces.store.reference is None:
         objective = replace(objective, reference=adapters_off)
     found = measure(make, optimize, objective, moved)
+    found = found._replace(
+        loading=found.loading + beside, model=found.model + beside, peak=found.peak + beside
+    )
     yield from compared(predict(config, layers, step), found)
 
 

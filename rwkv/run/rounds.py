@@ -7,10 +7,11 @@ from pathlib import Path
 
 from data.flags import DataFlags, IterateFlags, PairFlags
 from data.make_reference import score_folder
-from data.pair_records import PAIRS
-from data.reference_scores import Scorer, file_fingerprint, storage_words
-from data.rounds import make_judge, make_reward, write_round
-from data.store_cache import open_store
+from data.pair_records import PAIRS, parse_question, read_text_pairs
+from data.pair_store import PairStore
+from data.reference_scores import has_scores
+from data.rounds import Reward, make_judge, make_reward, write_round
+from data.store_cache import one_at_a_time, open_store
 from losses.objectives import chosen_objective
 from losses.preference_flags import REFERENCED
 from peft.apply import load_frozen
@@ -18,13 +19,14 @@ from peft.flags import PeftFlags
 from rwkv.cli import say
 from rwkv.errors import InputError
 from rwkv.flags import Settings
-from rwkv.run.models import build, choose_device
-from rwkv.runner import storage_of
-from rwkv.templates import load_template
-from rwkv.tokenizer import load_tokenizer
+from rwkv.run.batches import scorer_of
+from rwkv.run.models import Device, build, choose_device, plan_layers
+from rwkv.templates import Template, load_template
+from rwkv.tokenizer import Tokenizer, load_tokenizer
 from rwkv.training.flags import ModelFlags, TrainerFlags
 from rwkv.training.launch import is_child
 from rwkv.training.model import read_config
+from rwkv.training.strategy import take_device
 
 
 def iterate(settings: Settings, train: Callable[[Settings], int]) -> int:
@@ -44,6 +46,8 @@ def iterate(settings: Settings, train: Callable[[Settings], int]) -> int:
         raise InputError(
             "--iterate: needs something that scores answers; give --reward or --judge, and not both"
         )
+    if not settings[ModelFlags].load_model:
+        raise InputError("--iterate: needs a model that can answer; give --load_model")
     adapter = settings[PeftFlags].load_adapter
     for number in range(flags.iterate):
         folder = Path(trainer.proj_dir) / f"round-{number}"
@@ -53,6 +57,15 @@ def iterate(settings: Settings, train: Callable[[Settings], int]) -> int:
         now[TrainerFlags] = replace(trainer, proj_dir=str(folder / "run"), resume=True)
         done = folder / "run" / f"rwkv-{trainer.epoch_begin + trainer.epoch_count - 1}.pth"
         if not done.exists():
+            if trainer.dry_run and not (folder / "pairs.jsonl").exists():
+                prompts = sum(
+                    1 for _ in read_text_pairs(prompts_of(settings), parse=parse_question)
+                )
+                say(
+                    f"round {number}: {flags.iterate_samples} answers to each of {prompts:,} "
+                    "prompts; a dry run writes none, and without their pairs there is no plan"
+                )
+                return 0
             gc.collect()  # the last round's trainer and model hold each other
             make_round(settings, now, number)
             status = train(now)
@@ -63,40 +76,63 @@ def iterate(settings: Settings, train: Callable[[Settings], int]) -> int:
 
 
 def make_round(settings: Settings, now: Settings, number: int) -> None:
-    """Write the pairs of a round, and for DPO their scores, by the model that it starts from."""
-    flags, data = settings[IterateFlags], settings[DataFlags]
-    if not settings[ModelFlags].load_model:
-        raise InputError("--iterate: needs a model that can answer; give --load_model")
-    device, adapter = choose_device(settings), now[PeftFlags].load_adapter
-    config = read_config(settings[ModelFlags])
+    """Write the pairs of a round, and for DPO their scores, by the model that it starts from.
+
+    Of several processes on a machine the first does it, and the others find it done.
+    """
+    flags, data, trainer = settings[IterateFlags], settings[DataFlags], settings[TrainerFlags]
+    device, config = choose_device(settings), read_config(settings[ModelFlags])
     tokenizer = load_tokenizer(data.tokenizer or None, config.vocab_size)
     template = load_template(data.template, tokenizer, data.turn_end or None)
-    model, _, base = build(now, config, device)  # as the round trains it, stores and adapters
-    model.requires_grad_(False).eval()
     pairs = Path(now[PairFlags].rlhf_train_file)
-    if not pairs.exists():
-        if flags.judge:
-            judge = load_frozen(flags.judge, device=device.kind, dtype=device.dtype)
-            if judge.config.vocab_size < tokenizer.vocab_size:
-                raise InputError(
-                    f"--judge {flags.judge}: knows {judge.config.vocab_size} tokens, tokenizer "
-                    f"{tokenizer.name} has {tokenizer.vocab_size}; take a judge of this vocabulary"
-                )
-            reward = make_judge(judge, tokenizer, template)
-        else:
-            reward = make_reward(flags.reward)
-        prompts = Path(settings[PairFlags].rlhf_train_file or data.train_data_file)
-        seed = settings[TrainerFlags].random_seed + number
-        made = write_round(pairs, prompts, model, tokenizer, template, flags, reward, seed)
-        say(
-            f"round {number}: {made.pairs:,} pairs from {made.prompts:,} prompts, "
-            f"mean score {made.mean_score:.4f}"
-        )
+    scorer = None
     if chosen_objective(settings) in REFERENCED:
-        scorer = Scorer(
-            base,
-            file_fingerprint(adapter) if adapter else "",
-            storage_words(storage_of(model)),
+        scorer = scorer_of(now, plan_layers(now, config))
+
+    def stored() -> PairStore:
+        store = open_store(str(pairs), data, tokenizer, PAIRS)
+        assert isinstance(store, PairStore)
+        return store
+
+    with one_at_a_time(pairs.parent, "--proj_dir"):
+        if pairs.exists() and (scorer is None or has_scores(stored(), scorer)):
+            return
+        take_device(trainer, device.kind)
+        model, _, _ = build(now, config, device)  # as the round trains it, stores and adapters
+        model.requires_grad_(False).eval()
+        if not pairs.exists():
+            if flags.reward:
+                reward = make_reward(flags.reward)
+            else:
+                reward = load_judge(flags, device, tokenizer, template)
+            asked, seed = prompts_of(settings), trainer.random_seed + number
+            made = write_round(pairs, asked, model, tokenizer, template, flags, reward, seed)
+            say(
+                f"round {number}: {made.pairs:,} pairs from {made.prompts:,} prompts, "
+                f"mean score {made.mean_score:.4f}"
+            )
+        if scorer is not None:
+            for folder in stored().folders:
+                score_folder(model, folder, scorer, 16384)
+
+
+def prompts_of(settings: Settings) -> Path:
+    """The file whose prompts are answered."""
+    return Path(settings[PairFlags].rlhf_train_file or settings[DataFlags].train_data_file)
+
+
+def load_judge(
+    flags: IterateFlags, device: Device, tokenizer: Tokenizer, template: Template
+) -> Reward:
+    """The model that scores answers, as a reward.
+
+    Raises:
+        InputError: it does not know the tokenizer's vocabulary.
+    """
+    judge = load_frozen(flags.judge, device=device.kind, dtype=device.dtype)
+    if judge.config.vocab_size < tokenizer.vocab_size:
+        raise InputError(
+            f"--judge {flags.judge}: knows {judge.config.vocab_size} tokens, tokenizer "
+            f"{tokenizer.name} has {tokenizer.vocab_size}; take a judge of this vocabulary"
         )
-        for folder in open_store(str(pairs), data, tokenizer, PAIRS).folders:
-            score_folder(model, folder, scorer, 16384)
+    return make_judge(judge, tokenizer, template)
