@@ -785,6 +785,14 @@ def test_flags_of_a_gpu_are_named_on_a_cpu(good, tmp_path, capsys):
     assert "--grad_cp_offload 1: has no effect on a CPU" in lines
 
 
+@pytest.mark.parametrize(("warmup", "told"), [(3, False), (4, True)])
+def test_a_warm_up_that_outlasts_the_run_is_told(good, tmp_path, capsys, warmup, told):
+    words = {"load_model": good / "base.pth", "train_data_file": good / "train.jsonl", "sft": 1}
+    words |= {"epoch_steps": 4, "warmup_steps": warmup, "dry_run": 1, "cache_dir": tmp_path}
+    assert train.main([w for k, v in words.items() for w in (f"--{k}", str(v))]) == 0
+    assert (f"--warmup_steps {warmup}: the run ends within" in capsys.readouterr().err) == told
+
+
 @pytest.mark.parametrize(("epoch_steps", "told"), [(1, True), (3, True), (4, False)])
 def test_epochs_that_end_within_a_step_are_told(good, tmp_path, capsys, epoch_steps, told):
     """Four micro-batches a step: epochs of 1 end at steps 1, 1, 1, 1, 2; of 3 at 1, 2, 3, 3, 4."""

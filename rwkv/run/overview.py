@@ -104,6 +104,9 @@ def describe(run: Run) -> Iterable[str]:
         )
     if uses_graphs(run):
         yield "launches: a micro-batch is one CUDA graph (--cuda_graphs 0 for kernel by kernel)"
+    warmup = settings[OptimizerFlags].warmup_steps
+    if steps.total <= warmup:
+        yield f"--warmup_steps {warmup}: the run ends within them, below --lr_init"
     yield (
         f"run: {steps.total:,} steps, {steps.total / plan.steps_per_pass:.2f} passes over the "
         f"data, strategy {trainer.strategy}, into {trainer.proj_dir}"

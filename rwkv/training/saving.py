@@ -55,9 +55,7 @@ class Saving(pl.Callback):
         due = self.every and done % self.every == 0
         if epoch is None and not due and not trainer.should_stop:
             return
-        self.step_log.catch_up(
-            trainer
-        )  # a model whose loss or gradients are not finite is not saved
+        self.step_log.catch_up(trainer)  # which stops at a loss or gradients that are not finite
         if epoch is not None:
             self.save_model(trainer, lit, f"rwkv-{epoch}.pth", epoch)
         resume.save(trainer, lit, self.folder, self.run)
