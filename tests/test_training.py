@@ -335,8 +335,12 @@ def test_a_second_signal_takes_its_usual_course(folder, tmp_path, monkeypatch, t
     assert train.main(flags(folder, tmp_path / "one")) == 128 + number
     assert terms[0] == number and (tmp_path / "one" / "resume" / "step-1").is_dir()
     number = signal.SIGINT
-    with pytest.raises(KeyboardInterrupt):
-        train.main(flags(folder, tmp_path / "two"))
+    before = signal.signal(number, signal.default_int_handler)  # pytest-xdist's ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.main(flags(folder, tmp_path / "two"))
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_signal_within_the_last_step_finds_the_run_done(folder, tmp_path, monkeypatch, capsys):
