@@ -6,7 +6,7 @@ rank are read from the shapes, alpha has to be given.
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from peft.adapter import AdapterLinear
 from peft.layer_profile import LayerPlan
 from peft.lora import LoraLinear, lora_scale
 from peft.plan import PREFIX, STATE, Plan, trained_sizes
-from peft.registry import ADAPTERS
+from peft.registry import ADAPTERS, LOW_RANK
 from rwkv.checkpoint import TensorFile, check_finite, config_of, read_metadata, read_tensors
 from rwkv.errors import InputError
 from rwkv.model import RWKV
@@ -181,9 +181,14 @@ def _check_own(path: Path | str, tensors: TensorFile) -> None:
         )
 
 
+def has_start(tensors: Iterable[str]) -> bool:
+    """Whether a file's tensors, by name, are a tuned state or a prefix among others."""
+    return any(name == PREFIX or name.endswith(f".{STATE}") for name in tensors)
+
+
 def _is_model(tensors: TensorFile, metadata: Mapping[str, Any]) -> bool:
     """Whether a file is a whole model, with nothing that would be lost at --load_model."""
-    if any(name == PREFIX or name.endswith(f".{STATE}") for name in tensors):
+    if has_start(tensors):
         return False
     if "kind" in metadata:
         return metadata["kind"] in ("model", "quantized")
@@ -351,7 +356,7 @@ def planned_scales(plan: Plan) -> dict[str, float]:
     return {
         name: lora_scale(mine.rank, mine.alpha or 0.0, rslora=plan.flags.rslora)
         for name, mine in plan.plans.items()
-        if mine.mode in ADAPTERS and issubclass(ADAPTERS[mine.mode], LoraLinear)
+        if mine.mode in LOW_RANK
     }
 
 

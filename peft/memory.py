@@ -12,7 +12,7 @@ import torch
 
 from peft.pissa import is_randomized
 from peft.plan import STORED, Plan, stored_bytes, trained_count, trained_sizes
-from peft.registry import ADAPTERS
+from peft.registry import ADAPTERS, LOW_RANK
 from peft.stores import STORES, store_class, stored_size
 from rwkv.config import RWKVConfig
 from rwkv.linear import SLICE as AT_ONCE
@@ -64,7 +64,6 @@ UNPACKING = {"int8": 5, "fp8": 5, "fp6": 11, "fp6_e2m3": 11, "fp5": 11}
 SQUARING, SUBTRACTING = 5, 4
 WIDE = 4  # a float32 copy, in these
 LATER = (OPTIMIZER, BUCKETS)  # parts that are not there while the model is loaded
-LOW_RANK = ("lora", "dora", "dora_column", "pissa")  # they keep x A^T
 KEEPS_INPUT = ("full", "lora", "dora", "dora_column", "bone", "pissa")
 
 

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     options.device = named_device(options.device)
 
-    from peft.adapter_file import project_version
+    from peft.adapter_file import has_start, project_version
     from peft.merging import compare, merge, open_pair
     from peft.quantized import layers_to_store, quantize_tensors, quantized_metadata
     from rwkv.checkpoint import (
@@ -159,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def write_start(options: argparse.Namespace, adapter: "TensorFile") -> None:
     """Write the state that texts start from beside the model, where the adapter has one."""
+    from peft.adapter_file import has_start
     from peft.apply import load_frozen
     from rwkv.checkpoint import write_tensors
     from rwkv.runner import load_start
@@ -171,13 +172,6 @@ def write_start(options: argparse.Namespace, adapter: "TensorFile") -> None:
     path = start_path(options.output)
     write_tensors(path, state_tensors(model.initial_state(1)), {"kind": "state"})
     print(f"{path}: the state that texts start from")  # noqa: T201
-
-
-def has_start(adapter: "TensorFile") -> bool:
-    """Whether an adapter's file holds a tuned state or a prefix."""
-    from peft.plan import PREFIX, STATE
-
-    return any(name == PREFIX or name.endswith(f".{STATE}") for name in adapter)
 
 
 def start_path(output: Path) -> Path:

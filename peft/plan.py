@@ -8,8 +8,7 @@ from torch import nn
 
 from peft.flags import QUANT_ALIASES, PeftFlags
 from peft.layer_profile import ADAPTER_MODES, LayerPlan, Rule, plans_of, read_profile
-from peft.lora import LoraLinear
-from peft.registry import ADAPTERS
+from peft.registry import ADAPTERS, LOW_RANK
 from rwkv.errors import InputError
 from rwkv.linear import Embedding, Linear
 
@@ -164,11 +163,10 @@ def _unheard(
     flags, modes = plan.flags, {mine.mode for mine in plan.plans.values()}
     if not flags.layer_profile:
         return
-    low_rank = {mode for mode, kind in ADAPTERS.items() if issubclass(kind, LoraLinear)}
     for name, wanted, what in (
-        ("limited_lora", set(ADAPTERS), "an adapter"),
-        ("rslora", low_rank, "LoRA"),
-        ("lora_plus_ratio", low_rank, "LoRA"),
+        ("limited_lora", ADAPTERS.keys(), "an adapter"),
+        ("rslora", LOW_RANK, "LoRA"),
+        ("lora_plus_ratio", LOW_RANK, "LoRA"),
         ("svd_niter", {"pissa"}, "PiSSA"),
     ):
         value = getattr(flags, name)

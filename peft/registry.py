@@ -12,6 +12,7 @@ ADAPTERS: dict[str, type[AdapterLinear]] = {
     cls.MODE: cls
     for cls in (LoraLinear, DoraLinear, ColumnDoraLinear, BoneLinear, MissLinear, PissaLinear)
 }
+LOW_RANK = frozenset(mode for mode, cls in ADAPTERS.items() if issubclass(cls, LoraLinear))
 
 
 def make_adapter(

@@ -77,11 +77,12 @@ def storage_of(model: "RWKV") -> dict[str, str]:
 def given_scales(options: argparse.Namespace) -> list[float]:
     """alpha / rank of each layer of the adapter's file that does not state it; see --alpha."""
     from peft.adapter_file import read_adapter
+    from peft.registry import LOW_RANK
 
     if options.alpha is None:
         return []
     _, kinds, _ = read_adapter(options.adapter, alpha=options.alpha)
-    return [kind.scale for kind in kinds.values() if kind.mode not in ("bone", "miss")]
+    return [kind.scale for kind in kinds.values() if kind.mode in LOW_RANK]
 
 
 def open_model(options: argparse.Namespace, *, merged: bool = False) -> "tuple[RWKV, Tokenizer]":
