@@ -10,13 +10,12 @@ embedding if that trains, else with block 0; ln_out goes with the head.
 import csv
 import glob
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft.layer_profile import LIMITS, Rule
+from peft.layer_profile import LIMITS, Rule, check_limits
 from rwkv.cli import Parser, run
 from rwkv.errors import InputError
 from rwkv.files import replacing
@@ -110,7 +109,7 @@ def _row(where: str, cells: dict[str, str]) -> Row:
 
 
 def _number(where: str, column: str, text: str, key: str) -> float | int:
-    kind, lowest, allowed = LIMITS[key]
+    kind, _, _ = LIMITS[key]
     try:
         value = float(text)
         if kind is int and value != int(value):
@@ -118,13 +117,7 @@ def _number(where: str, column: str, text: str, key: str) -> float | int:
     except (ValueError, OverflowError):
         word = "whole number" if kind is int else "number"
         raise InputError(f"{where}: {column} is {text!r}; write a {word}") from None
-    if not math.isfinite(value):
-        raise InputError(f"{where}: {column} is {text}; write a finite number")
-    if value < lowest or (value == lowest and not allowed):
-        bound = f"{lowest} or more" if allowed else f"more than {lowest}"
-        raise InputError(f"{where}: {column} is {text}; write {bound}")
-    if key == "dropout" and value >= 1:
-        raise InputError(f"{where}: {column} is {text}; write a share below 1")
+    check_limits(f"{where}: {column} is {text}", key, value)
     return kind(value)
 
 

@@ -158,19 +158,25 @@ def _value(where: str, key: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise InputError(f"{where}: train_small is {value!r}; write true or false")
         return value
-    kind, lowest, allowed = LIMITS[key]
+    kind, _, _ = LIMITS[key]
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         word = "a whole number" if kind is int else "a number"
         raise InputError(f"{where}: {key} is {value!r}; write {word}")
+    check_limits(f"{where}: {key} is {value}", key, value)
+    return value if kind is int else float(value)
+
+
+def check_limits(said: str, key: str, value: float) -> None:
+    """Stop at a number that a key cannot have; `said` begins the message."""
+    _, lowest, allowed = LIMITS[key]
     if not math.isfinite(value):
-        raise InputError(f"{where}: {key} is {value}; write a finite number")
+        raise InputError(f"{said}; write a finite number")
     if value < lowest or (value == lowest and not allowed):
         bound = f"{lowest} or more" if allowed else f"more than {lowest}"
         hint = "; mode freeze is what keeps a layer from training" if "lr_init" in key else ""
-        raise InputError(f"{where}: {key} is {value}; write {bound}{hint}")
+        raise InputError(f"{said}; write {bound}{hint}")
     if key == "dropout" and value >= 1:
-        raise InputError(f"{where}: dropout is {value}; write a share below 1")
-    return value if kind is int else float(value)
+        raise InputError(f"{said}; write a share below 1")
 
 
 def plans_of(rules: Sequence[Rule], layer_names: Sequence[str]) -> dict[str, LayerPlan]:
