@@ -12,7 +12,7 @@ from pathlib import Path
 from data.flags import DataFlags, IterateFlags
 from rwkv import cli, upstream_flags
 from rwkv.cli import say
-from rwkv.errors import InputError, RunError
+from rwkv.errors import RunError
 from rwkv.flags import Settings, parse
 from rwkv.run.settings import FLAGS, check, without_effect, without_effect_on_cpu
 from rwkv.training.flags import ModelFlags, TrainerFlags
@@ -58,8 +58,6 @@ def train(settings: Settings) -> int:
     with forgiven(trainer):
         check_strategy(trainer, on_gpu=on_gpu)
     vocab_size = model_flags.vocab_size
-    if not (model_flags.load_model or model_flags.n_layer):
-        raise InputError("--load_model: name the model to train; or give --n_layer for a new one")
     if model_flags.load_model:
         vocab_size = read_config(model_flags).vocab_size
     tokenizer = load_tokenizer(settings[DataFlags].tokenizer or None, vocab_size)

@@ -186,7 +186,7 @@ def computed_by(settings: Settings) -> dict[str, Any]:
     kinds = (SFTFlags, DistillationFlags, *PREFERENCE_FLAGS, OptimizerFlags)
     names = [field.name for kind in kinds for field in fields(kind)]
     names += ["rslora", "lora_plus_ratio", "layerwise_lr", "load_adapter", "svd_niter"]
-    names += ["random_mode"]
+    names.append("random_mode")
     values, chunks = settings.as_flags(), settings[ChunkFlags]
     truncated = chunks.infctx and chunks.chunk_grad == "truncated"
     return {name: values[name] for name in names if name != "teacher_model"} | {

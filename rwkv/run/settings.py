@@ -59,7 +59,8 @@ def without_effect(settings: Settings, words: Sequence[str] = ()) -> list[str]:
     values, usual = settings.as_flags(), _usual()
     return [
         f"--{name} {_written(values[name])}: has no effect without --{' or --'.join(switches)}"
-        for switches, names in ((words.split(" or "), NEEDED_BY[words]) for words in NEEDED_BY)
+        for either, names in NEEDED_BY.items()
+        for switches in [either.split(" or ")]
         for name in names
         if not any(values[switch.split()[0]] for switch in switches)
         and (values[name] != usual[name] or (name in given and values[name]))
@@ -95,6 +96,8 @@ def check(settings: Settings) -> None:
     if chosen_objective(settings) == "distillation":
         check_distillation(settings[DistillationFlags])
     trainer, model, data = settings[TrainerFlags], settings[ModelFlags], settings[DataFlags]
+    if not (model.load_model or model.n_layer):
+        raise InputError("--load_model: name the model to train; or give --n_layer for a new one")
     for name, path in {
         "load_model": model.load_model,
         "load_adapter": settings[PeftFlags].load_adapter,
