@@ -224,20 +224,26 @@ def test_a_gpu_gives_the_same_bits(version, kernel, mode, quant, tmp_path, monke
             assert torch.equal(again[name], gradient), name
 
 
-@pytest.mark.parametrize("version", [6, 7])
-@pytest.mark.parametrize("mode", ["full", "lora", "bone", "miss"])
-@pytest.mark.parametrize("grad_cp", [True, "selective"])
-def test_the_last_product_of_a_half_runs_once(version, mode, grad_cp, monkeypatch):
-    """All others run twice, but if they are kept; RWKV-6's channel mix gates its last product."""
-    model, runs = adapted_model(version, mode), Counter()
-    model.grad_cp = grad_cp
-    real = Linear.product
+@pytest.fixture
+def runs(monkeypatch) -> Counter:
+    """How often each linear layer's product was computed."""
+    counts, real = Counter(), Linear.product
 
     def counted(layer, *args):
-        runs[layer] += 1
+        counts[layer] += 1
         return real(layer, *args)
 
     monkeypatch.setattr(Linear, "product", counted)
+    return counts
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("mode", ["full", "lora", "bone", "miss"])
+@pytest.mark.parametrize("grad_cp", [True, "selective"])
+def test_the_last_product_of_a_half_runs_once(version, mode, grad_cp, runs):
+    """All others run twice, but if they are kept; RWKV-6's channel mix gates its last product."""
+    model = adapted_model(version, mode)
+    model.grad_cp = grad_cp
     run_backward(model)
     once = {"att.output"} | ({"ffn.value"} if version == 7 else set())
     for name, layer in model.blocks.named_modules():
@@ -251,18 +257,13 @@ def test_the_last_product_of_a_half_runs_once(version, mode, grad_cp, monkeypatc
     [(True, False, 0), (True, True, 0), ("selective", False, 1)],
     ids=["all", "offload", "limited"],
 )
-def test_where_the_backward_pass_begins_all_runs_once(mode, grad_cp, offload, limit, monkeypatch):
+def test_where_the_backward_pass_begins_all_runs_once(
+    mode, grad_cp, offload, limit, runs, monkeypatch
+):
     """Of many tokens, where nothing reads the states after them."""
     monkeypatch.setattr(rwkv.model, "keeps_end", lambda config, tokens: tokens == 14)
     model, plain = (adapted_model(7, mode) for _ in range(2))
     model.grad_cp, model.grad_cp_offload, model.grad_cp_memory = grad_cp, offload, limit
-    runs, real = Counter(), Linear.product
-
-    def counted(layer, *args):
-        runs[layer] += 1
-        return real(layer, *args)
-
-    monkeypatch.setattr(Linear, "product", counted)
     tokens, gradients = torch.arange(14).view(2, 7), []
     for some in (plain, model):
         hidden, _ = some(tokens, final_states=0)
@@ -279,16 +280,10 @@ def test_where_the_backward_pass_begins_all_runs_once(mode, grad_cp, offload, li
 
 
 @pytest.mark.parametrize("states", [None, 1])
-def test_where_states_are_read_the_last_block_runs_again(states, monkeypatch):
+def test_where_states_are_read_the_last_block_runs_again(states, runs, monkeypatch):
     monkeypatch.setattr(rwkv.model, "keeps_end", lambda *_: True)
-    model, real, runs = adapted_model(7, "lora"), Linear.product, Counter()
+    model = adapted_model(7, "lora")
     model.grad_cp = True
-
-    def counted(layer, *args):
-        runs[layer] += 1
-        return real(layer, *args)
-
-    monkeypatch.setattr(Linear, "product", counted)
     hidden, _ = model(torch.arange(14).view(2, 7), final_states=states)
     hidden.sum().backward()
     assert runs[model.blocks[-1].ffn.key] == 2
